@@ -1,0 +1,1 @@
+"""The vLLM side: backend, cache groups, and what differs between vLLM versions."""

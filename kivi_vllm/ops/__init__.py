@@ -1,0 +1,1 @@
+"""The numerical side: the page format and the operators over it."""

@@ -1,0 +1,155 @@
+"""The page format: what the bytes of one block of one kv head mean.
+
+A page holds `BLOCK_SIZE` = 128 tokens. vLLM sees it as `[num_blocks,
+num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
+`page_bytes` of one (block, kv head) are contiguous. They hold, in this order
+(G = group_size, D = head_size, b = bits, little endian throughout):
+
+| field   | type  | shape         | bytes     | meaning                              |
+|---------|-------|---------------|-----------|--------------------------------------|
+| k_scale | fp16  | [128/G, D]    | 256·D/G   | one per channel and G tokens         |
+| k_zero  | fp16  | [128/G, D]    | 256·D/G   |                                      |
+| k_codes | uint8 | [128, D·b/8]  | 16·D·b    | 8/b channels a byte, lowest bits first |
+| v_scale | fp16  | [128, D/G]    | 256·D/G   | one per token and G channels         |
+| v_zero  | fp16  | [128, D/G]    | 256·D/G   |                                      |
+| v_codes | uint8 | [128, D·b/8]  | 16·D·b    | as k_codes                           |
+
+so `page_bytes = 16·D·(k_bits + v_bits) + 1024·D/G`: 96 bytes a token at
+D = 128, G = 32, 2 bits, where bf16 takes 512.
+
+`kivi_raw` has two fields instead, `k_codes` and `v_codes`, which are [128, D] in
+the model's dtype.
+
+The same bytes, taken for the full-precision cache of recent tokens, hold
+`raw_tokens` tokens of K and V in the model's dtype: see `PageFormat.raw_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kivi_vllm.config import BLOCK_SIZE, HEAD_SIZES, RAW_BITS, KiviConfig, KiviConfigError
+
+RAW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a page: `shape` of `dtype` at byte `offset`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the field takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, pages: torch.Tensor) -> torch.Tensor:
+        """Read the field of `pages` [..., page_bytes] uint8 -> [..., *shape]."""
+        part = pages[..., self.offset : self.offset + self.nbytes].contiguous()
+        return part.view(self.dtype).unflatten(-1, self.shape)
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Byte layout of one block of one kv head.
+
+    Attributes:
+        k_bits, v_bits: 2, 4 or `RAW_BITS`.
+        group_size: G, dividing head_size and `BLOCK_SIZE`.
+        head_size: D, of keys and of values.
+        raw_dtype: the model's dtype.
+
+    Raises:
+        KiviConfigError: a head size or dtype that is not supported, or a group
+            size that does not divide the head size.
+
+    """
+
+    k_bits: int
+    v_bits: int
+    group_size: int
+    head_size: int
+    raw_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.head_size not in HEAD_SIZES:
+            raise KiviConfigError(
+                f"head size {self.head_size} is not supported by the KIVI cache (supported: "
+                f"{', '.join(map(str, HEAD_SIZES))}); serve this model with "
+                "--kv-cache-dtype auto or fp8"
+            )
+        if self.head_size % self.group_size:
+            good = [g for g in (32, 64, 128) if self.head_size % g == 0]
+            raise KiviConfigError(
+                f"kivi.group_size {self.group_size} does not divide this model's head size "
+                f"{self.head_size}; use {' or '.join(map(str, good))}"
+            )
+        if self.raw_dtype not in RAW_DTYPES:
+            raise KiviConfigError(
+                f"the KIVI cache needs a bfloat16, float16 or float32 model, not "
+                f"{self.raw_dtype}; set --dtype"
+            )
+
+    @classmethod
+    def of(cls, config: KiviConfig, head_size: int, raw_dtype: torch.dtype) -> PageFormat:
+        """The format that `config` asks for in a layer of this head size and dtype."""
+        return cls(config.k_bits, config.v_bits, config.group_size, head_size, raw_dtype)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether pages hold K and V verbatim."""
+        return self.k_bits == RAW_BITS
+
+    @cached_property
+    def fields(self) -> dict[str, Field]:
+        """The fields of a page by name, in the order of their bytes."""
+        d, g = self.head_size, self.group_size
+        spec: list[tuple[str, torch.dtype, tuple[int, int]]]
+        if self.is_raw:
+            shape = (BLOCK_SIZE, d)
+            spec = [("k_codes", self.raw_dtype, shape), ("v_codes", self.raw_dtype, shape)]
+        else:
+            spec = [
+                ("k_scale", torch.float16, (BLOCK_SIZE // g, d)),
+                ("k_zero", torch.float16, (BLOCK_SIZE // g, d)),
+                ("k_codes", torch.uint8, (BLOCK_SIZE, d * self.k_bits // 8)),
+                ("v_scale", torch.float16, (BLOCK_SIZE, d // g)),
+                ("v_zero", torch.float16, (BLOCK_SIZE, d // g)),
+                ("v_codes", torch.uint8, (BLOCK_SIZE, d * self.v_bits // 8)),
+            ]
+        fields: dict[str, Field] = {}
+        offset = 0
+        for name, dtype, shape in spec:
+            fields[name] = Field(name, dtype, shape, offset)
+            offset += fields[name].nbytes
+        return fields
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one block of one kv head."""
+        return sum(f.nbytes for f in self.fields.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one kv head (vLLM's `state_content_bytes`)."""
+        return self.page_bytes // BLOCK_SIZE
+
+    @property
+    def raw_tokens(self) -> int:
+        """Full-precision tokens (K and V) that one page's bytes hold.
+
+        24, 32 and 40 tokens fill a page exactly for `kivi2`, `kivi_k4v2` and
+        `kivi4` at G = 32 and 16 bits, at every head size. Pages of `kivi_raw`
+        could hold 128, but take 32 like their quantized kin, so that the
+        diagnostic runs through the same number of pages.
+        """
+        tokens = self.page_bytes // (2 * self.head_size * self.raw_dtype.itemsize)
+        return min(tokens, 32) if self.is_raw else tokens

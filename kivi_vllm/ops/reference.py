@@ -1,0 +1,356 @@
+"""The PyTorch truth: quantize, store, attend. Every kernel is tested against it.
+
+One attention layer's step is three calls, in this order:
+
+1. `store_blocks` quantizes every block that the step completes, for all
+   requests: a prefix hit may read what another request completes in this step.
+2. `attend` reads pages, residual, and the step's own keys and values.
+3. `store_ring` writes the step's last tokens over older ones in the ring, which
+   `attend` may still have needed.
+
+What a query sees (B = 128, R = residual_length): **position t sees position s at
+full precision iff s >= F(t) = max(0, B * floor(t / B) - R), and dequantized from
+its page otherwise**; keys and values alike. So a query sees its own block and
+the R tokens before it as they were. The step's own tokens come from `key` and
+`value`; older ones of the current block from the ring; the R tokens before it
+from the tail pages of the block before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.ops.format import PageFormat
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1."""
+
+    index: int
+    q0: int
+    q1: int
+    a: int
+    b: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step computes, shared by all layers of a model.
+
+    Attributes:
+        rows: the requests that have tokens in this step.
+        block_table: [num_reqs, max_blocks], page ids of each request's blocks.
+        per_position: queries of all rows follow F(t) of their own position
+            ("cached"); otherwise those of rows longer than `decode_len` take
+            F(a) of the row's first ("exact").
+        decode_len: longest row that counts as decode: 1 + draft tokens.
+
+    """
+
+    rows: list[Row]
+    block_table: torch.Tensor
+    per_position: bool = True
+    decode_len: int = 1
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Pages of full-precision tokens with the table that finds them.
+
+    Attributes:
+        cache: [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size], the
+            model's dtype; K in [..., :D], V in [..., D:2D].
+        table: [num_reqs, max_pages] page ids.
+
+    """
+
+    cache: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's caches for one step.
+
+    Attributes:
+        fmt: the page format.
+        pages: [num_blocks, num_kv_heads, page_bytes] uint8.
+        ring: the tokens of each request's current block; position s is token
+            `s % ring_capacity` of the request's pages.
+        ring_capacity: tokens that a request's ring holds; at least B + drafts.
+        tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
+            table finds (a part of) the last R tokens of block j.
+        residual_length: R.
+
+    """
+
+    fmt: PageFormat
+    pages: torch.Tensor
+    ring: Raw
+    ring_capacity: int
+    tails: tuple[Raw, ...] = ()
+    residual_length: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What the model asks of the attention besides Q, K and V.
+
+    Attributes:
+        scale: factor of q·k.
+        logits_soft_cap: c > 0 replaces a score x by c * tanh(x / c); 0: none.
+        alibi_slopes: [num_heads] fp32 or None; adds slope * (s - t).
+        sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
+
+    """
+
+    scale: float
+    logits_soft_cap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    sliding_window: int = 0
+
+
+# ------------------------------------------------------------- quantization
+
+
+def quantize(
+    x: torch.Tensor, bits: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KIVI's asymmetric quantization over the groups along `dim` (paper, section 3.2).
+
+    zero = min(x) and scale = (max(x) - min(x)) / (2^bits - 1), rounded to fp16
+    (saturating) first; code = round_half_even((x - zero) / scale), clamped. A group of
+    scale 0 has code 0. A group with a NaN has scale NaN and codes 0.
+
+    Returns:
+        codes (uint8, shape of x), scale and zero (fp16, size 1 along `dim`).
+
+    """
+    x = x.float()
+    top = 2**bits - 1
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    zero = low.clamp(-FP16_MAX, FP16_MAX).half()
+    # Finite before the difference, which would be NaN for two infinities.
+    spread = high.clamp(-1e30, 1e30) - low.clamp(-1e30, 1e30)
+    scale = (spread / top).clamp(max=FP16_MAX).half()
+    s = scale.float()
+    codes = ((x - zero.float()) / torch.where(s > 0, s, 1.0)).round().clamp(0, top)
+    codes = torch.where(s > 0, codes, 0.0)  # scale 0 or NaN
+    return codes.to(torch.uint8), scale, zero
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """fp32 `codes * scale + zero`, broadcast."""
+    return codes.float() * scale.float() + zero.float()
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes [..., n] into bytes [..., n * bits / 8], lowest bits first."""
+    per_byte = 8 // bits
+    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
+    return (codes.unflatten(-1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack`."""
+    per_byte = 8 // bits
+    shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def encode_pages(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+    """Whole blocks k, v [..., B, D] -> pages [..., page_bytes] uint8."""
+    g = fmt.group_size
+    if fmt.is_raw:
+        parts = {"k_codes": k, "v_codes": v}
+    else:
+        kq, ks, kz = quantize(k.unflatten(-2, (-1, g)), fmt.k_bits, -2)
+        vq, vs, vz = quantize(v.unflatten(-1, (-1, g)), fmt.v_bits, -1)
+        parts = {
+            "k_scale": ks.squeeze(-2),
+            "k_zero": kz.squeeze(-2),
+            "k_codes": pack(kq.flatten(-3, -2), fmt.k_bits),
+            "v_scale": vs.squeeze(-1),
+            "v_zero": vz.squeeze(-1),
+            "v_codes": pack(vq.flatten(-2), fmt.v_bits),
+        }
+    ordered = [parts[name].to(field.dtype).flatten(-2) for name, field in fmt.fields.items()]
+    return torch.cat([p.contiguous().view(torch.uint8) for p in ordered], -1)
+
+
+def decode_pages(pages: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages [..., page_bytes] uint8 -> k, v [..., B, D] fp32."""
+    f = {name: field.of(pages) for name, field in fmt.fields.items()}
+    if fmt.is_raw:
+        return f["k_codes"].float(), f["v_codes"].float()
+    g = fmt.group_size
+    k_codes = unpack(f["k_codes"], fmt.k_bits).unflatten(-2, (-1, g))
+    v_codes = unpack(f["v_codes"], fmt.v_bits).unflatten(-1, (-1, g))
+    k = dequantize(k_codes, f["k_scale"].unsqueeze(-2), f["k_zero"].unsqueeze(-2))
+    v = dequantize(v_codes, f["v_scale"].unsqueeze(-1), f["v_zero"].unsqueeze(-1))
+    return k.flatten(-3, -2), v.flatten(-2)
+
+
+# -------------------------------------------------------------------- store
+
+
+def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Quantize the blocks that this step completes; keep their last R tokens raw.
+
+    Args:
+        step: the step.
+        cache: written: `pages` and `tails`.
+        key, value: [num_tokens, num_kv_heads, head_size], the step's own.
+
+    """
+    residual, per_page = cache.residual_length, cache.fmt.raw_tokens
+    for row in step.rows:
+        first, last = row.a // B, row.b // B
+        if last == first:
+            continue
+        k, v = _raw_since(row, first * B, cache, key, value)  # [H, n, D]
+        k, v = (x[:, : (last - first) * B].unflatten(1, (-1, B)).transpose(0, 1) for x in (k, v))
+        blocks = step.block_table[row.index, first:last].long()
+        cache.pages[blocks] = encode_pages(k, v, cache.fmt)
+        for i, tail in enumerate(cache.tails):
+            kept = slice(B - residual + i * per_page, min(B, B - residual + (i + 1) * per_page))
+            kv = torch.cat([k[:, :, kept], v[:, :, kept]], -1)
+            pages = tail.table[row.index, first:last].long()
+            tail.cache[pages, :, : kv.shape[2], : kv.shape[3]] = kv
+
+
+def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the step's last tokens of every request into its ring.
+
+    Args:
+        step: the step.
+        cache: written: `ring`.
+        key, value: [num_tokens, num_kv_heads, head_size], the step's own.
+
+    """
+    d = cache.fmt.head_size
+    for row in step.rows:
+        start = max(row.a, row.b - cache.ring_capacity)
+        pages, slots = _ring_slots(row, start, row.b, cache)
+        tokens = slice(row.q1 - (row.b - start), row.q1)
+        cache.ring.cache[pages, :, slots, :d] = key[tokens]
+        cache.ring.cache[pages, :, slots, d : 2 * d] = value[tokens]
+
+
+def _ring_slots(
+    row: Row, start: int, end: int, cache: LayerCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ring page id and slot of each position in [start, end)."""
+    table = cache.ring.table
+    at = torch.arange(start, end, device=table.device) % cache.ring_capacity
+    return table[row.index, at // cache.fmt.raw_tokens].long(), at % cache.fmt.raw_tokens
+
+
+def _raw_since(
+    row: Row, start: int, cache: LayerCache, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full-precision K and V [num_kv_heads, b - start, head_size] of [start, b).
+
+    `start` is at least F(a): tail tokens, then the ring's, then the step's own.
+    """
+    d = cache.fmt.head_size
+    block_start = row.a // B * B
+    older = []
+    if start < block_start:
+        ids = [tail.table[row.index, block_start // B - 1].long() for tail in cache.tails]
+        kv = torch.cat([t.cache[i] for t, i in zip(cache.tails, ids, strict=True)], 1)
+        older.append(kv[:, cache.residual_length - (block_start - start) :][:, : block_start - start])
+    ring_start = max(start, block_start)
+    if ring_start < row.a:
+        pages, slots = _ring_slots(row, ring_start, row.a, cache)
+        older.append(cache.ring.cache[pages, :, slots].transpose(0, 1))
+    own = slice(row.q0 + max(0, start - row.a), row.q1)
+    k = [x[..., :d] for x in older] + [key[own].transpose(0, 1)]
+    v = [x[..., d : 2 * d] for x in older] + [value[own].transpose(0, 1)]
+    return torch.cat(k, 1), torch.cat(v, 1)
+
+
+# ------------------------------------------------------------------- attend
+
+
+def attend(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """Causal attention of the step's queries over pages, residual and the step itself.
+
+    Args:
+        step: the step; `store_blocks` has run for it.
+        cache: read.
+        query: [num_tokens, num_heads, head_size].
+        key, value: [num_tokens, num_kv_heads, head_size], the step's own.
+        params: scale, soft cap, ALiBi slopes, window.
+        output: [num_tokens, num_heads, head_size], written for the rows' tokens.
+
+    """
+    for row in step.rows:
+        tiles = list(_tiles(step, row, cache.residual_length))
+        oldest, newest = tiles[0][2], tiles[-1][2]
+        raw_k, raw_v = (x.float() for x in _raw_since(row, oldest, cache, key, value))
+        page_k, page_v = _page_history(row, newest, step, cache)
+        for start, end, raw_from in tiles:
+            k = torch.cat([page_k[:, :raw_from], raw_k[:, raw_from - oldest : end - oldest]], 1)
+            v = torch.cat([page_v[:, :raw_from], raw_v[:, raw_from - oldest : end - oldest]], 1)
+            tokens = slice(row.q0 + start - row.a, row.q0 + end - row.a)
+            output[tokens] = _attend_tile(query[tokens].float(), k, v, start, params)
+
+
+def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]]:
+    """Split a row into (start, end, F) runs of positions inside one block."""
+    per_position = step.per_position or row.b - row.a <= step.decode_len
+    start = row.a
+    while start < row.b:
+        end = min(row.b, (start // B + 1) * B)
+        seen_from = start if per_position else row.a
+        yield start, end, max(0, seen_from // B * B - residual)
+        start = end
+
+
+def _page_history(
+    row: Row, end: int, step: Step, cache: LayerCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dequantized K and V [num_kv_heads, n * B, head_size] of the blocks up to `end`."""
+    blocks = step.block_table[row.index, : -(-end // B)].long()
+    k, v = decode_pages(cache.pages[blocks], cache.fmt)  # [n, H, B, D]
+    return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
+
+
+def _attend_tile(
+    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, params: AttentionParams
+) -> torch.Tensor:
+    """Queries [n, num_heads, D] at positions start.. over k, v [num_kv_heads, end, D]."""
+    n, num_heads, d = query.shape
+    num_kv_heads, end, _ = k.shape
+    t = torch.arange(start, end, device=k.device)[:, None]
+    first = max(0, start + 1 - params.sliding_window) if params.sliding_window else 0
+    s = torch.arange(first, end, device=k.device)[None]
+    q = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # [H, G*n, D]
+    scores = (q * params.scale) @ k[:, first:].transpose(1, 2)
+    scores = scores.view(num_heads, n, end - first)
+    if params.logits_soft_cap:
+        scores = params.logits_soft_cap * torch.tanh(scores / params.logits_soft_cap)
+    if params.alibi_slopes is not None:
+        scores = scores + params.alibi_slopes.to(scores)[:, None, None] * (s - t)
+    hidden = s > t
+    if params.sliding_window:
+        hidden = hidden | (s <= t - params.sliding_window)
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    out = p.view(num_kv_heads, -1, end - first) @ v[:, first:]
+    return out.view(num_heads, n, d).transpose(0, 1)

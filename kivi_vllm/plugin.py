@@ -1,0 +1,31 @@
+"""The entry point that vLLM calls in every process (group `vllm.general_plugins`)."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Teach this process's vLLM the KIVI cache dtypes.
+
+    vLLM calls it before it parses arguments, in `LLM()`, in the engine core and
+    in every worker; a second call changes nothing. With a vLLM version that is
+    not supported it warns and leaves vLLM as it is, so that everything else
+    goes on working; `--kv-cache-dtype kivi2` is then refused by vLLM itself.
+    """
+    from vllm.logger import init_logger
+
+    from kivi_vllm.attention import compat
+
+    ok, found = compat.supported_vllm()
+    if not ok:
+        init_logger("vllm.kivi_vllm").warning(
+            "kivi_vllm is not registered: found %s. Install a supported version of "
+            "either, or pip uninstall kivi-vllm.",
+            found,
+        )
+        return
+    compat.register_dtypes()
+    compat.register_backend_name()
+    compat.register_cache_specs()
+    compat.select_backend_by_dtype()
+    compat.attach_residual_to_layers()
+    compat.check_engine_config()
