@@ -1,0 +1,73 @@
+"""A cache that is hostile to whoever reads what is not theirs, and a codec that is fair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kivi_vllm.ops import reference
+
+POISON = 0xFF  # NaN in fp16, bf16 and fp32 alike; as codes, the largest
+
+
+@pytest.fixture
+def smooth_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `kivi_raw` pages lossy but continuous.
+
+    Rounding to codes turns a difference of 1e-7 in a key, as another order of
+    summation makes, into a whole step now and then. With this codec pages
+    differ from the residual as much as quantized ones do, and such differences
+    stay small: what is left is the plumbing.
+    """
+    encode = reference.encode_pages
+
+    def lossy(k: torch.Tensor, v: torch.Tensor, fmt: Any) -> torch.Tensor:
+        return encode(k * 0.8 + 0.05, v * 0.7, fmt)
+
+    monkeypatch.setattr(reference, "encode_pages", lossy)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int]]]:
+    """Call it with an engine: all its pages are poisoned now, and each when it is taken.
+
+    Returns the list of the page ids taken so far, which grows.
+    """
+    from vllm.v1.core.block_pool import BlockPool
+
+    get_new_blocks = BlockPool.get_new_blocks
+    engines: list[tuple[list[torch.Tensor], list[int]]] = []
+
+    def get_poisoned_blocks(self: Any, num_blocks: int) -> Any:
+        blocks = get_new_blocks(self, num_blocks)
+        for caches, taken in engines:
+            ids = [block.block_id for block in blocks]
+            taken.extend(ids)
+            for cache in caches:
+                cache[ids] = POISON
+        return blocks
+
+    def start(llm: Any) -> list[int]:
+        config = llm.llm_engine.vllm_config.compilation_config
+        caches = [layer.kv_cache for layer in config.static_forward_context.values()]
+        for cache in caches:
+            cache.fill_(POISON)
+        engines[:] = [(caches, [])]
+        return engines[0][1]
+
+    monkeypatch.setattr(BlockPool, "get_new_blocks", get_poisoned_blocks)
+    yield start
+    engines.clear()
+
+
+def scheduler(llm: Any) -> Any:
+    """The engine's scheduler, to change its chunk size or look at its pool."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: Any) -> int:
+    """Pages that nobody holds."""
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()

@@ -1,0 +1,208 @@
+"""In `cached` mode an answer depends on its prompt and on nothing else.
+
+Not on the chunks of the prefill, on prefix hits, on who else is in the batch, on
+preemption, or on drafts that were rejected. Each for `residual_length` 0 and 32,
+on pages that are poisoned whenever they change hands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kivi_vllm.ops import reference
+from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model
+from tests.invariance.conftest import free_blocks, scheduler
+
+TOLERANCE = 1e-4
+PROMPTS = [random_prompt(n, seed=n) for n in (700, 129, 40, 384, 255)]
+MAX_TOKENS = 20
+
+residuals = pytest.mark.parametrize("residual", [0, 32], ids=lambda r: f"R{r}")
+
+
+def _options(residual: int) -> dict[str, Any]:
+    return {"prefill": "cached", "residual_length": residual}
+
+
+def _alone(llm: Any) -> list:
+    return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in PROMPTS]
+
+
+def _same(answers: list, truth: list) -> None:
+    for got, want in zip(answers, truth, strict=True):
+        assert got.difference(want) <= TOLERANCE
+
+
+@residuals
+def test_chunks_and_batch(residual: int, smooth_codec: None, poison: Any) -> None:
+    options = _options(residual)
+    with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
+        poison(llm)
+        free = free_blocks(llm)
+        truth = _alone(llm)
+        for chunk in (48, 100, 128, 2048):
+            scheduler(llm).max_num_scheduled_tokens = chunk
+            _same(_alone(llm), truth)
+            _same(generate(llm, PROMPTS, MAX_TOKENS), truth)
+        assert free_blocks(llm) == free
+
+
+@residuals
+def test_prefix_hits(residual: int, smooth_codec: None, poison: Any) -> None:
+    prompts = [*PROMPTS, PROMPTS[0][:600] + random_prompt(60, seed=99)]
+    options = _options(residual)
+    with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
+        poison(llm)
+        truth = [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in prompts]
+    with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=True) as llm:
+        poison(llm)
+        # Hits within one step: the same prompt three times in one batch.
+        together = generate(llm, [prompts[0]] * 3, MAX_TOKENS)
+        _same(together, [truth[0]] * 3)
+        assert [a.num_cached_tokens for a in together] == [0, 640, 640]
+        # Hits on what earlier requests left behind.
+        for _ in range(2):
+            again = [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in prompts]
+            _same(again, truth)
+        cached = [a.num_cached_tokens for a in again]
+        assert cached[:5] == [640, 128, 0, 256, 128]
+        # 600 shared tokens: four whole blocks, found by the second request at the latest.
+        assert cached[5] >= 512
+
+
+@residuals
+def test_preemption(residual: int, smooth_codec: None, poison: Any, monkeypatch: Any) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 375, 246)]
+    options = _options(residual)
+    for caching in (False, True):
+        with engine(
+            tiny_model(),
+            "kivi_raw",
+            kivi=options,
+            enable_prefix_caching=caching,
+            num_gpu_blocks_override=27 if residual == 0 else 34,
+            max_num_batched_tokens=512,
+            max_model_len=512,
+        ) as llm:
+            poison(llm)
+            free = free_blocks(llm)
+            truth = [generate(llm, [prompt], 40)[0] for prompt in prompts]
+            assert not preempted
+            _same(generate(llm, prompts, 40), truth)
+            assert preempted, "the pool was large enough for all: nothing was tested"
+            assert free_blocks(llm) == free
+        preempted.clear()
+
+
+@residuals
+def test_aborted_neighbours(residual: int, smooth_codec: None, poison: Any) -> None:
+    options = _options(residual)
+    with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
+        taken = poison(llm)
+        free = free_blocks(llm)
+        truth = _alone(llm)
+        core = llm.llm_engine
+        scheduler(llm).max_num_scheduled_tokens = 200
+        finished = {}
+        for i, prompt in enumerate(PROMPTS):
+            for name in (f"keep-{i}", f"drop-{i}"):
+                tokens = prompt if name.startswith("keep") else random_prompt(500 - 90 * i, seed=i)
+                core.add_request(name, {"prompt_token_ids": tokens}, sampling(MAX_TOKENS))
+        before = len(taken)
+        for step in range(400):
+            for output in core.step():
+                if output.finished and output.request_id.startswith("keep"):
+                    finished[output.request_id] = answer(output)
+            if step in (2, 5, 8, 11, 14):
+                core.abort_request([f"drop-{step // 3}"])
+            if not core.has_unfinished_requests():
+                break
+        _same([finished[f"keep-{i}"] for i in range(len(PROMPTS))], truth)
+        reused = taken[before:]
+        assert len(set(reused)) < len(reused), "no page changed hands: nothing was tested"
+        assert free_blocks(llm) == free
+
+
+@residuals
+def test_rejected_drafts(
+    residual: int, smooth_codec: None, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Prompts that hold most of the vocabulary, so that the n-gram proposer proposes at
+    # every step and is nearly always wrong, and whose answers cross a block boundary.
+    prompts = [random_prompt(n, seed=n) for n in (500, 505, 509, 630)]
+    options = _options(residual)
+    common: dict[str, Any] = dict(kivi=options, enable_prefix_caching=False)
+    with engine(tiny_model(), "kivi_raw", **common) as llm:
+        poison(llm)
+        truth = generate(llm, prompts, 24)
+
+    drafted: list[tuple[int, int]] = []  # (position of the first draft, drafts rejected)
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    update = Scheduler.update_from_output
+
+    def watched(self: Any, scheduled: Any, output: Any) -> Any:
+        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
+            index = output.req_id_to_index[name]
+            accepted = len(output.sampled_token_ids[index]) - 1
+            start = self.requests[name].num_computed_tokens - len(drafts)
+            drafted.append((start, len(drafts) - accepted))
+        return update(self, scheduled, output)
+
+    monkeypatch.setattr(Scheduler, "update_from_output", watched)
+    speculation = dict(
+        method="ngram", num_speculative_tokens=12, prompt_lookup_min=1, prompt_lookup_max=3
+    )
+    for prefill in ("cached", "exact"):
+        drafted.clear()
+        options["prefill"] = prefill
+        with engine(tiny_model(), "kivi_raw", **common, speculative_config=speculation) as llm:
+            poison(llm)
+            got = generate(llm, prompts, 24)
+        if prefill == "cached":
+            _same(got, truth)
+        rejected = [(start, n) for start, n in drafted if n]
+        assert rejected
+        assert any(start // 128 != (start + 11) // 128 for start, _ in rejected)
+
+
+@pytest.mark.parametrize("fault", ["ring", "rule", "pages"])
+def test_a_fault_is_seen(
+    fault: str, smooth_codec: None, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative controls: each of these faults breaks what the tests above assert."""
+    options = _options(32)
+    with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
+        poison(llm)
+        truth = _alone(llm)
+        if fault == "ring":  # a ring that is never written
+            monkeypatch.setattr(reference, "store_ring", lambda *args: None)
+        elif fault == "rule":  # a residual that starts one block late
+            tiles = reference._tiles
+
+            def late(*args: Any) -> Any:
+                return ((s, e, min(s, f + 32)) for s, e, f in tiles(*args))
+
+            monkeypatch.setattr(reference, "_tiles", late)
+        else:  # pages of the block before
+            history = reference._page_history
+
+            def shifted(*args: Any) -> Any:
+                return tuple(x.roll(128, dims=1) for x in history(*args))
+
+            monkeypatch.setattr(reference, "_page_history", shifted)
+        scheduler(llm).max_num_scheduled_tokens = 100
+        faulty = _alone(llm)
+        assert max(a.difference(b) for a, b in zip(faulty, truth, strict=True)) > 0.01
