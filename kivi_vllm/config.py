@@ -108,7 +108,7 @@ class KiviConfig:
 
 def is_kivi(cache_dtype: object) -> bool:
     """Whether a `--kv-cache-dtype` value is one of ours."""
-    return cache_dtype in DTYPES
+    return isinstance(cache_dtype, str) and cache_dtype in DTYPES
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:

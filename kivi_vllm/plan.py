@@ -7,6 +7,7 @@ start ("KV cache size: ... tokens"). Nothing here repeats that arithmetic.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -88,13 +89,14 @@ def capacity(
     from vllm.v1.core.kv_cache_utils import (
         generate_scheduler_kv_cache_config,
         get_kv_cache_capacity,
-        get_kv_cache_configs,
     )
+
+    from kivi_vllm.attention.compat import get_kv_cache_configs
 
     load_general_plugins()
     args = EngineArgs(
         model=model,
-        kv_cache_dtype=cache_dtype,  # type: ignore[arg-type]
+        kv_cache_dtype=cache_dtype,
         kv_cache_memory_bytes=memory_bytes,
         max_model_len=max_model_len,
         skip_tokenizer_init=True,
@@ -122,6 +124,7 @@ def _cache_specs(config: Any) -> dict[str, Any]:
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,
@@ -132,7 +135,8 @@ def _cache_specs(config: Any) -> dict[str, Any]:
 
     with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
         initialize_model(config)
-    layers = get_layers_from_vllm_config(config, AttentionLayerBase)  # type: ignore[type-abstract]
+    current_platform.update_block_size_for_backend(config)
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
     specs = {}
     for name, layer in layers.items():
         if getattr(layer, "kv_sharing_target_layer_name", None):
@@ -175,14 +179,12 @@ def plan_table(model: str, memory: str, max_model_len: int | None) -> list[Capac
         UserError: the memory is no size, or no cache dtype can serve the model.
 
     """
-    import logging
-
     from rich.table import Table
 
     from kivi_vllm.progress import console
 
     memory_bytes = parse_memory(memory)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     table = Table(title=f"{model}: {memory} of KV cache")
     for column in ("--kv-cache-dtype", "tokens", "sequences of --max-model-len", "ratio"):
         table.add_column(column, justify="left" if column.startswith("--kv") else "right")

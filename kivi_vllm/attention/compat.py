@@ -88,7 +88,7 @@ def _extend_closed_list() -> None:
         return
     # argparse's choices, the selector and pydantic all read this one object.
     literal.__args__ = (*literal.__args__, *missing)
-    rebuild_dataclass(cache_config.CacheConfig, force=True)  # type: ignore[arg-type]
+    rebuild_dataclass(cache_config.CacheConfig, force=True)
     config = sys.modules.get("vllm.config.vllm")
     if config is not None:
         rebuild_dataclass(config.VllmConfig, force=True)
@@ -102,7 +102,7 @@ def register_backend_name() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if "KIVI" not in AttentionBackendEnum.__members__:
-        register_backend("KIVI", "kivi_vllm.attention.backend.KiviAttentionBackend")  # type: ignore[arg-type]
+        register_backend("KIVI", "kivi_vllm.attention.backend.KiviAttentionBackend")
 
 
 def register_cache_specs() -> None:
@@ -178,6 +178,18 @@ def check_engine_config() -> None:
         return create_engine_config
 
     _wrap(EngineArgs, "create_engine_config", make)
+
+
+def get_kv_cache_configs(vllm_config: Any, specs: list, memory: list[int]) -> list:
+    """vLLM's function of that name; 0.33 wants the groups made beforehand."""
+    from vllm.v1.core import kv_cache_utils
+
+    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
+        return kv_cache_utils.get_kv_cache_configs(vllm_config, specs, memory)
+    from vllm.v1.core import kv_cache_planning
+
+    groups = kv_cache_planning.get_global_kv_cache_groups(vllm_config, specs)
+    return kv_cache_planning.get_kv_cache_configs(vllm_config, specs, memory, groups)
 
 
 def _is_vllm_command_line() -> bool:

@@ -74,7 +74,7 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"this version has operators for CPUs only, not for {current_platform.device_name}; "
             "use --kv-cache-dtype auto or fp8"
         )
-    if cache.block_size != BLOCK_SIZE:
+    if cache.user_specified_block_size and cache.block_size != BLOCK_SIZE:
         yield (
             f"--block-size {cache.block_size} is not supported: pages hold {BLOCK_SIZE} tokens; "
             "leave --block-size out"

@@ -31,7 +31,7 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Row:
-    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1."""
+    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1; a < b."""
 
     index: int
     q0: int
@@ -137,9 +137,9 @@ def quantize(
     top = 2**bits - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = low.clamp(-FP16_MAX, FP16_MAX).half()
-    # Finite before the difference, which would be NaN for two infinities.
-    spread = high.clamp(-1e30, 1e30) - low.clamp(-1e30, 1e30)
-    scale = (spread / top).clamp(max=FP16_MAX).half()
+    spread = (high - low).masked_fill(high == low, 0.0)  # two infinities: 0, not NaN
+    # By a tensor: devices may multiply by a number's reciprocal, which rounds differently.
+    scale = (spread / torch.full_like(spread, top)).clamp(max=FP16_MAX).half()
     s = scale.float()
     codes = ((x - zero.float()) / torch.where(s > 0, s, 1.0)).round().clamp(0, top)
     codes = torch.where(s > 0, codes, 0.0)  # scale 0 or NaN
@@ -258,7 +258,7 @@ def _raw_since(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Full-precision K and V [num_kv_heads, b - start, head_size] of [start, b).
 
-    `start` is at least F(a): tail tokens, then the ring's, then the step's own.
+    F(a) <= `start` <= a: tail tokens, then the ring's, then the step's own.
     """
     d = cache.fmt.head_size
     block_start = row.a // B * B
@@ -266,12 +266,14 @@ def _raw_since(
     if start < block_start:
         ids = [tail.table[row.index, block_start // B - 1].long() for tail in cache.tails]
         kv = torch.cat([t.cache[i] for t, i in zip(cache.tails, ids, strict=True)], 1)
-        older.append(kv[:, cache.residual_length - (block_start - start) :][:, : block_start - start])
+        older.append(
+            kv[:, cache.residual_length - (block_start - start) :][:, : block_start - start]
+        )
     ring_start = max(start, block_start)
     if ring_start < row.a:
         pages, slots = _ring_slots(row, ring_start, row.a, cache)
         older.append(cache.ring.cache[pages, :, slots].transpose(0, 1))
-    own = slice(row.q0 + max(0, start - row.a), row.q1)
+    own = slice(row.q0, row.q1)
     k = [x[..., :d] for x in older] + [key[own].transpose(0, 1)]
     v = [x[..., d : 2 * d] for x in older] + [value[own].transpose(0, 1)]
     return torch.cat(k, 1), torch.cat(v, 1)

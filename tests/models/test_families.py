@@ -1,0 +1,106 @@
+"""Model families through the engine, against vLLM's own CPU attention.
+
+`kivi_raw` keeps K and V verbatim in the same pages, ring and tails as the
+quantized dtypes, so what differs is the plumbing and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.engine import engine, generate, tiny_model
+from tests.models.harness import (
+    LOSSLESS,
+    PROMPTS,
+    backends,
+    change_attention,
+    own_attention,
+    worst,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model, and a mistake in its attention that must show."""
+
+    model_type: str
+    mistake: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return tiny_model(self.model_type, **self.overrides)
+
+
+_OTHER_SCALE = {"scale": 0.1}
+
+FAMILIES = {
+    "llama": Family("llama", _OTHER_SCALE),
+    "mistral-window": Family(
+        "mistral", {"sliding_window": 0}, dict(sliding_window=100, head_dim=96)
+    ),
+    "falcon-rotary": Family(
+        "falcon",
+        _OTHER_SCALE,
+        dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False),
+    ),
+    "falcon-alibi": Family(
+        "falcon",
+        {"alibi_slopes": None},
+        dict(
+            new_decoder_architecture=False,
+            multi_query=True,
+            alibi=True,
+            bias=True,
+            parallel_attn=False,
+        ),
+    ),
+    "qwen2": Family("qwen2", _OTHER_SCALE),
+    "qwen3": Family("qwen3", _OTHER_SCALE, dict(head_dim=64)),
+    "phi3": Family("phi3", _OTHER_SCALE),
+    "gemma2": Family(
+        "gemma2",
+        {"logits_soft_cap": 0.0},
+        dict(
+            head_dim=64,
+            sliding_window=200,
+            query_pre_attn_scalar=48,
+            attn_logit_softcapping=5.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chunks_with_the_lossless_codec_equal_vllms_own_attention(name: str) -> None:
+    family = FAMILIES[name]
+    expected = own_attention(family.path)
+    options = dict(kivi={"prefill": "cached"}, max_num_batched_tokens=200)
+    with engine(family.path, "kivi_raw", **options) as llm:
+        assert backends(llm) == {"KIVI"}
+        assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS
+
+        # The same comparison must see a mistake.
+        change_attention(llm, **family.mistake)
+        assert worst(generate(llm, PROMPTS[:1], 20), expected[:1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "falcon-alibi", "gemma2"])
+def test_whole_prompts_with_the_lossless_codec_equal_vllms_own_attention(name: str) -> None:
+    path = FAMILIES[name].path
+    expected = own_attention(path)
+    with engine(path, "kivi_raw", kivi={"prefill": "exact", "residual_length": 64}) as llm:
+        assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS
+
+
+def test_gemma2s_alternating_window_matters() -> None:
+    path = FAMILIES["gemma2"].path
+    expected = own_attention(path)[:1]
+    with engine(path, "kivi_raw") as llm:
+        for wrong in (0, 201):
+            change_attention(llm, sliding_window=wrong)
+            assert worst(generate(llm, PROMPTS[:1], 20), expected) > 1e-2

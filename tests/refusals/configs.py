@@ -1,0 +1,55 @@
+"""Models that are a config and nothing else, and vLLM's engine configuration for them."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kivi_vllm.config import KiviConfigError
+from tests.engine import BASE
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="kivi-configs-"))
+
+
+def config_only(
+    model_type: str = "llama", architecture: str = "LlamaForCausalLM", **overrides: Any
+) -> str:
+    """Path of a model without weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **{**BASE, **overrides})
+    config.architectures = [architecture]
+    path = Path(tempfile.mkdtemp(dir=_folder()))
+    config.save_pretrained(path)
+    return str(path)
+
+
+def engine_config(model: str | None = None, **kwargs: Any) -> Any:
+    """vLLM's complete configuration, as `LLM()` and `vllm serve` make it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults: dict[str, Any] = dict(
+        kv_cache_dtype="kivi2",
+        dtype="float32",
+        max_model_len=1024,
+        kv_cache_memory_bytes=32 << 20,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+    args = EngineArgs(model=model or config_only(), **{**defaults, **kwargs})
+    return args.create_engine_config()
+
+
+def refusal(model: str | None = None, **kwargs: Any) -> str:
+    """The message with which our plugin refuses a configuration."""
+    with pytest.raises(KiviConfigError) as caught:
+        engine_config(model, **kwargs)
+    return str(caught.value)

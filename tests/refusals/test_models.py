@@ -1,0 +1,68 @@
+"""Models that the KIVI cache cannot serve: refused from their config, before any weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.refusals.configs import config_only, refusal
+
+_MLA = dict(
+    kv_lora_rank=64,
+    q_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    num_key_value_heads=4,
+)
+_WHISPER = dict(
+    d_model=128,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "overrides", "kind"),
+    [
+        ("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, "multi-head latent attention (MLA)"),
+        ("whisper", "WhisperForConditionalGeneration", _WHISPER, "an encoder-decoder"),
+        (
+            "jamba",
+            "JambaForCausalLM",
+            dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+            "state-space or linear attention layers",
+        ),
+        (
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            dict(layer_types=["mamba", "attention"]),
+            "state-space or linear attention layers",
+        ),
+        ("mamba", "MambaForCausalLM", {}, "state-space or linear attention layers"),
+        ("bert", "BertModel", {}, "pooling instead of generation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.islower() else "",
+)
+def test_kind_of_model(
+    model_type: str, architecture: str, overrides: dict[str, Any], kind: str
+) -> None:
+    message = refusal(config_only(model_type, architecture, **overrides), max_model_len=256)
+    assert f"--kv-cache-dtype kivi2: models with {kind} are not supported" in message
+    assert "use --kv-cache-dtype auto or fp8 for this model" in message
+
+
+def test_a_generation_model_run_as_a_pooling_model() -> None:
+    message = refusal(runner="pooling")
+    assert "models with pooling instead of generation are not supported" in message
+
+
+@pytest.mark.parametrize("head_size", [16, 80, 112, 512])
+def test_head_size(head_size: int) -> None:
+    message = refusal(config_only(head_dim=head_size))
+    assert f"head size {head_size} is not supported by the KIVI cache" in message
+    assert "supported: 32, 64, 96, 128, 160, 192, 256" in message
+    assert "--kv-cache-dtype auto or fp8" in message

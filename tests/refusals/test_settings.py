@@ -1,0 +1,205 @@
+"""Engine settings that the KIVI cache refuses at start, each with its remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kivi_vllm.attention import support
+from kivi_vllm.config import KiviConfigError
+from tests.engine import tiny_model
+from tests.refusals.configs import config_only, engine_config, refusal
+
+_PREFIX = "--kv-cache-dtype kivi2: "
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            dict(block_size=64),
+            "--block-size 64 is not supported: pages hold 128 tokens; leave --block-size out",
+        ),
+        (
+            dict(block_size=256),
+            "--block-size 256 is not supported: pages hold 128 tokens; leave --block-size out",
+        ),
+        (
+            dict(kv_cache_dtype_skip_layers=["0"]),
+            "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
+            "leave it out",
+        ),
+        (
+            dict(disable_hybrid_kv_cache_manager=True),
+            "the full-precision residual needs the hybrid KV cache manager; "
+            "leave out --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            dict(kv_offloading_size=1),
+            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config",
+        ),
+        (
+            dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3}),
+            "speculation with 'ngram_gpu' is not supported; use one of: ngram",
+        ),
+        (
+            dict(pipeline_parallel_size=2),
+            "pipeline parallelism (2) is not tested; use --tensor-parallel-size instead",
+        ),
+        (
+            dict(data_parallel_size=2),
+            "data parallelism (2) is not tested; use --tensor-parallel-size instead",
+        ),
+        (
+            dict(tensor_parallel_size=4, decode_context_parallel_size=2),
+            "decode context parallelism (2) is not tested; use --tensor-parallel-size instead",
+        ),
+        (dict(enable_lora=True), "LoRA adapters are not tested; leave out --enable-lora"),
+        (
+            dict(attention_backend="CPU_ATTN"),
+            "attention backend CPU_ATTN cannot read KIVI pages; leave the attention backend out, "
+            "it follows from the cache dtype",
+        ),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_setting(settings: dict[str, Any], message: str) -> None:
+    assert refusal(**settings) == _PREFIX + message
+
+
+def test_kv_connector() -> None:
+    connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
+    message = refusal(kv_transfer_config=connector)
+    assert "KV connectors and KV offloading are not tested" in message
+    assert "leave out --kv-transfer-config" in message
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_speculation_with_a_second_model(method: str) -> None:
+    draft = dict(method=method, model=tiny_model(), num_speculative_tokens=3)
+    assert refusal(speculative_config=draft) == (
+        f"{_PREFIX}speculation with {method!r} is not supported; use one of: ngram"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "distributed_executor_backend",
+            "ray",
+            "the Ray executor is not tested; use --distributed-executor-backend mp",
+        ),
+        (
+            "prefill_context_parallel_size",
+            2,
+            "prefill context parallelism (2) is not tested; use --tensor-parallel-size instead",
+        ),
+    ],
+    ids=["ray", "prefill context parallel"],
+)
+def test_setting_that_this_vllm_itself_refuses_earlier(
+    field: str, value: Any, message: str
+) -> None:
+    # Ray where it is not installed; the other one in the CPU's model runner.
+    config = engine_config()
+    setattr(config.parallel_config, field, value)
+    with pytest.raises(KiviConfigError) as caught:
+        support.check(config)
+    assert str(caught.value) == _PREFIX + message
+
+
+def test_device_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    config = engine_config()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(KiviConfigError, match=r"operators for CPUs only.* use --kv-cache-dtype"):
+        support.check(config)
+
+
+def test_every_reason_is_given_at_once() -> None:
+    message = refusal(block_size=64, enable_lora=True, data_parallel_size=2)
+    first, *others = message.splitlines()
+    assert "--block-size 64" in first
+    assert [line.split()[0] for line in others] == ["also:", "also:"]
+    assert "data parallelism (2)" in message
+    assert "--enable-lora" in message
+
+
+def test_what_is_supported_passes() -> None:
+    engine_config(
+        speculative_config=dict(
+            method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=2
+        ),
+        tensor_parallel_size=2,
+        block_size=128,
+        attention_backend="KIVI",
+        enable_prefix_caching=False,
+    )
+
+
+# ---------------------------------------------------------------- compiler
+
+
+def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert refusal(enforce_eager=False) == (
+        f"{_PREFIX}torch.compile needs a C++ compiler and none was found; install one "
+        "(apt-get install g++), set CXX, or pass --enforce-eager"
+    )
+    engine_config(enforce_eager=True)  # needs none
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_memory_too_small_for_one_sequence() -> None:
+    # 1024 tokens: 8 pages, 11 ring pages of 12 tokens (fp32), and the null block; 2 layers,
+    # 2 kv heads, 24 bytes a token.
+    message = refusal(kv_cache_memory_bytes=5 * 24 * 128 * 2 * 2)
+    assert message.startswith(f"{_PREFIX}one sequence of --max-model-len 1024 needs 0.2 MiB")
+    assert "(20 blocks)" in message
+    assert "there are 0.1 MiB (5 blocks)" in message
+    assert message.endswith(
+        "raise --kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
+    )
+
+
+@pytest.mark.parametrize("blocks", [19, 20])
+def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
+    def start() -> Any:
+        return engine_config(num_gpu_blocks_override=blocks)
+
+    if blocks < 20:
+        with pytest.raises(KiviConfigError, match=r"\(20 blocks\).*\(19 blocks\)"):
+            start()
+    else:
+        start()
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [
+        # ceil((128 + 5) / 12) = 12 ring pages.
+        (
+            dict(
+                speculative_config=dict(
+                    method="ngram", num_speculative_tokens=5, prompt_lookup_max=3
+                )
+            ),
+            21,
+        ),
+        # 3 more groups for the last 32 tokens of a block, 12 in a page each.
+        (dict(additional_config={"kivi": {"residual_length": 32}}), 47),
+    ],
+    ids=["draft tokens", "tails"],
+)
+def test_memory_counts(settings: dict[str, Any], blocks: int) -> None:
+    assert f"({blocks} blocks)" in refusal(num_gpu_blocks_override=19, **settings)
+
+
+def test_length_that_vllm_fits_to_the_memory_is_not_refused() -> None:
+    engine_config(config_only(), max_model_len=-1, kv_cache_memory_bytes=1 << 16)

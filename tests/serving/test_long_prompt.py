@@ -1,0 +1,51 @@
+"""A fact early in a prompt of 7,000 tokens: `kivi4` answers as bf16 does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+model, dtype = sys.argv[1:]
+llm = LLM(model, kv_cache_dtype=dtype, max_model_len=8192, kv_cache_memory_bytes=512 << 20,
+          enforce_eager=True)
+tokenizer = llm.get_tokenizer()
+fact = "Remember this: the password of the old lighthouse is 'marigold'. "
+filler = " ".join(f"On day {n} the keeper wrote down the wind and the tide." for n in range(3000))
+question = " Question: what is the password of the old lighthouse? Answer: the password is '"
+head, tail = tokenizer.encode(fact), tokenizer.encode(question)
+middle = tokenizer.encode(filler)[: 7000 - len(head) - len(tail)]
+prompt = head + middle + tail
+sampling = SamplingParams(max_tokens=12, temperature=0, stop="'")
+out = llm.generate([{"prompt_token_ids": prompt}], sampling)
+print(json.dumps({"length": len(prompt), "text": out[0].outputs[0].text}))
+"""
+
+
+def ask(model: Path, dtype: str) -> dict:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), dtype],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # vLLM may log a last word after ours.
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def test_fact_early_on(model: Path) -> None:
+    full, quantized = ask(model, "auto"), ask(model, "kivi4")
+    assert full["length"] == quantized["length"] == 7000
+    assert full["text"] == "marigold", "the model itself does not know: nothing is tested"
+    assert quantized["text"] == full["text"]

@@ -1,0 +1,154 @@
+"""KIVI's formula and the page layout once more, in NumPy, from their documentation alone.
+
+Nothing here imports `kivi_vllm`: the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Doubles = NDArray[np.float64]
+
+TOKENS = 128
+NAN_HALF = 0x7E00
+
+
+def to_half(x: Floats) -> NDArray[np.float16]:
+    """Nearest fp16; what lies beyond its range becomes ±65504. NaN stays."""
+    return np.clip(x, np.float32(-65504), np.float32(65504)).astype(np.float16)
+
+
+def quantize(groups: Floats, bits: int) -> tuple[Bytes, NDArray[np.float16], NDArray[np.float16]]:
+    """Groups, one a row: codes [n, G], scale [n] and zero [n]."""
+    top = np.float32(2**bits - 1)
+    with np.errstate(all="ignore"):
+        low, high = groups.min(1), groups.max(1)
+        spread = high - low
+        spread[high == low] = 0  # two equal infinities too
+        zero, scale = to_half(low), to_half(spread / top)
+        steps = np.rint(
+            (groups - zero[:, None].astype(np.float32)) / scale[:, None].astype(np.float32)
+        )
+        steps[~(scale > 0)] = 0  # scale 0 or NaN
+        codes = np.minimum(np.maximum(steps, 0), top).astype(np.uint8)
+    return codes, scale, zero
+
+
+def layout(k_bits: int, v_bits: int, g: int, d: int) -> dict[str, tuple[int, int]]:
+    """Start and end byte of each field of a page."""
+    sizes = {
+        "k_scale": 256 * d // g,
+        "k_zero": 256 * d // g,
+        "k_codes": 16 * d * k_bits,
+        "v_scale": 256 * d // g,
+        "v_zero": 256 * d // g,
+        "v_codes": 16 * d * v_bits,
+    }
+    ends = np.cumsum(list(sizes.values())).tolist()
+    return {name: (end - n, end) for (name, n), end in zip(sizes.items(), ends, strict=True)}
+
+
+def pack(codes: Bytes, bits: int) -> Bytes:
+    """Codes [..., n] -> bytes; the first of a byte's codes has its lowest bits."""
+    per_byte = 8 // bits
+    out = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_byte), np.uint8)
+    for i in range(per_byte):
+        out |= codes[..., i::per_byte] << np.uint8(i * bits)
+    return out
+
+
+def unpack(packed: Bytes, bits: int) -> Bytes:
+    """Inverse of `pack`."""
+    per_byte = 8 // bits
+    out = np.zeros((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
+    for i in range(per_byte):
+        out[..., i::per_byte] = (packed >> np.uint8(i * bits)) & np.uint8(2**bits - 1)
+    return out
+
+
+def encode_page(k: Floats, v: Floats, k_bits: int, v_bits: int, g: int) -> Bytes:
+    """One block of one kv head, k and v [128, D] -> page bytes."""
+    d = k.shape[1]
+    k_codes, v_codes = np.zeros((2, TOKENS, d), np.uint8)
+    k_scale, k_zero = np.zeros((2, TOKENS // g, d), np.float16)
+    v_scale, v_zero = np.zeros((2, TOKENS, d // g), np.float16)
+    for i in range(TOKENS // g):  # g tokens of every channel
+        part = slice(i * g, (i + 1) * g)
+        codes, k_scale[i], k_zero[i] = quantize(k[part].T, k_bits)
+        k_codes[part] = codes.T
+    for i in range(d // g):  # g channels of every token
+        part = slice(i * g, (i + 1) * g)
+        v_codes[:, part], v_scale[:, i], v_zero[:, i] = quantize(v[:, part], v_bits)
+    fields = {
+        "k_scale": k_scale,
+        "k_zero": k_zero,
+        "k_codes": pack(k_codes, k_bits),
+        "v_scale": v_scale,
+        "v_zero": v_zero,
+        "v_codes": pack(v_codes, v_bits),
+    }
+    at = layout(k_bits, v_bits, g, d)
+    page = np.full(max(end for _, end in at.values()), 0xEE, np.uint8)
+    for name, (start, end) in at.items():
+        page[start:end] = np.frombuffer(fields[name].tobytes(), np.uint8)
+    return page
+
+
+def decode_page(page: Bytes, k_bits: int, v_bits: int, g: int, d: int) -> tuple[Floats, Floats]:
+    """Page bytes -> k, v [128, D]."""
+    raw = {name: page[slice(*at)].tobytes() for name, at in layout(k_bits, v_bits, g, d).items()}
+    half = {n: np.frombuffer(b, np.float16).astype(np.float32) for n, b in raw.items()}
+    k_codes = unpack(np.frombuffer(raw["k_codes"], np.uint8).reshape(TOKENS, -1), k_bits)
+    v_codes = unpack(np.frombuffer(raw["v_codes"], np.uint8).reshape(TOKENS, -1), v_bits)
+    k, v = k_codes.astype(np.float32), v_codes.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        for s in range(TOKENS):
+            row = slice(s // g * d, (s // g + 1) * d)
+            k[s] = k[s] * half["k_scale"][row] + half["k_zero"][row]
+        for c in range(d):
+            col = slice(c // g, None, d // g)
+            v[:, c] = v[:, c] * half["v_scale"][col] + half["v_zero"][col]
+    return k, v
+
+
+def canonical(page: Bytes, k_bits: int, v_bits: int, g: int, d: int) -> Bytes:
+    """The page with one NaN and one zero: the formula leaves their bits and sign open."""
+    page = page.copy()
+    for name, (start, end) in layout(k_bits, v_bits, g, d).items():
+        if not name.endswith("codes"):
+            half = page[start:end].view(np.float16)
+            bits = page[start:end].view(np.uint16)
+            bits[np.isnan(half)] = NAN_HALF
+            bits[half == 0] = 0
+    return page
+
+
+def attention(
+    q: Doubles,
+    k: Doubles,
+    v: Doubles,
+    t: NDArray[np.int_],
+    scale: float,
+    soft_cap: float,
+    slopes: Doubles | None,
+    window: int,
+) -> Doubles:
+    """Queries [n, num_heads, D] at positions t [n] over k, v [.., num_kv_heads, D], in float64."""
+    out = np.empty_like(q)
+    per_kv_head = q.shape[1] // k.shape[1]
+    distance = np.arange(len(k))[None] - t[:, None]  # of the key, from the query
+    visible = (distance <= 0) & ((distance > -window) if window else True)
+    for h in range(q.shape[1]):
+        # einsum, for it starts no threads, which would be slow for many small products.
+        scores = scale * np.einsum("td,sd->ts", q[:, h], k[:, h // per_kv_head])
+        if soft_cap:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        if slopes is not None:
+            scores = scores + slopes[h] * distance
+        scores = np.where(visible, scores, -np.inf)
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        out[:, h] = np.einsum("ts,sd->td", p / p.sum(1, keepdims=True), v[:, h // per_kv_head])
+    return out

@@ -1,0 +1,294 @@
+"""Drives the three operators as an engine would, and knows in float64 what they must give.
+
+A simulator owns one pool of pages, from which the quantized pages, the ring and the tails of its
+requests are drawn in random order. The pool starts as 0xFF bytes, a NaN in every dtype, and the
+entries of the tables beyond what a request holds point at page 0, which stays so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from kivi_vllm.config import DTYPES
+from kivi_vllm.ops import reference
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+from tests.unit import kivi_numpy
+
+B = 128
+TOLERANCE = 2e-5
+POISON = 255
+SPARE = 2  # heads and tokens of the inputs, and entries of the tables, that nobody may read
+
+
+def first_raw(t: int, residual: int) -> int:
+    """F(t): position t sees s at full precision iff s >= F(t)."""
+    return max(0, B * (t // B) - residual)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its settings."""
+
+    dtype: str = "kivi2"
+    group: int = 32
+    residual: int = 0
+    heads: tuple[int, int] = (4, 2)
+    head_size: int = 64
+    model: torch.dtype = torch.float32
+    exact: bool = False
+    drafts: int = 0
+    scale: float | None = None
+    soft_cap: float = 0.0
+    alibi: bool = False
+    window: int = 0
+    tokens: int = 300
+
+    def __str__(self) -> str:
+        """For example kivi2-G32-R0-H4x2-D64-T300."""
+        name = f"{self.dtype}-G{self.group}-R{self.residual}"
+        name += f"-H{self.heads[0]}x{self.heads[1]}-D{self.head_size}-T{self.tokens}"
+        short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
+        more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
+        more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
+        words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
+        return "-".join([name + short, *words])
+
+    @property
+    def fmt(self) -> PageFormat:
+        return PageFormat(*DTYPES[self.dtype], self.group, self.head_size, self.model)
+
+    @property
+    def params(self) -> AttentionParams:
+        n = self.heads[0]
+        slopes = torch.tensor([2.0 ** (-8 * (i + 1) / n) for i in range(n)]) if self.alibi else None
+        scale = self.scale or self.head_size**-0.5
+        return AttentionParams(scale, self.soft_cap, slopes, self.window)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence; `q`, `k` and `v` are all that it will ever have, [tokens, heads, head_size]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    output: torch.Tensor
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    ring: list[int] = field(default_factory=list)
+    tails: dict[int, list[int]] = field(default_factory=dict)
+    quantized: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+
+class Simulator:
+    """Requests, their pages, and the truth."""
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        ops: Any = reference,
+        rule: Callable[[int, int], int] = first_raw,
+        ring_capacity: int | None = None,
+        num_pages: int = 256,
+        device: str = "cpu",
+        output_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.case, self.fmt, self.ops, self.rule, self.device = case, case.fmt, ops, rule, device
+        self.output_dtype = output_dtype
+        self.rng = np.random.default_rng(seed)
+        self.requests: list[Request] = []
+        per_page = self.fmt.raw_tokens
+        self.ring_pages = -(-(B + case.drafts) // per_page)
+        self.ring_capacity = ring_capacity or self.ring_pages * per_page
+        self.num_tails = -(-case.residual // per_page)
+        # Pages of a block of another layer lie between ours.
+        shape = (num_pages, 2, case.heads[1], self.fmt.page_bytes)
+        self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
+        self.touched = {0}
+
+    # ------------------------------------------------------------ requests
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Numbers of the model's dtype, with channels of different size and mean."""
+        size, mean = np.linspace(0.5, 2, shape[-1]), np.sin(np.arange(shape[-1]))
+        return torch.from_numpy(self.rng.normal(size=shape) * size + mean).to(self.case.model)
+
+    def add(self, tokens: int, like: Request | None = None, hit_blocks: int = 0) -> Request:
+        """A new request; with `like`, one whose first `hit_blocks` are that request's."""
+        (hq, hkv), d = self.case.heads, self.case.head_size
+        out = torch.full((tokens, hq, d), torch.nan)
+        new = Request(*(self.random(tokens, h, d) for h in (hq, hkv, hkv)), out)
+        if like:
+            self._grow(like, hit_blocks * B)  # perhaps in the step that is to come
+            new.computed = hit_blocks * B
+            for mine, theirs in ((new.k, like.k), (new.v, like.v)):
+                mine[: new.computed] = theirs[: new.computed]
+            new.blocks = like.blocks[:hit_blocks]
+            new.tails = {hit_blocks - 1: like.tails[hit_blocks - 1]}
+        self.requests.append(new)
+        return new
+
+    def rewind(self, request: Request, to: int) -> None:
+        """The tokens from position `to` on were rejected: others take their place."""
+        request.computed = to
+        for x in (request.q, request.k, request.v):
+            x[to:] = self.random(*x[to:].shape)
+        request.quantized = {s: x for s, x in request.quantized.items() if s + B <= to}
+
+    def finish(self, request: Request) -> None:
+        """Its pages go back, contents and all."""
+        self.requests.remove(request)
+
+    def _grow(self, request: Request, upto: int) -> None:
+        def more(held: list[int], wanted: int) -> None:
+            if len(held) >= wanted:
+                return
+            used = {0}
+            for r in self.requests:
+                used |= {*r.blocks, *r.ring}.union(*r.tails.values())
+            free = sorted(set(range(len(self.pool))) - used)
+            held += self.rng.permutation(free)[: wanted - len(held)].tolist()
+            assert len(held) == wanted, "the simulator's pool is too small"
+            self.touched |= set(held)
+
+        more(request.blocks, -(-upto // B))
+        more(request.ring, min(self.ring_pages, -(-upto // self.fmt.raw_tokens)))
+        for block in range(request.computed // B, upto // B):
+            more(request.tails.setdefault(block, []), self.num_tails)
+
+    # ---------------------------------------------------------------- steps
+
+    def step(self, counts: Mapping[Request, int]) -> None:
+        """Compute the next tokens of some requests in one batch, and compare with the truth."""
+        counts = {r: min(n, len(r) - r.computed) for r, n in counts.items()}
+        for request, n in counts.items():
+            self._grow(request, request.computed + n)
+        order = [self.requests[i] for i in self.rng.permutation(len(self.requests))]
+        rows, at = [], 0
+        for index, request in enumerate(order):
+            if n := counts.get(request, 0):
+                rows.append(Row(index, at, at + n, request.computed, request.computed + n))
+                at += n
+        table = self._table([r.blocks for r in order])
+        step = Step(rows, table, not self.case.exact, 1 + self.case.drafts)
+        q, k, v = self._inputs(rows, order, at)
+        shape = (at + SPARE, *order[0].q.shape[1:])
+        output = torch.full(shape, torch.nan, dtype=self.output_dtype, device=self.device)
+
+        cache = self._cache(order)
+        self.ops.store_blocks(step, cache, k, v)
+        self.ops.attend(step, cache, q, k, v, self.case.params, output)
+        self.ops.store_ring(step, cache, k, v)
+
+        for row in rows:
+            request = order[row.index]
+            request.output[row.a : row.b] = output[row.q0 : row.q1].float().cpu()
+            request.computed = row.b
+            self.check(request, row.a, row.b)
+        assert output[at:].isnan().all(), "padding of the output was written"
+
+    def run(self, *requests: Request, longest: int = 200) -> None:
+        """All the rest of the requests, in ragged batches of random chunks."""
+        while live := [r for r in requests if r.computed < len(r)]:
+            counts = {r: int(self.rng.integers(0, longest)) for r in live}
+            # Some decode, some prefill, some have nothing in this step.
+            self.step({r: n if self.rng.random() < 0.6 else min(n, 1) for r, n in counts.items()})
+
+    def _table(self, rows: list[list[int]]) -> torch.Tensor:
+        table = torch.zeros(len(rows), max(map(len, rows)) + SPARE, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        return table.to(self.device)
+
+    def _inputs(self, rows: list[Row], order: list[Request], n: int) -> tuple[torch.Tensor, ...]:
+        """Parts of one tensor, as of a fused projection, with NaN around them."""
+        (hq, hkv), d = self.case.heads, self.case.head_size
+        fused = torch.full((n + SPARE, hq + 2 * hkv + SPARE, d), torch.nan).to(self.case.model)
+        for row in rows:
+            r = order[row.index]
+            parts = [x[row.a : row.b] for x in (r.q, r.k, r.v)]
+            fused[row.q0 : row.q1, : hq + 2 * hkv] = torch.cat(parts, 1)
+        return fused.to(self.device).split([hq, hkv, hkv, SPARE], 1)[:3]
+
+    def _cache(self, order: list[Request]) -> LayerCache:
+        pages = self.pool[:, 1]
+        raw = pages.unflatten(2, (self.fmt.raw_tokens, -1)).view(self.case.model)
+        tails = []
+        for i in range(self.num_tails):
+            for r, row in zip(order, ids := [[0] * len(r.blocks) for r in order], strict=True):
+                for block, held in r.tails.items():
+                    if block >= r.computed // B - 1:  # older ones are not held any more
+                        row[block] = held[i]
+            tails.append(Raw(raw, self._table(ids)))
+        ring = Raw(raw, self._table([r.ring for r in order]))
+        capacity, residual = self.ring_capacity, self.case.residual
+        return LayerCache(self.fmt, pages, ring, capacity, tuple(tails), residual)
+
+    # ---------------------------------------------------------------- truth
+
+    def check(self, request: Request, a: int, b: int) -> None:
+        """Assert that the outputs of one row are float64 attention over what it should see."""
+        decode = b - a <= 1 + self.case.drafts
+        by_position = decode or not self.case.exact
+        seen = [self.rule(t if by_position else a, self.case.residual) for t in range(a, b)]
+        wanted = truth(request, a, b, seen, self.case)
+        got = request.output[a:b].double().numpy()
+        error = np.abs(got - wanted).max(-1) / np.abs(wanted).max(-1)
+        unit = torch.finfo(self.output_dtype).eps if self.output_dtype != torch.float32 else 0
+        bad = np.argwhere(~(error <= TOLERANCE + unit))
+        assert not bad.size, (
+            f"positions {sorted({a + int(i) for i, _ in bad})[:8]} of row {a}..{b} are off by up "
+            f"to {error.max():.2g} (of {len(bad)} heads)"
+        )
+
+    def check_untouched(self) -> None:
+        """No page was written that no request has ever held, nor another layer's."""
+        others = [0, *set(range(len(self.pool))) - self.touched]
+        assert (self.pool[others, 1] == POISON).all()
+        assert (self.pool[:, 0] == POISON).all()
+
+
+def quantized(k: torch.Tensor, v: torch.Tensor, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """One block [128, num_kv_heads, D] as its pages give it back."""
+    k_bits, v_bits = DTYPES[case.dtype]
+    out = k.double().numpy().copy(), v.double().numpy().copy()
+    for h in range(case.heads[1] if k_bits else 0):
+        heads = k[:, h].float().numpy(), v[:, h].float().numpy()
+        page = kivi_numpy.encode_page(*heads, k_bits, v_bits, case.group)
+        out[0][:, h], out[1][:, h] = kivi_numpy.decode_page(
+            page, k_bits, v_bits, case.group, case.head_size
+        )
+    return out
+
+
+def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.ndarray:
+    """Attention in float64 of positions a..b-1, of which t sees `seen[t - a]` on as it was."""
+    k, v = (x[:b].double().numpy() for x in (request.k, request.v))
+    for s in range(0, max(seen), B):
+        if s not in request.quantized:
+            block = slice(s, s + B)
+            request.quantized[s] = quantized(request.k[block], request.v[block], case)
+    out = np.empty((b - a, case.heads[0], case.head_size))
+    for f in set(seen):
+        at = np.array([t for t in range(a, b) if seen[t - a] == f])
+        kf, vf = k.copy(), v.copy()
+        for s in range(0, f, B):
+            lossy = slice(s, min(s + B, f))
+            kf[lossy], vf[lossy] = (x[: lossy.stop - s] for x in request.quantized[s])
+        q, params = request.q[at].double().numpy(), case.params
+        slopes = None if params.alibi_slopes is None else params.alibi_slopes.numpy()
+        out[at - a] = kivi_numpy.attention(
+            q, kf, vf, at, params.scale, params.logits_soft_cap, slopes, params.sliding_window
+        )
+    return out
