@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-import torch
+import torch  # noqa: E402  (reads OMP_NUM_THREADS)
 
 VOCAB = 512
 
@@ -89,15 +88,7 @@ def engine(model: str, kv_cache_dtype: str = "kivi2", **kwargs: Any) -> Iterator
         skip_tokenizer_init=True,
         seed=0,
     )
-    # While it starts, vLLM's kernel dispatcher reads `__dict__` of everything in every
-    # module; llvmlite's library handle (n-gram drafts use numba) answers that with a
-    # foreign function, and the next engine of this process would not start.
-    llvmlite = sys.modules.pop("llvmlite.binding.ffi", None)
-    try:
-        llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**defaults, **kwargs})
-    finally:
-        if llvmlite is not None:
-            sys.modules["llvmlite.binding.ffi"] = llvmlite
+    llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**defaults, **kwargs})
     try:
         yield llm
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,17 @@ def attach_residual_to_layers() -> None:
     from vllm.model_executor.layers.attention import Attention
 
     def make(original: Callable) -> Callable:
+        signature = inspect.signature(original)
+
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            from vllm.config import get_current_vllm_config
+
+            # Falcon leaves its layers' cache configuration out: they would take the
+            # default dtype, whatever the user chose, without a word.
+            given = signature.bind(self, *args, **kwargs).arguments.get("cache_config")
+            cache_config = get_current_vllm_config().cache_config
+            if given is None and is_kivi(cache_config.cache_dtype):
+                kwargs["cache_config"] = cache_config
             original(self, *args, **kwargs)
             if is_kivi(self.kv_cache_dtype):
                 from kivi_vllm.attention.cache import attach

@@ -84,7 +84,8 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
             "leave it out"
         )
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+    connector = vllm_config.kv_transfer_config is not None  # makes vLLM disable the manager
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not connector:
         yield (
             "the full-precision residual needs the hybrid KV cache manager; "
             "leave out --disable-hybrid-kv-cache-manager"
@@ -95,8 +96,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
             "backend out, it follows from the cache dtype"
         )
-    if vllm_config.kv_transfer_config is not None:
-        yield "KV connectors and KV offloading are not tested; leave out --kv-transfer-config"
+    if connector:
+        yield (
+            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
+            "and --kv-offloading-size"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in SPECULATION:
         yield (

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm.ops import reference
+from tests.quick import quick_engines
 
 POISON = 0xFF  # NaN in fp16, bf16 and fp32 alike; as codes, the largest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quick() -> Iterator[None]:
+    with quick_engines():
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
-from tests.models.quick import quick_engines
+from tests.quick import quick_engines
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -11,14 +11,22 @@ from tests.models.child import results_in_child
 from tests.models.harness import LOSSLESS, PROMPTS, own_attention, worst
 
 
-def test_compiled_model_equals_the_eager_one() -> None:
+def test_compiled_model_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
     model = tiny_model()
     expected = own_attention(model)
+    # `tests.engine` switches compilation off for all others.
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     with engine(model, "kivi_raw", enforce_eager=False, max_num_batched_tokens=200) as llm:
         compilation = llm.llm_engine.vllm_config.compilation_config
         assert compilation.mode.name != "NONE"
         assert compilation.backend == "inductor"
         assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS
+    assert graphs["unique_graphs"] > before
 
 
 def test_tensor_parallel_over_two_processes_equals_one(tmp_path: Path) -> None:
@@ -36,9 +44,6 @@ def test_tensor_parallel_over_two_processes_equals_one(tmp_path: Path) -> None:
         [run],
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `backends` sends a function to the workers
-        # vLLM binds each worker to a memory node of its own unless told otherwise.
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        OMP_NUM_THREADS="1",
     )
     assert parallel["backends"] == ["KIVI"]
     for answer, tokens, logprobs in zip(

@@ -94,6 +94,7 @@ def test_whole_prompts_with_the_lossless_codec_equal_vllms_own_attention(name: s
     path = FAMILIES[name].path
     expected = own_attention(path)
     with engine(path, "kivi_raw", kivi={"prefill": "exact", "residual_length": 64}) as llm:
+        assert backends(llm) == {"KIVI"}
         assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS
 
 

@@ -11,10 +11,7 @@ from tests.models.child import results, results_in_child
 def test_other_dtypes_are_the_same_with_and_without_the_plugin(tmp_path: Path) -> None:
     model = tiny_model()
     runs = [dict(kv_cache_dtype=dtype) for dtype in ("auto", "fp8")]
-    # As many threads as here, or sums would be split differently.
-    without = results_in_child(
-        tmp_path, model, runs, VLLM_PLUGINS="none-of-them", OMP_NUM_THREADS="1"
-    )
+    without = results_in_child(tmp_path, model, runs, VLLM_PLUGINS="none-of-them")
     with_plugin = results(model, runs)
     assert [run.pop("kivi_dtypes") for run in without] == [False, False]
     assert [run.pop("kivi_dtypes") for run in with_plugin] == [True, True]

@@ -144,6 +144,7 @@ def test_what_is_supported_passes() -> None:
 
 
 def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")  # which `tests.engine` sets
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert refusal(enforce_eager=False) == (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 _IMPORTED_BY_EVERY_ENGINE = (
     "torch._dynamo",
@@ -27,16 +26,12 @@ def quick_engines() -> Iterator[None]:
     from vllm.model_executor.models import registry
     from vllm.platforms.cpu import CpuPlatform
 
-    # Tiny models gain nothing from threads, and lose much where others use the cores too.
-    # Not by torch's public name, which vLLM disables in a process with an engine.
-    threads = torch.get_num_threads()
-    torch._C.set_num_threads(1)
-
     register = CpuPlatform.register_triton_kernel_overrides
     registered = []
 
     def once(cls: type) -> None:
-        # Every engine searches all modules anew for kernels to replace.
+        # Every engine searches all modules anew for kernels to replace, and fails where
+        # numba, which n-gram drafts need, has been imported meanwhile.
         if not registered:
             registered.append(register())
 
@@ -58,4 +53,3 @@ def quick_engines() -> Iterator[None]:
             yield
         finally:
             unfreeze()
-            torch._C.set_num_threads(threads)
