@@ -13,7 +13,7 @@ demo: setup  ## serve a small model with the 2-bit cache and ask it something
 	@$(BIN)/kivi-vllm demo
 
 test: lint  ## lint, types and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
