@@ -17,6 +17,8 @@ _IMPORTED_BY_EVERY_ENGINE = (
     "vllm.v1.worker.cpu_worker",
 )
 
+_registered: list[None] = []
+
 
 @contextlib.contextmanager
 def quick_engines() -> Iterator[None]:
@@ -27,13 +29,12 @@ def quick_engines() -> Iterator[None]:
     from vllm.platforms.cpu import CpuPlatform
 
     register = CpuPlatform.register_triton_kernel_overrides
-    registered = []
 
     def once(cls: type) -> None:
         # Every engine searches all modules anew for kernels to replace, and fails where
         # numba, which n-gram drafts need, has been imported meanwhile.
-        if not registered:
-            registered.append(register())
+        if not _registered:
+            _registered.append(register())
 
     def here(function: Callable[[], Any]) -> Any:
         # vLLM asks a fresh process about each model class, to keep CUDA uninitialized here.

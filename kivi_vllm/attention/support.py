@@ -59,6 +59,11 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
         "state-space or linear attention layers": model.is_hybrid or model.is_attention_free,
         "pooling instead of generation": model.runner_type != "generate",
         "multimodal inputs (not tested)": model.is_multimodal_model,
+        # The layers refuse these too, but only once a worker builds them.
+        "attention sinks": model.hf_text_config.model_type == "gpt_oss",
+        "KV cache sharing between layers": bool(
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0)
+        ),
     }
     for kind, present in kinds.items():
         if present:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.refusals.configs import config_only, refusal
+from tests.refusals.configs import config_only, gemma3n, gpt_oss, refusal
 
 _MLA = dict(
     kv_lora_rank=64,
@@ -53,6 +54,16 @@ def test_kind_of_model(
     message = refusal(config_only(model_type, architecture, **overrides), max_model_len=256)
     assert f"--kv-cache-dtype kivi2: models with {kind} are not supported" in message
     assert "use --kv-cache-dtype auto or fp8 for this model" in message
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [(gpt_oss, "attention sinks"), (gemma3n, "KV cache sharing between layers")],
+    ids=["gpt_oss", "gemma3n"],
+)
+def test_kind_of_attention(build: Callable[[], str], kind: str) -> None:
+    message = refusal(build())
+    assert f"--kv-cache-dtype kivi2: models with {kind} are not supported" in message
 
 
 def test_a_generation_model_run_as_a_pooling_model() -> None:

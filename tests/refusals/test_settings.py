@@ -37,7 +37,8 @@ _PREFIX = "--kv-cache-dtype kivi2: "
         ),
         (
             dict(kv_offloading_size=1),
-            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config",
+            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
+            "and --kv-offloading-size",
         ),
         (
             dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3}),
@@ -72,7 +73,7 @@ def test_kv_connector() -> None:
     connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
     message = refusal(kv_transfer_config=connector)
     assert "KV connectors and KV offloading are not tested" in message
-    assert "leave out --kv-transfer-config" in message
+    assert "leave out --kv-transfer-config and --kv-offloading-size" in message
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle"])

@@ -1,0 +1,59 @@
+"""A vLLM that this plugin does not know: left alone, with one warning."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
+from kivi_vllm import plugin
+from kivi_vllm.attention import compat
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [
+        ("0.32.0", True),
+        ("0.32.1+cpu", True),
+        ("0.33.0", True),
+        ("0.31.2", False),
+        ("0.34.0", False),
+        ("1.0", False),
+        ("", False),
+    ],
+)
+def test_supported(version: str, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    ok, found = compat.supported_vllm()
+    assert ok is supported
+    assert version in found
+
+
+def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    steps = [name for name in vars(compat) if name.startswith(("register_", "select_", "attach_"))]
+    assert len(steps) == 5
+    for name in [*steps, "check_engine_config"]:
+        monkeypatch.setattr(compat, name, lambda name=name: called.append(name))
+    warnings: list[str] = []
+
+    class Catch(logging.Handler):
+        def emit(self, record: Any) -> None:
+            warnings.append(record.getMessage())
+
+    logger = logging.getLogger("vllm.kivi_vllm")
+    handler = Catch()
+    logger.addHandler(handler)
+    try:
+        monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
+        plugin.register()
+        assert not called
+        assert len(warnings) == 1
+        assert "found vLLM 0.31.2, not one of 0.32, 0.33" in warnings[0]
+        monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0")
+        plugin.register()
+        assert len(called) == 6
+    finally:
+        logger.removeHandler(handler)
