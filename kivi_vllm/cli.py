@@ -84,11 +84,14 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; the model's own if not given.")
     ] = None,
+    additional_config: Annotated[
+        str, typer.Option(help='Options of the KIVI dtypes: {"kivi": {...}}, as for vllm serve.')
+    ] = "{}",
 ) -> None:
     """Show how many tokens and sequences fit into a given memory, by cache format."""
     from kivi_vllm.plan import plan_table
 
-    plan_table(model, memory, max_model_len)
+    plan_table(model, memory, max_model_len, additional_config)
 
 
 def main(command: Callable[[], object] = app) -> None:

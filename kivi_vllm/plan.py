@@ -7,6 +7,7 @@ start ("KV cache size: ... tokens"). Nothing here repeats that arithmetic.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -172,11 +173,20 @@ def _one_worker(config: Any) -> Iterator[None]:
             cleanup_dist_env_and_memory()
 
 
-def plan_table(model: str, memory: str, max_model_len: int | None) -> list[Capacity]:
+def plan_table(
+    model: str, memory: str, max_model_len: int | None, additional_config: str = "{}"
+) -> list[Capacity]:
     """Print what fits into `memory` by cache dtype, and return it.
 
+    Args:
+        model: folder or name, as for `vllm serve`.
+        memory: as for `parse_memory`.
+        max_model_len: longest sequence; None: the model's own.
+        additional_config: JSON, as for `vllm serve --additional-config`.
+
     Raises:
-        UserError: the memory is no size, or no cache dtype can serve the model.
+        UserError: the memory is no size, the JSON no object, or no cache dtype can
+            serve the model.
 
     """
     from rich.table import Table
@@ -184,6 +194,13 @@ def plan_table(model: str, memory: str, max_model_len: int | None) -> list[Capac
     from kivi_vllm.progress import console
 
     memory_bytes = parse_memory(memory)
+    try:
+        additional = dict(json.loads(additional_config))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"--additional-config {additional_config!r} is no JSON object",
+            """write it as in --additional-config '{"kivi": {"group_size": 64}}'""",
+        ) from None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     table = Table(title=f"{model}: {memory} of KV cache")
     for column in ("--kv-cache-dtype", "tokens", "sequences of --max-model-len", "ratio"):
@@ -193,7 +210,13 @@ def plan_table(model: str, memory: str, max_model_len: int | None) -> list[Capac
     for cache_dtype in CACHE_DTYPES:
         with console.status(f"asking vLLM about {cache_dtype}"):
             try:
-                plan = capacity(model, cache_dtype, memory_bytes, max_model_len)
+                plan = capacity(
+                    model,
+                    cache_dtype,
+                    memory_bytes,
+                    max_model_len,
+                    additional_config=additional,
+                )
             except (ValueError, OSError, NotImplementedError) as error:
                 refused.append(f"{cache_dtype}: {str(error).strip().splitlines()[0]}")
                 continue

@@ -69,8 +69,15 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KiviMetadata:
-        """Take over what vLLM's model runner has prepared for this group."""
+        """Take over what vLLM's model runner has prepared for this group.
+
+        Raises:
+            NotImplementedError: the layers do not attend causally.
+
+        """
         m = common_attn_metadata
+        if m.causal is not True:
+            raise NotImplementedError("the KIVI cache serves causal attention only")
         return KiviMetadata(
             query_start_loc=m.query_start_loc_cpu[: m.num_reqs + 1],
             seq_lens=m.seq_lens[: m.num_reqs],
@@ -121,6 +128,10 @@ class KiviAttentionBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # `KiviMetadata.rows` plans from the query lengths on the CPU
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -33,7 +33,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ class RingSpec(CircularBufferSpec):
     """
 
     num_pages: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # vLLM makes layers of different page sizes fit by changing their block sizes:
+        # the ring would have other slots than `LayerCache` counts.
+        if self.block_size != BLOCK_SIZE or self.page_size_padded is not None:
+            raise KiviConfigError(
+                "the KIVI cache needs the same number and size of kv heads in all layers; "
+                "use --kv-cache-dtype auto or fp8 for this model"
+            )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What one request can take."""
@@ -213,7 +223,17 @@ class RawCache(AttentionLayerBase):
 
 
 def attach(attn: Attention, config: KiviConfig) -> None:
-    """Give an attention layer its ring and tails, named after it."""
+    """Give an attention layer its ring and tails, named after it.
+
+    Raises:
+        KiviConfigError: values of another head size than keys.
+
+    """
+    if attn.head_size_v != attn.head_size:
+        raise KiviConfigError(
+            f"the KIVI cache needs keys and values of one head size, not {attn.head_size} and "
+            f"{attn.head_size_v}; use --kv-cache-dtype auto or fp8 for this model"
+        )
     vllm_config = get_current_vllm_config()
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
     num_drafts = num_draft_tokens(vllm_config)

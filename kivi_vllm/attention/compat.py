@@ -159,10 +159,19 @@ def attach_residual_to_layers() -> None:
             if given is None and is_kivi(cache_config.cache_dtype):
                 kwargs["cache_config"] = cache_config
             original(self, *args, **kwargs)
-            if is_kivi(self.kv_cache_dtype):
-                from kivi_vllm.attention.cache import attach
+            if not is_kivi(self.kv_cache_dtype):
+                return
+            # Prefix-LM, chunked local and other special layers put a backend of their own
+            # making around the selected one; what it changes would go unnoticed.
+            if type(self) is not Attention or not hasattr(self.impl, "bind_residual"):
+                raise KiviConfigError(
+                    f"--kv-cache-dtype {self.kv_cache_dtype}: attention layers of type "
+                    f"{type(self).__name__} with backend {self.attn_backend.get_name()} are "
+                    "not supported; use --kv-cache-dtype auto or fp8 for this model"
+                )
+            from kivi_vllm.attention.cache import attach
 
-                attach(self, self.impl.config)
+            attach(self, self.impl.config)
 
         return __init__
 

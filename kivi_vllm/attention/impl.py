@@ -90,9 +90,15 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             output_scale, output_block_scale: fused output quantization.
 
         Raises:
-            NotImplementedError: fused output quantization was asked for.
+            NotImplementedError: fused output quantization was asked for, or the
+                model reads a layer's cache without new keys and values.
 
         """
+        if key is None or value is None:
+            raise NotImplementedError(
+                "reading a layer's KIVI cache without new keys and values is not supported; "
+                "use --kv-cache-dtype auto or fp8 for this model"
+            )
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported by KIVI")
         if attn_metadata is None or kv_cache.numel() == 0:

@@ -59,6 +59,7 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
         "state-space or linear attention layers": model.is_hybrid or model.is_attention_free,
         "pooling instead of generation": model.runner_type != "generate",
         "multimodal inputs (not tested)": model.is_multimodal_model,
+        "chunked local attention": model.attention_chunk_size is not None,
         # The layers refuse these too, but only once a worker builds them.
         "attention sinks": model.hf_text_config.model_type == "gpt_oss",
         "KV cache sharing between layers": bool(
@@ -89,14 +90,18 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
             "leave it out"
         )
-    connector = vllm_config.kv_transfer_config is not None  # makes vLLM disable the manager
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not connector:
+    connector = vllm_config.kv_transfer_config is not None
+    # These make vLLM itself disable the manager, and are refused by name.
+    disabled_by_vllm = connector or vllm_config.model_config.attention_chunk_size is not None
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not disabled_by_vllm:
         yield (
             "the full-precision residual needs the hybrid KV cache manager; "
             "leave out --disable-hybrid-kv-cache-manager"
         )
-    backend = vllm_config.attention_config.backend
-    if backend is not None and backend.name != "KIVI":
+    attention = vllm_config.attention_config
+    for backend in {attention.backend, *(attention.backend_per_kind or {}).values()} - {None}:
+        if backend.name == "KIVI":
+            continue
         yield (
             f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
             "backend out, it follows from the cache dtype"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from kivi_vllm.attention import support
 from kivi_vllm.config import KiviConfigError
 from tests.engine import engine
-from tests.refusals.configs import gemma3n, gpt_oss
+from tests.refusals.configs import engine_config, gemma3n, gpt_oss
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,70 @@ def test_kv_cache_shared_between_layers() -> None:
     message = _refusal(gemma3n())
     assert "KV cache sharing between layers" in message
     assert message.endswith("use --kv-cache-dtype auto or fp8")
+
+
+@pytest.fixture
+def config() -> Iterator[Any]:
+    """A configuration in which single layers can be made."""
+    from kivi_vllm.plan import _one_worker
+
+    config = engine_config()
+    with _one_worker(config):
+        yield config
+
+
+def _layer(config: Any, kind: type | None = None, **kwargs: Any) -> Any:
+    from vllm.model_executor.layers.attention import Attention
+
+    make: Any = kind or Attention
+    return make(
+        4, 32, 1.0, num_kv_heads=2, cache_config=config.cache_config, prefix="l.0", **kwargs
+    )
+
+
+def test_special_layer(config: Any) -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    class Special(Attention):
+        pass
+
+    with pytest.raises(KiviConfigError, match="layers of type Special with backend KIVI"):
+        _layer(config, Special)
+
+
+def test_layer_with_a_backend_of_its_own(config: Any) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    with pytest.raises(KiviConfigError, match="type Attention with backend CPU_ATTN"):
+        _layer(config, attn_backend=CPUAttentionBackend)
+
+
+def test_values_of_another_head_size(config: Any) -> None:
+    with pytest.raises(KiviConfigError, match="keys and values of one head size, not 32 and 64"):
+        _layer(config, head_size_v=64)
+
+
+def test_layers_of_different_page_sizes() -> None:
+    import torch
+
+    from kivi_vllm.attention.cache import ring_spec
+    from kivi_vllm.ops.format import PageFormat
+
+    spec = ring_spec(2, PageFormat(2, 2, 32, 64, torch.bfloat16), num_drafts=0)
+    for change in (dict(block_size=256), dict(page_size_padded=2 * spec.page_size_bytes)):
+        with pytest.raises(KiviConfigError, match="the same number and size of kv heads"):
+            replace(spec, **change)
+
+
+def test_reading_without_writing(config: Any) -> None:
+    layer = _layer(config)
+    with pytest.raises(NotImplementedError, match="without new keys and values"):
+        layer.impl.forward(layer, None, None, None, layer.kv_cache, None, None)
+
+
+def test_attention_that_is_not_causal(config: Any) -> None:
+    from kivi_vllm.attention.backend import KiviMetadataBuilder
+
+    builder = object.__new__(KiviMetadataBuilder)
+    with pytest.raises(NotImplementedError, match="causal attention only"):
+        builder.build(0, SimpleNamespace(causal=False))

@@ -69,6 +69,21 @@ def test_setting(settings: dict[str, Any], message: str) -> None:
     assert refusal(**settings) == _PREFIX + message
 
 
+def test_attention_backend_for_a_kind_of_layers() -> None:
+    message = refusal(attention_config={"backend_per_kind": {"full_attention": "CPU_ATTN"}})
+    assert "attention backend CPU_ATTN cannot read KIVI pages" in message
+
+
+def test_chunked_local_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config()
+    config.model_config.attention_chunk_size = 256
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM itself then does
+    with pytest.raises(KiviConfigError) as caught:
+        support.check(config)
+    assert "models with chunked local attention are not supported" in str(caught.value)
+    assert "disable-hybrid" not in str(caught.value)
+
+
 def test_kv_connector() -> None:
     connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
     message = refusal(kv_transfer_config=connector)
