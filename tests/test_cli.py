@@ -62,8 +62,10 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 RUN_DEMO = """
-import sys
+import signal, sys
 from pathlib import Path
+# As in a terminal: what a shell starts in the background inherits that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kivi_vllm.cli import main
 from kivi_vllm.demo import Demo
 mode, script, model, pids = sys.argv[1:]
