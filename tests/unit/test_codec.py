@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kivi_vllm.config import KiviConfig
-from kivi_vllm.ops import reference
+from kivi_vllm.ops import codec
 from kivi_vllm.ops.format import PageFormat
 from tests.unit import kivi_numpy
 
@@ -57,7 +57,7 @@ def blocks(draw: st.DrawFn, fmt: PageFormat, *, ordinary: bool = False) -> torch
 def both(fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Page bytes of the reference and of NumPy, with the NaN and zeros that are one alike."""
     bits = (fmt.k_bits, fmt.v_bits)
-    page = reference.encode_pages(k, v, fmt)
+    page = codec.encode_pages(k, v, fmt)
     ours = kivi_numpy.canonical(page.numpy(), *bits, fmt.group_size, fmt.head_size)
     theirs = kivi_numpy.encode_page(k.float().numpy(), v.float().numpy(), *bits, fmt.group_size)
     theirs = kivi_numpy.canonical(theirs, *bits, fmt.group_size, fmt.head_size)
@@ -84,9 +84,9 @@ def test_golden_page_of_2_bits() -> None:
         + bytes.fromhex("00bc") * 128  # v_zero
         + b"\xe4" * 1024  # v_codes: 0b11_10_01_00
     )
-    page = reference.encode_pages(k, v, fmt)
+    page = codec.encode_pages(k, v, fmt)
     assert page.numpy().tobytes() == wanted
-    assert all(map(torch.equal, reference.decode_pages(page, fmt), (k, v)))
+    assert all(map(torch.equal, codec.decode_pages(page, fmt), (k, v)))
 
 
 def test_golden_page_of_4_bits() -> None:
@@ -102,9 +102,9 @@ def test_golden_page_of_4_bits() -> None:
         + bytes.fromhex("00cc") * 128
         + bytes.fromhex("1032547698badcfe") * 256
     )
-    page = reference.encode_pages(k, v, fmt)
+    page = codec.encode_pages(k, v, fmt)
     assert page.numpy().tobytes() == wanted
-    assert all(map(torch.equal, reference.decode_pages(page, fmt), (k.float(), v.float())))
+    assert all(map(torch.equal, codec.decode_pages(page, fmt), (k.float(), v.float())))
 
 
 # x, bits -> codes, scale, zero of one group.
@@ -132,7 +132,7 @@ GROUPS = {
 @pytest.mark.parametrize("case", GROUPS.values(), ids=[*GROUPS])
 def test_literal_groups(case: tuple) -> None:
     x, bits, codes, scale, zero = case
-    ours = reference.quantize(torch.tensor(x), bits, 0)
+    ours = codec.quantize(torch.tensor(x), bits, 0)
     theirs = kivi_numpy.quantize(np.array([x], np.float32), bits)
     for got in (ours, [torch.from_numpy(part) for part in theirs]):
         assert got[0].flatten().tolist() == codes
@@ -142,8 +142,8 @@ def test_literal_groups(case: tuple) -> None:
 
 def test_literal_packing() -> None:
     codes = torch.tensor([[3, 0, 1, 2, 0, 0, 0, 1]], dtype=torch.uint8)
-    assert reference.pack(codes, 2).tolist() == [[0b10_01_00_11, 0b01_00_00_00]]
-    assert reference.pack(codes, 4).tolist() == [[0x03, 0x21, 0x00, 0x10]]
+    assert codec.pack(codes, 2).tolist() == [[0b10_01_00_11, 0b01_00_00_00]]
+    assert codec.pack(codes, 4).tolist() == [[0x03, 0x21, 0x00, 0x10]]
 
 
 # ---------------------------------------------------------------- properties
@@ -159,7 +159,7 @@ def test_pages_equal_numpy(data: st.DataObject, fmt: PageFormat) -> None:
     wanted = kivi_numpy.decode_page(
         theirs.numpy(), fmt.k_bits, fmt.v_bits, fmt.group_size, fmt.head_size
     )
-    for got, want in zip(reference.decode_pages(theirs, fmt), wanted, strict=True):
+    for got, want in zip(codec.decode_pages(theirs, fmt), wanted, strict=True):
         assert same(got, torch.from_numpy(want))
 
 
@@ -170,7 +170,7 @@ def test_any_bytes_decode_alike(data: st.DataObject, fmt: PageFormat) -> None:
     page = rng.integers(0, 256, fmt.page_bytes, np.uint8)
     bits = (fmt.k_bits, fmt.v_bits)
     wanted = kivi_numpy.decode_page(page, *bits, fmt.group_size, fmt.head_size)
-    for got, want in zip(reference.decode_pages(torch.from_numpy(page), fmt), wanted, strict=True):
+    for got, want in zip(codec.decode_pages(torch.from_numpy(page), fmt), wanted, strict=True):
         assert same(got, torch.from_numpy(want))
 
 
@@ -178,14 +178,14 @@ def test_any_bytes_decode_alike(data: st.DataObject, fmt: PageFormat) -> None:
 @settings(max_examples=40, deadline=None)
 def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
     x = [data.draw(blocks(fmt, ordinary=True)) for _ in range(2)]
-    page = reference.encode_pages(*x, fmt)
+    page = codec.encode_pages(*x, fmt)
     scales = [fmt.fields[name].of(page).double() for name in ("k_scale", "v_scale")]
     scales = [
         scales[0].repeat_interleave(fmt.group_size, 0),
         scales[1].repeat_interleave(fmt.group_size, 1),
     ]
     for got, true, scale, bits in zip(
-        reference.decode_pages(page, fmt), x, scales, (fmt.k_bits, fmt.v_bits), strict=True
+        codec.decode_pages(page, fmt), x, scales, (fmt.k_bits, fmt.v_bits), strict=True
     ):
         spread = (2**bits - 1) * scale
         # fp16 rounds zero and the whole spread by 2^-11 of their size; and there are subnormals.
@@ -197,18 +197,18 @@ def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
 @settings(max_examples=30, deadline=None)
 def test_packing_is_inverted(bits: int, seed: int, shape: tuple[int, ...]) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, shape, np.uint8)
-    packed = reference.pack(torch.from_numpy(codes), bits)
+    packed = codec.pack(torch.from_numpy(codes), bits)
     assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
     assert torch.equal(packed, torch.from_numpy(kivi_numpy.pack(codes, bits)))
-    assert torch.equal(reference.unpack(packed, bits), torch.from_numpy(codes))
+    assert torch.equal(codec.unpack(packed, bits), torch.from_numpy(codes))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_every_byte_is_unpacked_and_packed_again(bits: int) -> None:
     every = torch.arange(256, dtype=torch.uint8)
-    codes = reference.unpack(every, bits)
+    codes = codec.unpack(every, bits)
     assert torch.equal(codes, torch.from_numpy(kivi_numpy.unpack(every.numpy(), bits)))
-    assert torch.equal(reference.pack(codes, bits), every)
+    assert torch.equal(codec.pack(codes, bits), every)
 
 
 @given(st.data(), formats, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
@@ -219,7 +219,7 @@ def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison:
     s, c = data.draw(st.integers(0, 127)), data.draw(st.integers(0, d - 1))
     bad_k, bad_v = k.clone(), v.clone()
     bad_k[s, c] = bad_v[s, c] = poison
-    clean, dirty = reference.encode_pages(k, v, fmt), reference.encode_pages(bad_k, bad_v, fmt)
+    clean, dirty = codec.encode_pages(k, v, fmt), codec.encode_pages(bad_k, bad_v, fmt)
     k_group, v_group = torch.zeros(2, 128, d, dtype=torch.bool)
     k_group[s // g * g : s // g * g + g, c] = True
     v_group[s, c // g * g : c // g * g + g] = True
@@ -230,9 +230,9 @@ def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison:
             field, bits = fmt.fields[f"{name}_{part}"], getattr(fmt, f"{name}_bits")
             a, b = field.of(clean), field.of(dirty)
             if part == "codes":
-                a, b = reference.unpack(a, bits), reference.unpack(b, bits)
+                a, b = codec.unpack(a, bits), codec.unpack(b, bits)
             assert torch.equal(a[~mask], b[~mask])
-    decoded = (reference.decode_pages(page, fmt) for page in (clean, dirty))
+    decoded = (codec.decode_pages(page, fmt) for page in (clean, dirty))
     for a, b, group in zip(*decoded, (k_group, v_group), strict=True):
         assert torch.equal(a[~group], b[~group])
         assert b[~group].isfinite().all()
@@ -245,32 +245,32 @@ def test_raw_pages_are_verbatim(raw: torch.dtype) -> None:
     fmt = PageFormat.of(KiviConfig("kivi_raw"), 64, raw)
     k, v = torch.randn(2, 3, 128, 64).to(raw)
     k[0, :7, 0] = torch.tensor([-0.0, 1e-40, 1e30, float("inf"), -float("inf"), float("nan"), 1e-7])
-    page = reference.encode_pages(k, v, fmt)
+    page = codec.encode_pages(k, v, fmt)
     for block in range(3):
         stored = k[block].view(torch.uint8).flatten(), v[block].view(torch.uint8).flatten()
         assert torch.equal(page[block], torch.cat(stored))
-    for got, want in zip(reference.decode_pages(page, fmt), (k, v), strict=True):
+    for got, want in zip(codec.decode_pages(page, fmt), (k, v), strict=True):
         assert same(got, want.float())
 
 
 def test_leading_dimensions_and_strides() -> None:
     fmt = PageFormat(4, 2, 32, 64, torch.float16)
     k, v = torch.randn(2, 128, 3, 2, 64).half().permute(0, 2, 3, 1, 4)  # [3, 2, 128, 64] strided
-    pages = reference.encode_pages(k, v, fmt)
-    decoded = reference.decode_pages(pages, fmt)
+    pages = codec.encode_pages(k, v, fmt)
+    decoded = codec.decode_pages(pages, fmt)
     for i in range(3):
         for j in range(2):
             assert torch.equal(pages[i, j], both(fmt, k[i, j], v[i, j])[1])
-            alone = reference.decode_pages(pages[i, j].clone(), fmt)
+            alone = codec.decode_pages(pages[i, j].clone(), fmt)
             assert all(torch.equal(x[i, j], y) for x, y in zip(decoded, alone, strict=True))
 
 
 def test_negative_control_near_formulas_differ() -> None:
     """Codes of the unrounded zero and scale, and ties away from zero, are told apart."""
     x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    codes, _, _ = reference.quantize(x, 2, 1)
+    codes, _, _ = codec.quantize(x, 2, 1)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     unrounded = ((x - low) / ((high - low) / 3)).round().to(torch.uint8)
     assert 0 < (codes != unrounded).sum() < 100
     ties = torch.tensor([0.0, 0.5, 1.5, 2.5, 3.0])
-    assert reference.quantize(ties, 2, 0)[0].tolist() != (ties + 0.5).floor().tolist()
+    assert codec.quantize(ties, 2, 0)[0].tolist() != (ties + 0.5).floor().tolist()
