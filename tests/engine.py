@@ -48,6 +48,16 @@ BASE = dict(
     pad_token_id=0,
 )
 
+SETTINGS: dict[str, Any] = dict(
+    dtype="float32",
+    max_model_len=1024,
+    kv_cache_memory_bytes=32 << 20,
+    enforce_eager=True,
+    skip_tokenizer_init=True,
+    seed=0,
+)
+"""vLLM's engine arguments unless a test says otherwise."""
+
 
 @functools.cache
 def _models_dir() -> Path:
@@ -80,15 +90,7 @@ def engine(model: str, kv_cache_dtype: str = "kivi2", **kwargs: Any) -> Iterator
     kivi = kwargs.pop("kivi", None)
     if kivi is not None:
         kwargs["additional_config"] = {"kivi": kivi}
-    defaults: dict[str, Any] = dict(
-        dtype="float32",
-        max_model_len=1024,
-        kv_cache_memory_bytes=32 << 20,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
-    llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**defaults, **kwargs})
+    llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**SETTINGS, **kwargs})
     try:
         yield llm
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
 from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.toolchain import find_compiler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -136,18 +137,16 @@ def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.config import CompilationMode
 
     compilation = vllm_config.compilation_config
-    compiles = compilation.mode != CompilationMode.NONE and compilation.backend == "inductor"
-    if compiles and not find_compiler():
+    if compilation.mode == CompilationMode.NONE or compilation.backend != "inductor":
+        return
+    compiler = find_compiler()
+    if compiler is None:
         yield (
             "torch.compile needs a C++ compiler and none was found; install one "
             "(apt-get install g++), set CXX, or pass --enforce-eager"
         )
-
-
-def find_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would use on a CPU, or None."""
-    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return next((path for c in candidates if c and (path := shutil.which(c))), None)
+    elif not os.environ.get("CXX") and shutil.which("g++") is None:
+        yield f"torch.compile looks for $CXX or g++ only; set CXX={compiler}"
 
 
 def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Iterator[str]:

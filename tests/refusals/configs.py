@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kivi_vllm.config import KiviConfigError
-from tests.engine import BASE
+from tests.engine import BASE, SETTINGS
 
 
 @functools.cache
@@ -35,16 +35,8 @@ def engine_config(model: str | None = None, **kwargs: Any) -> Any:
     """vLLM's complete configuration, as `LLM()` and `vllm serve` make it."""
     from vllm.engine.arg_utils import EngineArgs
 
-    defaults: dict[str, Any] = dict(
-        kv_cache_dtype="kivi2",
-        dtype="float32",
-        max_model_len=1024,
-        kv_cache_memory_bytes=32 << 20,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
-    args = EngineArgs(model=model or config_only(), **{**defaults, **kwargs})
+    settings = {"kv_cache_dtype": "kivi2", **SETTINGS, **kwargs}
+    args = EngineArgs(model=model or config_only(), **settings)
     return args.create_engine_config()
 
 

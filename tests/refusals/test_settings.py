@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,20 @@ def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None
         "(apt-get install g++), set CXX, or pass --enforce-eager"
     )
     engine_config(enforce_eager=True)  # needs none
+
+
+def test_compilation_with_a_compiler_that_torch_does_not_look_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clang = tmp_path / "clang++"
+    clang.touch(mode=0o755)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    message = refusal(enforce_eager=False)
+    assert message == f"{_PREFIX}torch.compile looks for $CXX or g++ only; set CXX={clang}"
+    monkeypatch.setenv("CXX", str(clang))
+    engine_config(enforce_eager=False)
 
 
 # ------------------------------------------------------------------ memory
