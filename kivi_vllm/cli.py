@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kivi_vllm.demo import QUESTION, Demo
 from kivi_vllm.errors import UserError
 from kivi_vllm.progress import console
 
@@ -32,9 +33,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a model; SmolLM2-135M-Instruct if not given.")
     ] = None,
-    question: Annotated[
-        str, typer.Option(help="What to ask.")
-    ] = "Why is the sky blue? Answer in two sentences.",
+    question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 64,
     kv_cache_dtype: Annotated[
         CacheDtype, typer.Option(help="Cache format to compare with bf16.")
@@ -47,7 +46,6 @@ def demo(
     keep_log: Annotated[bool, typer.Option(help="Keep the servers' logs.")] = False,
 ) -> None:
     """Serve a small model with the quantized cache, ask it something, show the gain."""
-    from kivi_vllm.demo import Demo
     from kivi_vllm.doctor import refuse_if_unfit
 
     refuse_if_unfit()

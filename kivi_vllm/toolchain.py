@@ -18,6 +18,11 @@ def find_compiler() -> str | None:
     return None
 
 
+def torch_finds(compiler: str) -> bool:
+    """Whether torch.compile comes to `compiler` by itself: it knows `$CXX` and g++ alone."""
+    return bool(os.environ.get("CXX")) or Path(compiler).name == "g++"
+
+
 def has_python_headers() -> bool:
     """Whether Python.h is there, which what torch.compile generates includes."""
     return (Path(sysconfig.get_path("include")) / "Python.h").is_file()

@@ -20,9 +20,7 @@ from typing import Any, get_args
 
 import torch
 
-from kivi_vllm.config import DTYPES, KiviConfig, KiviConfigError, is_kivi
-
-SUPPORTED_VLLM = ("0.32", "0.33")
+from kivi_vllm.config import DTYPES, SUPPORTED_VLLM, KiviConfig, KiviConfigError, is_kivi
 
 
 def vllm_version() -> str:

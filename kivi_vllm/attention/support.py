@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.toolchain import find_compiler
+from kivi_vllm.toolchain import find_compiler, torch_finds
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -145,7 +143,7 @@ def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
             "torch.compile needs a C++ compiler and none was found; install one "
             "(apt-get install g++), set CXX, or pass --enforce-eager"
         )
-    elif not os.environ.get("CXX") and shutil.which("g++") is None:
+    elif not torch_finds(compiler):
         yield f"torch.compile looks for $CXX or g++ only; set CXX={compiler}"
 
 

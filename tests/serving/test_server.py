@@ -16,12 +16,17 @@ from tests.serving.conftest import Served
 CAPITAL = "What is the capital of France? Answer with one word."
 
 
-def metric(served: Served, name: str) -> float:
-    """The sum over a metric's series, as Prometheus would read it."""
+def metrics(served: Served) -> str:
+    """What Prometheus would read."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{served.server.port}/metrics", timeout=30) as reply:
-        text = reply.read().decode()
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        return reply.read().decode()
+
+
+def metric(served: Served, name: str) -> float:
+    """The sum over a metric's series."""
+    pattern = rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$"
+    values = re.findall(pattern, metrics(served), re.MULTILINE)
     assert values, f"no metric {name}"
     return sum(map(float, values))
 
@@ -102,10 +107,7 @@ def test_crowd(served: Served) -> None:
 
 
 def test_metrics_name_the_dtype(served: Served) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{served.server.port}/metrics", timeout=30) as reply:
-        text = reply.read().decode()
-    assert re.search(r'vllm:cache_config_info\{.*cache_dtype="kivi2"', text)
+    assert re.search(r'vllm:cache_config_info\{.*cache_dtype="kivi2"', metrics(served))
 
 
 @pytest.mark.parametrize("length", [1900])
