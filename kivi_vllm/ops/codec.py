@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops.format import PageFormat, Side, code_index
 
 FP16_MAX = 65504.0
 
@@ -40,18 +41,21 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
     return codes.float() * scale.float() + zero.float()
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [..., n] into bytes [..., n * bits / 8], lowest bits first."""
-    per_byte = 8 // bits
-    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
-    return (codes.unflatten(-1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
+def pack(codes: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
+    """Pack codes [..., 128, D] into the bytes [..., 16 * D * bits] of a page's k or v_codes."""
+    index = code_index(side, bits, codes.shape[-1]).to(codes.device)
+    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.uint8) * bits
+    return (codes.flatten(-2)[..., index] << shifts).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
     """Inverse of `pack`."""
-    per_byte = 8 // bits
-    shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    d = packed.shape[-1] // (16 * bits)
+    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
+    slots = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes = torch.empty_like(slots.flatten(-2))
+    codes[..., code_index(side, bits, d).flatten().to(packed.device)] = slots.flatten(-2)
+    return codes.unflatten(-1, (BLOCK_SIZE, d))
 
 
 def encode_pages(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
@@ -65,12 +69,13 @@ def encode_pages(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat) -> torch.Ten
         parts = {
             "k_scale": ks.squeeze(-2),
             "k_zero": kz.squeeze(-2),
-            "k_codes": pack(kq.flatten(-3, -2), fmt.k_bits),
-            "v_scale": vs.squeeze(-1),
-            "v_zero": vz.squeeze(-1),
-            "v_codes": pack(vq.flatten(-2), fmt.v_bits),
+            "k_codes": pack(kq.flatten(-3, -2), fmt.k_bits, "k"),
+            "v_scale": vs.squeeze(-1).mT,
+            "v_zero": vz.squeeze(-1).mT,
+            "v_codes": pack(vq.flatten(-2), fmt.v_bits, "v"),
         }
-    ordered = [parts[name].to(field.dtype).flatten(-2) for name, field in fmt.fields.items()]
+    lead = k.shape[:-2]
+    ordered = [parts[name].to(f.dtype).reshape(*lead, -1) for name, f in fmt.fields.items()]
     return torch.cat([p.contiguous().view(torch.uint8) for p in ordered], -1)
 
 
@@ -80,8 +85,8 @@ def decode_pages(pages: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, to
     if fmt.is_raw:
         return f["k_codes"].float(), f["v_codes"].float()
     g = fmt.group_size
-    k_codes = unpack(f["k_codes"], fmt.k_bits).unflatten(-2, (-1, g))
-    v_codes = unpack(f["v_codes"], fmt.v_bits).unflatten(-1, (-1, g))
+    k_codes = unpack(f["k_codes"].flatten(-4), fmt.k_bits, "k").unflatten(-2, (-1, g))
+    v_codes = unpack(f["v_codes"].flatten(-4), fmt.v_bits, "v").unflatten(-1, (-1, g))
     k = dequantize(k_codes, f["k_scale"].unsqueeze(-2), f["k_zero"].unsqueeze(-2))
-    v = dequantize(v_codes, f["v_scale"].unsqueeze(-1), f["v_zero"].unsqueeze(-1))
+    v = dequantize(v_codes, f["v_scale"].mT.unsqueeze(-1), f["v_zero"].mT.unsqueeze(-1))
     return k.flatten(-3, -2), v.flatten(-2)

@@ -5,17 +5,31 @@ num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
 `page_bytes` of one (block, kv head) are contiguous. They hold, in this order
 (G = group_size, D = head_size, b = bits, little endian throughout):
 
-| field   | type  | shape         | bytes     | meaning                              |
-|---------|-------|---------------|-----------|--------------------------------------|
-| k_scale | fp16  | [128/G, D]    | 256·D/G   | one per channel and G tokens         |
-| k_zero  | fp16  | [128/G, D]    | 256·D/G   |                                      |
-| k_codes | uint8 | [128, D·b/8]  | 16·D·b    | 8/b channels a byte, lowest bits first |
-| v_scale | fp16  | [128, D/G]    | 256·D/G   | one per token and G channels         |
-| v_zero  | fp16  | [128, D/G]    | 256·D/G   |                                      |
-| v_codes | uint8 | [128, D·b/8]  | 16·D·b    | as k_codes                           |
+| field   | type  | shape              | bytes    | meaning                         |
+|---------|-------|--------------------|----------|---------------------------------|
+| k_scale | fp16  | [128/G, D]         | 256·D/G  | one per channel and G tokens    |
+| k_zero  | fp16  | [128/G, D]         | 256·D/G  |                                 |
+| k_codes | uint8 | [b, D/4, 16, 4]    | 16·D·b   | see below                       |
+| v_scale | fp16  | [D/G, 128]         | 256·D/G  | one per token and G channels    |
+| v_zero  | fp16  | [D/G, 128]         | 256·D/G  |                                 |
+| v_codes | uint8 | [D/32, 8b, 16, 4]  | 16·D·b   | see below                       |
 
 so `page_bytes = 16·D·(k_bits + v_bits) + 1024·D/G`: 96 bytes a token at
 D = 128, G = 32, 2 bits, where bf16 takes 512.
+
+**Order of the codes.** The fields lie in the order in which a decode kernel uses
+them, and the codes so that 64 bytes are one vector register: 16 lanes of 4
+bytes, where the 4 bytes of a lane are numbers that are summed over (channels of
+K, tokens of V) and the lanes are numbers of the result (tokens of K, channels of
+V). A byte holds 8/b codes ("slots", the lowest bits first), 16 lanes apart or
+more, so that one AND gives a vector of codes:
+
+- byte `(n, q, lane, j)` of k_codes, slot i: token (8/b)·16·n + 16·i + lane,
+  channel 4·q + j;
+- byte `(n, q, lane, j)` of v_codes, slot i: channel 32·n + 16·(i mod 2) + lane,
+  token 64·⌊i/2⌋ + 4·q + j.
+
+`code_index` is this rule in code.
 
 `kivi_raw` has two fields instead, `k_codes` and `v_codes`, which are [128, D] in
 the model's dtype.
@@ -26,15 +40,46 @@ The same bytes, taken for the full-precision cache of recent tokens, hold
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE, HEAD_SIZES, RAW_BITS, KiviConfig, KiviConfigError
 
+Side = Literal["k", "v"]
+
 RAW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def code_index(side: Side, bits: int, head_size: int) -> torch.Tensor:
+    """Where the codes of a page lie: the rule of "Order of the codes" above.
+
+    Args:
+        side: k_codes or v_codes.
+        bits: of a code.
+        head_size: D.
+
+    Returns:
+        [16·D·bits, 8 / bits] int64: for each byte of the field and each of its
+        slots, `token * D + channel` of the code there.
+
+    """
+    slots, d = 8 // bits, head_size
+    quads = d // 4 if side == "k" else 8 * bits
+    n = torch.arange(bits if side == "k" else d // 32)[:, None, None, None, None]
+    q = torch.arange(quads)[:, None, None, None]
+    lane = torch.arange(16)[:, None, None]
+    j, i = torch.arange(4)[:, None], torch.arange(slots)
+    if side == "k":
+        token, channel = slots * 16 * n + 16 * i + lane, 4 * q + j
+    else:
+        channel, token = 32 * n + 16 * (i % 2) + lane, 64 * (i // 2) + 4 * q + j
+    return (token * d + channel).reshape(-1, slots)
 
 
 @dataclass(frozen=True)
@@ -43,7 +88,7 @@ class Field:
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     offset: int
 
     @property
@@ -112,18 +157,17 @@ class PageFormat:
     def fields(self) -> dict[str, Field]:
         """The fields of a page by name, in the order of their bytes."""
         d, g = self.head_size, self.group_size
-        spec: list[tuple[str, torch.dtype, tuple[int, int]]]
+        spec: list[tuple[str, torch.dtype, tuple[int, ...]]]
         if self.is_raw:
-            shape = (BLOCK_SIZE, d)
-            spec = [("k_codes", self.raw_dtype, shape), ("v_codes", self.raw_dtype, shape)]
+            spec = [(name, self.raw_dtype, (BLOCK_SIZE, d)) for name in ("k_codes", "v_codes")]
         else:
             spec = [
                 ("k_scale", torch.float16, (BLOCK_SIZE // g, d)),
                 ("k_zero", torch.float16, (BLOCK_SIZE // g, d)),
-                ("k_codes", torch.uint8, (BLOCK_SIZE, d * self.k_bits // 8)),
-                ("v_scale", torch.float16, (BLOCK_SIZE, d // g)),
-                ("v_zero", torch.float16, (BLOCK_SIZE, d // g)),
-                ("v_codes", torch.uint8, (BLOCK_SIZE, d * self.v_bits // 8)),
+                ("k_codes", torch.uint8, (self.k_bits, d // 4, 16, 4)),
+                ("v_scale", torch.float16, (d // g, BLOCK_SIZE)),
+                ("v_zero", torch.float16, (d // g, BLOCK_SIZE)),
+                ("v_codes", torch.uint8, (d // 32, 8 * self.v_bits, 16, 4)),
             ]
         fields: dict[str, Field] = {}
         offset = 0
@@ -132,7 +176,7 @@ class PageFormat:
             offset += fields[name].nbytes
         return fields
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one block of one kv head."""
         return sum(f.nbytes for f in self.fields.values())
@@ -142,7 +186,7 @@ class PageFormat:
         """Bytes of one token of one kv head (vLLM's `state_content_bytes`)."""
         return self.page_bytes // BLOCK_SIZE
 
-    @property
+    @cached_property
     def raw_tokens(self) -> int:
         """Full-precision tokens (K and V) that one page's bytes hold.
 

@@ -5,6 +5,8 @@ Nothing here imports `kivi_vllm`: the tests compare the two.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,22 +53,38 @@ def layout(k_bits: int, v_bits: int, g: int, d: int) -> dict[str, tuple[int, int
     return {name: (end - n, end) for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
 
-def pack(codes: Bytes, bits: int) -> Bytes:
-    """Codes [..., n] -> bytes; the first of a byte's codes has its lowest bits."""
-    per_byte = 8 // bits
-    out = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_byte), np.uint8)
-    for i in range(per_byte):
-        out |= codes[..., i::per_byte] << np.uint8(i * bits)
+def place(side: str, token: int, channel: int, bits: int, d: int) -> tuple[int, int]:
+    """Byte of the field and first bit in it of one code."""
+    if side == "k":
+        in_byte = 8 // bits  # tokens, 16 apart
+        n, slot, lane = token // 16 // in_byte, token // 16 % in_byte, token % 16
+        return ((n * d // 4 + channel // 4) * 16 + lane) * 4 + channel % 4, slot * bits
+    n, half, lane = channel // 32, channel % 32 // 16, channel % 16
+    group, quads = (token % 64 // 4, 16) if bits == 2 else (token // 4, 32)
+    slot = 2 * (token // 64) + half if bits == 2 else half
+    return ((n * quads + group) * 16 + lane) * 4 + token % 4, slot * bits
+
+
+@functools.cache
+def places(side: str, bits: int, d: int) -> tuple[NDArray[np.int_], NDArray[np.uint8]]:
+    """`place` of every token and channel [128, D]."""
+    all_of_them = [[place(side, s, c, bits, d) for c in range(d)] for s in range(TOKENS)]
+    at = np.array(all_of_them)
+    return at[..., 0], at[..., 1].astype(np.uint8)
+
+
+def pack(codes: Bytes, bits: int, side: str) -> Bytes:
+    """Codes [128, D] -> bytes."""
+    byte, shift = places(side, bits, codes.shape[1])
+    out = np.zeros(codes.size * bits // 8, np.uint8)
+    np.bitwise_or.at(out, byte, codes << shift)
     return out
 
 
-def unpack(packed: Bytes, bits: int) -> Bytes:
+def unpack(packed: Bytes, bits: int, side: str, d: int) -> Bytes:
     """Inverse of `pack`."""
-    per_byte = 8 // bits
-    out = np.zeros((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
-    for i in range(per_byte):
-        out[..., i::per_byte] = (packed >> np.uint8(i * bits)) & np.uint8(2**bits - 1)
-    return out
+    byte, shift = places(side, bits, d)
+    return (packed[byte] >> shift) & np.uint8(2**bits - 1)
 
 
 def encode_page(k: Floats, v: Floats, k_bits: int, v_bits: int, g: int) -> Bytes:
@@ -85,10 +103,10 @@ def encode_page(k: Floats, v: Floats, k_bits: int, v_bits: int, g: int) -> Bytes
     fields = {
         "k_scale": k_scale,
         "k_zero": k_zero,
-        "k_codes": pack(k_codes, k_bits),
-        "v_scale": v_scale,
-        "v_zero": v_zero,
-        "v_codes": pack(v_codes, v_bits),
+        "k_codes": pack(k_codes, k_bits, "k"),
+        "v_scale": v_scale.T,
+        "v_zero": v_zero.T,
+        "v_codes": pack(v_codes, v_bits, "v"),
     }
     at = layout(k_bits, v_bits, g, d)
     page = np.full(max(end for _, end in at.values()), 0xEE, np.uint8)
@@ -101,15 +119,15 @@ def decode_page(page: Bytes, k_bits: int, v_bits: int, g: int, d: int) -> tuple[
     """Page bytes -> k, v [128, D]."""
     raw = {name: page[slice(*at)].tobytes() for name, at in layout(k_bits, v_bits, g, d).items()}
     half = {n: np.frombuffer(b, np.float16).astype(np.float32) for n, b in raw.items()}
-    k_codes = unpack(np.frombuffer(raw["k_codes"], np.uint8).reshape(TOKENS, -1), k_bits)
-    v_codes = unpack(np.frombuffer(raw["v_codes"], np.uint8).reshape(TOKENS, -1), v_bits)
+    k_codes = unpack(np.frombuffer(raw["k_codes"], np.uint8), k_bits, "k", d)
+    v_codes = unpack(np.frombuffer(raw["v_codes"], np.uint8), v_bits, "v", d)
     k, v = k_codes.astype(np.float32), v_codes.astype(np.float32)
     with np.errstate(invalid="ignore"):
         for s in range(TOKENS):
             row = slice(s // g * d, (s // g + 1) * d)
             k[s] = k[s] * half["k_scale"][row] + half["k_zero"][row]
         for c in range(d):
-            col = slice(c // g, None, d // g)
+            col = slice(c // g * TOKENS, (c // g + 1) * TOKENS)
             v[:, c] = v[:, c] * half["v_scale"][col] + half["v_zero"][col]
     return k, v
 

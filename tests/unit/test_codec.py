@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import codec
-from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.format import PageFormat, Side, code_index
 from tests.unit import kivi_numpy
 
 DTYPES = {"kivi2": (2, 2), "kivi_k4v2": (4, 2), "kivi4": (4, 4)}
@@ -79,10 +79,10 @@ def test_golden_page_of_2_bits() -> None:
     wanted = (
         bytes.fromhex("003c") * 128  # k_scale, 4 groups of tokens x 32 channels
         + bytes.fromhex("0000") * 128  # k_zero
-        + (b"\x00" * 8 + b"\x55" * 8 + b"\xaa" * 8 + b"\xff" * 8) * 32  # k_codes, 4 tokens' rows
+        + bytes.fromhex("00000000 55555555 aaaaaaaa ffffffff") * 64  # k_codes: lanes are tokens
         + bytes.fromhex("0038") * 128  # v_scale
         + bytes.fromhex("00bc") * 128  # v_zero
-        + b"\xe4" * 1024  # v_codes: 0b11_10_01_00
+        + bytes.fromhex("00000000 55555555 aaaaaaaa ffffffff") * 64  # v_codes: lanes are channels
     )
     page = codec.encode_pages(k, v, fmt)
     assert page.numpy().tobytes() == wanted
@@ -97,10 +97,10 @@ def test_golden_page_of_4_bits() -> None:
     wanted = (
         bytes.fromhex("0040") * 128
         + bytes.fromhex("003c") * 128
-        + b"".join(bytes([code * 0x11]) * 16 for code in range(16)) * 8
+        + b"".join(bytes([code * 0x11]) * 4 for code in range(16)) * 32
         + bytes.fromhex("003c") * 128
         + bytes.fromhex("00cc") * 128
-        + bytes.fromhex("1032547698badcfe") * 256
+        + b"".join(bytes([code * 0x11]) * 4 for code in range(16)) * 32
     )
     page = codec.encode_pages(k, v, fmt)
     assert page.numpy().tobytes() == wanted
@@ -140,10 +140,31 @@ def test_literal_groups(case: tuple) -> None:
         assert same(got[2].flatten().float(), torch.tensor([zero]))
 
 
-def test_literal_packing() -> None:
-    codes = torch.tensor([[3, 0, 1, 2, 0, 0, 0, 1]], dtype=torch.uint8)
-    assert codec.pack(codes, 2).tolist() == [[0b10_01_00_11, 0b01_00_00_00]]
-    assert codec.pack(codes, 4).tolist() == [[0x03, 0x21, 0x00, 0x10]]
+# side, bits, head size, byte of the field -> token and channel of its codes, lowest bits first.
+ORDER = [
+    ("k", 2, 64, 0, [(0, 0), (16, 0), (32, 0), (48, 0)]),
+    ("k", 2, 64, 3, [(0, 3), (16, 3), (32, 3), (48, 3)]),
+    ("k", 2, 64, 4, [(1, 0), (17, 0), (33, 0), (49, 0)]),
+    ("k", 2, 64, 64, [(0, 4), (16, 4), (32, 4), (48, 4)]),
+    ("k", 2, 64, 1024, [(64, 0), (80, 0), (96, 0), (112, 0)]),
+    ("k", 4, 64, 1024, [(32, 0), (48, 0)]),
+    ("k", 4, 96, 64 * 24 * 3 + 5, [(97, 1), (113, 1)]),
+    ("v", 2, 64, 0, [(0, 0), (0, 16), (64, 0), (64, 16)]),
+    ("v", 2, 64, 3, [(3, 0), (3, 16), (67, 0), (67, 16)]),
+    ("v", 2, 64, 4, [(0, 1), (0, 17), (64, 1), (64, 17)]),
+    ("v", 2, 64, 64, [(4, 0), (4, 16), (68, 0), (68, 16)]),
+    ("v", 2, 96, 1024 * 2, [(0, 64), (0, 80), (64, 64), (64, 80)]),
+    ("v", 4, 64, 64, [(4, 0), (4, 16)]),
+    ("v", 4, 64, 2048 + 64 * 31 + 63, [(127, 47), (127, 63)]),
+]
+
+
+@pytest.mark.parametrize("row", ORDER, ids=str)
+def test_literal_order_of_codes(row: tuple) -> None:
+    side, bits, d, byte, wanted = row
+    index = code_index(side, bits, d)
+    assert index.shape == (16 * d * bits, 8 // bits)
+    assert [divmod(i, d) for i in index[byte].tolist()] == wanted
 
 
 # ---------------------------------------------------------------- properties
@@ -182,7 +203,7 @@ def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
     scales = [fmt.fields[name].of(page).double() for name in ("k_scale", "v_scale")]
     scales = [
         scales[0].repeat_interleave(fmt.group_size, 0),
-        scales[1].repeat_interleave(fmt.group_size, 1),
+        scales[1].mT.repeat_interleave(fmt.group_size, 1),
     ]
     for got, true, scale, bits in zip(
         codec.decode_pages(page, fmt), x, scales, (fmt.k_bits, fmt.v_bits), strict=True
@@ -193,22 +214,24 @@ def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
         assert ((got - true).abs() <= scale / 2 + slack).all()
 
 
-@given(st.sampled_from([2, 4]), st.integers(0, 2**32), st.sampled_from([(8,), (3, 32), (2, 5, 16)]))
+@given(st.sampled_from([2, 4]), st.integers(0, 2**32), st.sampled_from(HEAD_SIZES))
 @settings(max_examples=30, deadline=None)
-def test_packing_is_inverted(bits: int, seed: int, shape: tuple[int, ...]) -> None:
-    codes = np.random.default_rng(seed).integers(0, 2**bits, shape, np.uint8)
-    packed = codec.pack(torch.from_numpy(codes), bits)
-    assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
-    assert torch.equal(packed, torch.from_numpy(kivi_numpy.pack(codes, bits)))
-    assert torch.equal(codec.unpack(packed, bits), torch.from_numpy(codes))
+def test_packing_is_inverted(bits: int, seed: int, d: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (128, d), np.uint8)
+    for side in ("k", "v"):
+        packed = codec.pack(torch.from_numpy(codes), bits, side)
+        assert packed.shape == (16 * d * bits,)
+        assert torch.equal(packed, torch.from_numpy(kivi_numpy.pack(codes, bits, side)))
+        assert torch.equal(codec.unpack(packed, bits, side), torch.from_numpy(codes))
 
 
+@pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_every_byte_is_unpacked_and_packed_again(bits: int) -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    codes = codec.unpack(every, bits)
-    assert torch.equal(codes, torch.from_numpy(kivi_numpy.unpack(every.numpy(), bits)))
-    assert torch.equal(codec.pack(codes, bits), every)
+def test_every_byte_is_unpacked_and_packed_again(bits: int, side: Side) -> None:
+    every = torch.arange(16 * 32 * bits).to(torch.uint8)
+    codes = codec.unpack(every, bits, side)
+    assert torch.equal(codes, torch.from_numpy(kivi_numpy.unpack(every.numpy(), bits, side, 32)))
+    assert torch.equal(codec.pack(codes, bits, side), every)
 
 
 @given(st.data(), formats, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
@@ -230,7 +253,9 @@ def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison:
             field, bits = fmt.fields[f"{name}_{part}"], getattr(fmt, f"{name}_bits")
             a, b = field.of(clean), field.of(dirty)
             if part == "codes":
-                a, b = codec.unpack(a, bits), codec.unpack(b, bits)
+                a, b = (codec.unpack(x.flatten(), bits, name) for x in (a, b))
+            elif name == "v":
+                a, b = a.mT, b.mT
             assert torch.equal(a[~mask], b[~mask])
     decoded = (codec.decode_pages(page, fmt) for page in (clean, dirty))
     for a, b, group in zip(*decoded, (k_group, v_group), strict=True):
