@@ -89,10 +89,9 @@ def _operators(name: str) -> Check:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    finding = str(import_module("kivi_vllm.ops.dispatch").describe(device))
-    if finding.startswith("none"):
-        return Check(name, FAIL, finding, "serve on a CPU: pip install 'kivi-vllm[cpu]'")
-    return Check(name, OK, f"{device}: {finding}")
+    finding, remedy = import_module("kivi_vllm.ops.dispatch").describe(device)
+    state = FAIL if finding.startswith("none") else WARNING if remedy else OK
+    return Check(name, state, f"{device}: {finding}", remedy)
 
 
 def _last_line(error: BaseException) -> str:

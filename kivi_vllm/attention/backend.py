@@ -17,10 +17,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from kivi_vllm.attention.cache import LAYOUTS, page_spec
+from kivi_vllm.attention.cache import LAYOUTS, num_draft_tokens, page_spec
 from kivi_vllm.config import BLOCK_SIZE, DTYPES, HEAD_SIZES, KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
-from kivi_vllm.ops.reference import Row
+from kivi_vllm.ops.reference import Row, Step
 
 
 @dataclass
@@ -31,16 +31,23 @@ class KiviMetadata:
         query_start_loc: [num_reqs + 1] on the CPU, first token of each request.
         seq_lens: [num_reqs], tokens of each request after the step.
         block_table: [num_reqs, max_blocks], page ids of this group.
+        per_position, decode_len: see `Step`.
 
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    per_position: bool
+    decode_len: int
 
     @functools.cached_property
-    def rows(self) -> list[Row]:
-        """The requests that have tokens in this step; computed once for all layers."""
+    def step(self) -> Step:
+        """What the operators must know of this step; made once for all layers."""
+        return Step(self._rows(), self.block_table, self.per_position, self.decode_len)
+
+    def _rows(self) -> list[Row]:
+        """The requests that have tokens in this step."""
         starts, lens = self.query_start_loc.tolist(), self.seq_lens.tolist()
         return [
             Row(i, q0, q1, end - (q1 - q0), end)
@@ -62,6 +69,8 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.per_position = KiviConfig.from_vllm(vllm_config).prefill == "cached"
+        self.decode_len = 1 + num_draft_tokens(vllm_config)
 
     def build(
         self,
@@ -82,6 +91,8 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             query_start_loc=m.query_start_loc_cpu[: m.num_reqs + 1],
             seq_lens=m.seq_lens[: m.num_reqs],
             block_table=m.block_table_tensor,
+            per_position=self.per_position,
+            decode_len=self.decode_len,
         )
 
 
@@ -131,7 +142,7 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False  # `KiviMetadata.rows` plans from the query lengths on the CPU
+        return False  # `KiviMetadata.step` plans from the query lengths on the CPU
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

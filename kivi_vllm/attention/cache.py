@@ -245,4 +245,4 @@ def attach(attn: Attention, config: KiviConfig) -> None:
             raise ValueError(f"Duplicate layer name: {cache.name}")
         context[cache.name] = cache
         caches.append(cache)
-    attn.impl.bind_residual(fmt=fmt, num_drafts=num_drafts, ring=caches[0], tails=caches[1:])
+    attn.impl.bind_residual(fmt=fmt, ring=caches[0], tails=caches[1:])

@@ -14,7 +14,7 @@ from kivi_vllm.attention.cache import RawCache
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
 
 
 class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
@@ -57,12 +57,9 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         )
         self.config = KiviConfig.from_vllm(get_current_vllm_config())
 
-    def bind_residual(
-        self, *, fmt: PageFormat, num_drafts: int, ring: RawCache, tails: list[RawCache]
-    ) -> None:
+    def bind_residual(self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache]) -> None:
         """Take the layer's full-precision caches (called once, by `cache.attach`)."""
         self.fmt = fmt
-        self.decode_len = 1 + num_drafts
         self.ring = ring
         self.tails = tails
 
@@ -105,12 +102,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             return output.zero_()
 
         ops = dispatch.operators(kv_cache.device)
-        step = Step(
-            rows=attn_metadata.rows,
-            block_table=attn_metadata.block_table,
-            per_position=self.config.prefill == "cached",
-            decode_len=self.decode_len,
-        )
+        step = attn_metadata.step
         cache = LayerCache(
             fmt=self.fmt,
             pages=kv_cache.flatten(2),

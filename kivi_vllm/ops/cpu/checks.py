@@ -1,0 +1,108 @@
+"""Which tensors the kernels take: everything else is a ValueError that names it."""
+
+from __future__ import annotations
+
+import torch
+
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""KiviDtype of csrc/abi.h."""
+
+
+def check_cache(step: Step, cache: LayerCache) -> None:
+    """Raise ValueError unless the pages, the ring, the tails and their tables fit the format."""
+    fmt, pages = cache.fmt, cache.pages
+    if not (
+        pages.is_cpu
+        and pages.dtype == torch.uint8
+        and pages.dim() == 3
+        and pages.shape[2] == fmt.page_bytes
+        and pages.stride(2) == 1
+    ):
+        wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}]"
+        raise _unfit("pages", pages, wanted)
+    _check_table("block_table", step.block_table, step)
+    _check_raw("ring", cache.ring, step, cache)
+    for i, tail in enumerate(cache.tails):
+        _check_raw(f"tails[{i}]", tail, step, cache)
+    if len(cache.tails) * fmt.raw_tokens < cache.residual_length:
+        raise ValueError(
+            f"{len(cache.tails)} tails of {fmt.raw_tokens} tokens cannot hold residual_length "
+            f"{cache.residual_length}"
+        )
+
+
+def _check_raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> None:
+    data, fmt, heads = raw.cache, cache.fmt, cache.pages.shape[1]
+    if not (
+        data.is_cpu
+        and data.dtype == fmt.raw_dtype
+        and data.dim() == 4
+        and data.shape[1:3] == (heads, fmt.raw_tokens)
+        and data.shape[3] >= 2 * fmt.head_size
+        and data.stride(3) == 1
+    ):
+        shape = f"[num_blocks, {heads}, {fmt.raw_tokens}, >= {2 * fmt.head_size}]"
+        raise _unfit(name, data, f"{fmt.raw_dtype} {shape}")
+    _check_table(f"{name}.table", raw.table, step)
+
+
+def _check_table(name: str, table: torch.Tensor, step: Step) -> None:
+    if not (
+        table.is_cpu
+        and table.dtype == torch.int32
+        and table.dim() == 2
+        and table.shape[0] >= step.num_reqs
+        and (table.stride(1) == 1 or table.shape[1] <= 1)
+    ):
+        raise _unfit(name, table, f"int32 [>= {step.num_reqs}, n]")
+
+
+def check_tokens(
+    name: str, x: torch.Tensor, step: Step, heads: int, head_size: int, dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless `x` is `dtype` [num_tokens or more, heads, head_size] on the CPU."""
+    if not (
+        x.is_cpu
+        and x.dtype == dtype
+        and x.dim() == 3
+        and x.shape[0] >= step.num_tokens
+        and x.shape[1:] == (heads, head_size)
+        and x.stride(2) == 1
+    ):
+        raise _unfit(name, x, f"{dtype} [>= {step.num_tokens}, {heads}, {head_size}]")
+
+
+def check_query(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the query, the output and the slopes fit each other and the cache."""
+    fmt, num_kv_heads = cache.fmt, cache.pages.shape[1]
+    heads = query.shape[1] if query.dim() == 3 else 0
+    if not heads or heads % num_kv_heads:
+        wanted = f"{fmt.raw_dtype} [num_tokens, a multiple of {num_kv_heads}, {fmt.head_size}]"
+        raise _unfit("query", query, wanted)
+    check_tokens("query", query, step, heads, fmt.head_size, fmt.raw_dtype)
+    if output.dtype not in DTYPES:
+        raise ValueError(
+            f"output is {output.dtype}, but must be one of {', '.join(map(str, DTYPES))}"
+        )
+    check_tokens("output", output, step, heads, fmt.head_size, output.dtype)
+    slopes = params.alibi_slopes
+    if slopes is not None and not (
+        slopes.is_cpu
+        and slopes.dtype == torch.float32
+        and slopes.shape == (heads,)
+        and slopes.is_contiguous()
+    ):
+        raise _unfit("alibi_slopes", slopes, f"float32 [{heads}]")
+
+
+def _unfit(name: str, x: torch.Tensor, wanted: str) -> ValueError:
+    found = f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
+    return ValueError(f"{name} is {found}, but must be {wanted} on cpu, its last dimension dense")

@@ -1,0 +1,59 @@
+// What Python and the kernels say to each other: plain C structs of 64-bit fields, which
+// `operators.py` packs. Strides are in bytes; the last dimension of every tensor is dense.
+#pragma once
+#include <stdint.h>
+
+enum KiviDtype { KIVI_BF16 = 0, KIVI_FP16 = 1, KIVI_FP32 = 2 };
+
+// A cache of full-precision tokens: K in the first head_size elements of a token, V in the next.
+struct KiviRaw {
+  uint8_t *data;  // [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size]
+  int64_t block_stride, head_stride, token_stride;
+  int64_t num_blocks;
+  const int32_t *table;  // [num_reqs, table_width]
+  int64_t table_stride, table_width;
+};
+
+// One request of the step: tokens query[q0:q1] at positions a..b-1 (reference.Row).
+struct KiviRow {
+  int64_t index, q0, q1, a, b;
+};
+
+struct KiviTensor {
+  uint8_t *data;  // [num_tokens, heads, head_size]
+  int64_t token_stride, head_stride;
+};
+
+// One layer's step: reference.Step and LayerCache, and, for kivi_attend alone, the query, the
+// output and reference.AttentionParams.
+struct KiviCall {
+  const KiviRow *rows;
+  int64_t num_rows;
+  int64_t per_position, decode_len;
+  int64_t k_bits, v_bits, group_size, head_size, raw_tokens, page_bytes;  // PageFormat
+  int64_t dtype;                                                          // KiviDtype
+  int64_t num_kv_heads;
+  uint8_t *pages;  // [num_blocks, num_kv_heads, page_bytes]
+  int64_t page_block_stride, page_head_stride, num_blocks;
+  const int32_t *block_table;  // [num_reqs, block_table_width]
+  int64_t block_table_stride, block_table_width;
+  KiviRaw ring;
+  int64_t ring_capacity;
+  const KiviRaw *tails;
+  int64_t num_tails, residual_length;
+  KiviTensor key, value;
+  int64_t threads;
+
+  KiviTensor query, output;
+  int64_t out_dtype, num_heads;
+  double scale, soft_cap;
+  const float *alibi_slopes;  // [num_heads] or null
+  int64_t sliding_window;     // 0: none
+};
+
+// Status of a call.
+enum {
+  KIVI_OK = 0,
+  KIVI_NO_MEMORY = 1,
+  KIVI_BAD_PAGE = 2,  // a page id outside of its pool, or a table too narrow for the row
+};

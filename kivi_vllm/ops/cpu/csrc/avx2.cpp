@@ -1,0 +1,3 @@
+#define KIVI_ISA avx2
+#define KIVI_NAME "avx2"
+#include "kernels.h"

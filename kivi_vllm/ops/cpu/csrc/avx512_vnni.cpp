@@ -1,0 +1,3 @@
+#define KIVI_ISA avx512_vnni
+#define KIVI_NAME "avx512_vnni"
+#include "kernels.h"

@@ -1,0 +1,276 @@
+// The integer half of reading a page: numbers to 15-bit fixed point, their product with a second
+// factor split into a high and a low int8 part, and the dot product of such parts with codes.
+//
+// A "row" is one query row. It has two int8 rows, high and low: x = 128 * high + low with low in
+// [0, 127], so that one exact int32 dot product serves each, and 15 bits together keep the error
+// of an output below 1e-3 where one int8 alone leaves up to 1e-1.
+//
+// Codes come in vectors of 64 bytes (16 lanes x 4 bytes): see "order of the codes" in format.py.
+// A tile is 32 numbers: "slot 0" its first 16, "slot 1" the others. The bytes of slot 1 stand for
+// code * kSlot1<BITS>.
+
+template <int BITS>
+constexpr int kSlot1 = BITS == 2 ? 4 : 1;
+
+// Query rows that share one reading of the codes.
+#if defined(KIVI_AMX)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kParts = 2 * kRows;
+
+// The parts of all rows of a group lie together: [number / 64][row, part][64]. Packing instructions
+// work inside 128-bit lanes, which leaves groups of four numbers together but in another order.
+#if defined(__AVX512F__)
+constexpr int kChunk = 16, kLanes = 4;  // groups of four in a vector of bytes, 128-bit lanes
+#elif defined(__AVX2__)
+constexpr int kChunk = 8, kLanes = 2;
+#else
+constexpr int kChunk = 1, kLanes = 1;
+#endif
+constexpr int kSpan = 64 * kParts;  // bytes of 64 numbers
+// Where the parts of group of four `q` of the first row and part begin.
+static INLINE constexpr int quad_offset(int q) {
+  const int in = q % 16;
+  return q / 16 * kSpan +
+         4 * (kLanes == 1 ? in : in / kChunk * kChunk + in % kLanes * 4 + in % kChunk / kLanes);
+}
+
+// out[i] = round(x[i] * factor), n a multiple of 32, saturating; in the order of the ISA's packs.
+template <class LOAD>
+static INLINE void to_fixed(LOAD at, int n, float factor, int16_t *out) {
+#if defined(__AVX512F__)
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int i = 0; i < n; i += 32) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)at(i), f));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)at(i + 16), f));
+    _mm512_storeu_si512(out + i, _mm512_packs_epi32(a, b));
+  }
+#elif defined(__AVX2__)
+  const __m256 f = _mm256_set1_ps(factor);
+  for (int i = 0; i < n; i += 16) {
+    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps((__m256)at(i), f));
+    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps((__m256)at(i + 8), f));
+    _mm256_storeu_si256((__m256i *)(out + i), _mm256_packs_epi32(a, b));
+  }
+#else
+  for (int i = 0; i < n; i += W) {
+    const vf y = at(i) * factor;
+    for (int j = 0; j < W; j++) {
+      const float r = (y[j] + 12582912.0f) - 12582912.0f;
+      out[i + j] = (int16_t)(r > 32767.0f ? 32767.0f : r < -32768.0f ? -32768.0f : r);
+    }
+  }
+#endif
+}
+
+// The parts of round(a[i] * b[i] / 2^15), which must lie in [-16384, 16383], of a row; n a multiple
+// of 32.
+static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int8_t *high) {
+  int8_t *low = high + 64;
+#if defined(__AVX512F__)
+  const __m512i mask = _mm512_set1_epi16(127);
+  for (int i = 0; i < n; i += 64, high += kSpan, low += kSpan) {
+    const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
+    __m512i y = _mm512_setzero_si512();
+    if (i + 32 < n)
+      y = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i + 32), _mm512_loadu_si512(b + i + 32));
+    _mm512_storeu_si512(low,
+                        _mm512_packus_epi16(_mm512_and_si512(x, mask), _mm512_and_si512(y, mask)));
+    _mm512_storeu_si512(high,
+                        _mm512_packs_epi16(_mm512_srai_epi16(x, 7), _mm512_srai_epi16(y, 7)));
+  }
+#elif defined(__AVX2__)
+  const __m256i mask = _mm256_set1_epi16(127);
+  for (int i = 0; i < n; i += 32) {
+    const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(a + i)),
+                                          _mm256_loadu_si256((const __m256i *)(b + i)));
+    const __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(a + i + 16)),
+                                          _mm256_loadu_si256((const __m256i *)(b + i + 16)));
+    const int at = i / 64 * kSpan + i % 64;
+    _mm256_storeu_si256((__m256i *)(low + at), _mm256_packus_epi16(_mm256_and_si256(x, mask),
+                                                                  _mm256_and_si256(y, mask)));
+    _mm256_storeu_si256((__m256i *)(high + at), _mm256_packs_epi16(_mm256_srai_epi16(x, 7),
+                                                                  _mm256_srai_epi16(y, 7)));
+  }
+#else
+  for (int i = 0; i < n; i++) {
+    const int x = ((int)a[i] * b[i] + (1 << 14)) >> 15;
+    high[i / 64 * kSpan + i % 64] = (int8_t)(x >> 7);
+    low[i / 64 * kSpan + i % 64] = (int8_t)(x & 127);
+  }
+#endif
+}
+
+// ------------------------------------------------------------- dot products
+//
+// dot<BITS, R, HALVES>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for
+// a tile, high and low joined. `codes` has `quads` vectors of 4 numbers x 16 lanes; 2-bit bytes
+// hold two tiles: `half` chooses (HALVES = 1), or both are summed, their numbers one after the
+// other (HALVES = 2).
+
+// The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes.
+// (Fetching fewer lines at a time, between the other steps too, was slower.)
+struct Stream {
+  const char *at;
+  template <int AHEAD>
+  INLINE void fetch() {
+#pragma GCC unroll 8
+    for (int i = 0; i < AHEAD; i++) __builtin_prefetch(at + 64 * i, 0, 3);
+    at += 64 * AHEAD;
+  }
+};
+
+#if defined(KIVI_AMX)
+#include "dot_amx.h"
+#elif defined(__AVX512VNNI__)
+
+// sum + codes * part, the four bytes at `part` for every lane. By hand: GCC 12 spills around the
+// intrinsic, and loads a broadcast of its own, where the memory operand costs no instruction.
+static INLINE __m512i dp(__m512i sum, __m512i codes, const int8_t *part) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const int32_t *)part));
+  return sum;
+}
+
+// Sets of sums: with one or two rows, a single set would wait for its own additions.
+template <int R>
+constexpr int kSets = R <= 2 ? 2 : 1;
+
+template <int BITS, int R, int HALF, int AHEAD>
+static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts,
+                            __m512i (*sums)[2 * R][2], Stream &stream) {
+  const __m512i m0 = _mm512_set1_epi8(BITS == 2 ? 3 : 15);
+  const __m512i m1 = _mm512_set1_epi8(BITS == 2 ? 12 : 15);
+  for (int base = 0; base < quads; base += kChunk, parts += kSpan) {
+    const int end = min_of(kChunk, quads - base) / kLanes;
+    for (int i = 0; i < end; i++) {
+      stream.fetch<AHEAD>();
+      const uint8_t *c = codes + (base + i * kLanes) * 64;
+      const int8_t *p = parts + i * 4;
+#pragma GCC unroll 4
+      for (int k = 0; k < kLanes; k++) {
+        __m512i x = _mm512_loadu_si512(c + k * 64);
+        if (HALF) x = _mm512_srli_epi16(x, 4);
+        const __m512i c0 = _mm512_and_si512(x, m0);
+        const __m512i c1 = _mm512_and_si512(BITS == 2 ? x : _mm512_srli_epi16(x, 4), m1);
+        __m512i(*set)[2] = sums[k % kSets<R>];
+#pragma GCC unroll 8
+        for (int r = 0; r < 2 * R; r++) {
+          set[r][0] = dp(set[r][0], c0, p + r * 64 + k * 16);
+          set[r][1] = dp(set[r][1], c1, p + r * 64 + k * 16);
+        }
+      }
+    }
+  }
+}
+
+template <int BITS, int R, int HALVES, int AHEAD>
+static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
+                       int32_t (*out)[32], Stream &stream) {
+  __m512i sums[kSets<R>][2 * R][2];
+#pragma GCC unroll 2
+  for (int k = 0; k < kSets<R>; k++)
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 * R; r++) sums[k][r][0] = sums[k][r][1] = _mm512_setzero_si512();
+  if (HALVES == 2) {
+    dot_half<BITS, R, 0, AHEAD>(codes, quads, parts, sums, stream);
+    dot_half<BITS, R, 1, AHEAD>(codes, quads, parts + kSpan, sums, stream);
+  } else if (half) {
+    dot_half<BITS, R, 1, AHEAD>(codes, quads, parts, sums, stream);
+  } else {
+    dot_half<BITS, R, 0, AHEAD>(codes, quads, parts, sums, stream);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; s++) {
+      __m512i high = sums[0][2 * r][s], low = sums[0][2 * r + 1][s];
+      if (kSets<R> == 2) {
+        high = _mm512_add_epi32(high, sums[1][2 * r][s]);
+        low = _mm512_add_epi32(low, sums[1][2 * r + 1][s]);
+      }
+      _mm512_storeu_si512(out[r] + 16 * s, _mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
+    }
+}
+
+#elif defined(__AVX2__)
+
+static INLINE __m256i dp(__m256i sum, __m256i codes, __m256i part) {
+  const __m256i pairs = _mm256_maddubs_epi16(codes, part);  // codes <= 15: cannot saturate
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// One query row and one half of the lanes at a time: 4 sums.
+template <int BITS, int HALF>
+static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts,
+                            __m256i (*sums)[2]) {
+  const __m256i m0 = _mm256_set1_epi8(BITS == 2 ? 3 : 15);
+  const __m256i m1 = _mm256_set1_epi8(BITS == 2 ? 12 : 15);
+#pragma GCC unroll 2
+  for (int q = 0; q < quads; q++) {
+    __m256i x = _mm256_loadu_si256((const __m256i *)(codes + q * 64));
+    if (HALF) x = _mm256_srli_epi16(x, 4);
+    const __m256i c0 = _mm256_and_si256(x, m0);
+    const __m256i c1 = _mm256_and_si256(BITS == 2 ? x : _mm256_srli_epi16(x, 4), m1);
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; r++) {
+      int four;
+      __builtin_memcpy(&four, parts + r * 64 + quad_offset(q), 4);
+      const __m256i b = _mm256_set1_epi32(four);
+      sums[r][0] = dp(sums[r][0], c0, b);
+      sums[r][1] = dp(sums[r][1], c1, b);
+    }
+  }
+}
+
+template <int BITS, int R, int HALVES, int AHEAD>
+static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
+                       int32_t (*out)[32], Stream &stream) {
+  for (int r = 0; r < R; r++)
+    for (int lanes = 0; lanes < 2; lanes++) {
+      const uint8_t *c = codes + 32 * lanes;
+      const int8_t *p = parts + 2 * r * 64;
+      __m256i sums[2][2] = {};
+      if (HALVES == 2) {
+        dot_half<BITS, 0>(c, quads, p, sums);
+        dot_half<BITS, 1>(c, quads, p + kSpan, sums);
+      } else if (half) {
+        dot_half<BITS, 1>(c, quads, p, sums);
+      } else {
+        dot_half<BITS, 0>(c, quads, p, sums);
+      }
+      for (int s = 0; s < 2; s++)
+        _mm256_storeu_si256((__m256i *)(out[r] + 16 * s + 8 * lanes),
+                            _mm256_add_epi32(_mm256_slli_epi32(sums[0][s], 7), sums[1][s]));
+    }
+  for (int q = 0; q < quads * HALVES; q += 4) stream.fetch<AHEAD>();
+}
+
+#else
+
+template <int BITS, int R, int HALVES, int AHEAD>
+static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
+                       int32_t (*out)[32], Stream &) {
+  for (int r = 0; r < R; r++) {
+    int32_t sums[2][2][16] = {};  // [high, low][slot][lane]
+    for (int h = 0; h < HALVES; h++) {
+      const int shift = HALVES == 2 ? 4 * h : 4 * half;
+      for (int q = 0; q < quads; q++)
+        for (int p = 0; p < 2; p++) {
+          const int8_t *four = parts + (2 * r + p) * 64 + quad_offset(q + h * quads);
+          for (int lane = 0; lane < 16; lane++)
+            for (int j = 0; j < 4; j++) {
+              const int x = codes[(q * 16 + lane) * 4 + j] >> (BITS == 2 ? shift : 0);
+              sums[p][0][lane] += (x & (BITS == 2 ? 3 : 15)) * four[j];
+              sums[p][1][lane] += (BITS == 2 ? x & 12 : x >> 4) * four[j];
+            }
+        }
+    }
+    for (int s = 0; s < 2; s++)
+      for (int lane = 0; lane < 16; lane++)
+        out[r][16 * s + lane] = sums[0][s][lane] * 128 + sums[1][s][lane];
+  }
+}
+
+#endif

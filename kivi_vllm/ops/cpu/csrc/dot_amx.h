@@ -1,0 +1,86 @@
+// Dot products by AMX tiles: 16 int8 rows times 16 vectors of codes at once.
+
+#if defined(KIVI_EMULATE_AMX)  // what the instructions do, for machines without them (tests)
+struct TileEmulation {
+  int8_t a[16][64];
+  uint8_t b[16][64];
+  int32_t c[16][16];
+};
+static thread_local TileEmulation tiles[8];
+static void tile_zero(int t) { __builtin_memset(tiles[t].c, 0, sizeof tiles[t].c); }
+static void tile_load_a(int t, const void *p) { __builtin_memcpy(tiles[t].a, p, 1024); }
+static void tile_load_b(int t, const void *p) { __builtin_memcpy(tiles[t].b, p, 1024); }
+static void tile_multiply(int c, int a, int b) {
+  for (int m = 0; m < 16; m++)
+    for (int n = 0; n < 16; n++)
+      for (int k = 0; k < 64; k++)
+        tiles[c].c[m][n] += (int)tiles[a].a[m][k] * (int)tiles[b].b[k / 4][4 * n + k % 4];
+}
+static void tile_store(int t, void *p) { __builtin_memcpy(p, tiles[t].c, 1024); }
+static void begin() {}
+static void end() {}
+#else
+#define tile_zero(t) _tile_zero(t)
+#define tile_load_a(t, p) _tile_loadd(t, p, 64)
+#define tile_load_b(t, p) _tile_loadd(t, p, 64)
+#define tile_multiply(c, a, b) _tile_dpbsud(c, a, b)
+#define tile_store(t, p) _tile_stored(t, p, 64)
+static void begin() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
+static void end() { _tile_release(); }
+#endif
+
+// The codes of 64 numbers and both slots, one to a byte, in the order of the parts.
+template <int BITS, int AHEAD>
+static INLINE void unpack_codes(const uint8_t *codes, int quads, int shift,
+                                uint8_t (*out)[16][64], Stream &stream) {
+  const __m512i m0 = _mm512_set1_epi8(BITS == 2 ? 3 : 15);
+  const __m512i m1 = _mm512_set1_epi8(BITS == 2 ? 12 : 15);
+#pragma GCC unroll 16
+  for (int q = 0; q < 16; q++) {
+    if (q % 4 == 0 && q < quads) stream.fetch<AHEAD>();
+    __m512i x = _mm512_setzero_si512();
+    if (q < quads) x = _mm512_loadu_si512(codes + q * 64);
+    x = _mm512_srl_epi16(x, _mm_cvtsi32_si128(shift));
+    const int at = q % kLanes * 4 + q / kLanes;
+    _mm512_store_si512(out[0][at], _mm512_and_si512(x, m0));
+    _mm512_store_si512(out[1][at],
+                       _mm512_and_si512(BITS == 2 ? x : _mm512_srli_epi16(x, 4), m1));
+  }
+}
+
+template <int BITS, int R, int HALVES, int AHEAD>
+static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
+                       int32_t (*out)[32], Stream &stream) {
+  alignas(64) uint8_t unpacked[2][16][64];
+  alignas(64) int32_t sums[2][16][16];
+  tile_zero(0);
+  tile_zero(1);
+  const int spans = HALVES == 2 ? 2 : (quads + 15) / 16;
+  for (int i = 0; i < spans; i++) {
+    const uint8_t *at = HALVES == 2 ? codes : codes + i * 1024;
+    const int count = HALVES == 2 ? quads : min_of(16, quads - 16 * i);
+    unpack_codes<BITS, AHEAD>(at, count, 4 * (HALVES == 2 ? i : half), unpacked, stream);
+    tile_load_a(2, parts + i * kSpan);
+    tile_load_b(3, unpacked[0]);
+    tile_multiply(0, 2, 3);
+    tile_load_b(4, unpacked[1]);
+    tile_multiply(1, 2, 4);
+  }
+  tile_store(0, sums[0]);
+  tile_store(1, sums[1]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; s++)
+      _mm512_storeu_si512(
+          out[r] + 16 * s,
+          _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(sums[s][2 * r]), 7),
+                           _mm512_load_si512(sums[s][2 * r + 1])));
+}

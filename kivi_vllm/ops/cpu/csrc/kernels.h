@@ -1,0 +1,150 @@
+// The kernels of one instruction set: everything that differs by it, in one namespace.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "units.h"
+
+namespace kivi {
+namespace KIVI_ISA {
+
+#include "simd.h"
+#include "dot.h"
+#include "source.h"
+#include "page.h"
+#include "raw.h"
+#include "encode.h"
+
+struct AttendScratch {
+  float q[kMaxRows * kMaxHead];
+  int16_t fixed[kMaxRows * kMaxHead];
+  float acc[kMaxRows * kMaxHead];
+  float slopes[kMaxRows];
+  union {
+    PageScratch page;
+    RawScratch raw;
+  };
+};
+
+static void load_queries(const KiviCall &c, const Unit &u, AttendScratch &s, Queries &q) {
+  const int d = (int)c.head_size, group = (int)(c.num_heads / c.num_kv_heads);
+  const float log2e = 1.4426950408889634f, scale = (float)c.scale * log2e;
+  q.heads = u.g1 - u.g0;
+  q.rows = (int)(u.end - u.start) * q.heads;
+  q.start = u.start;
+  q.q = s.q;
+  q.fixed = s.fixed;
+  q.soft_cap = (float)c.soft_cap * log2e;
+  q.window = c.sliding_window;
+  q.slopes = nullptr;
+  if (c.alibi_slopes) {
+    for (int h = 0; h < q.heads; h++) s.slopes[h] = c.alibi_slopes[u.kv_head * group + u.g0 + h];
+    q.slopes = s.slopes;
+  }
+  for (int r = 0; r < q.rows; r++) {
+    const int64_t token = u.row->q0 + u.start - u.row->a + r / q.heads;
+    const int64_t head = (int64_t)u.kv_head * group + u.g0 + r % q.heads;
+    const uint8_t *from =
+        c.query.data + token * c.query.token_stride + head * c.query.head_stride;
+    float *to = s.q + (int64_t)r * d;
+    vf m = {};
+    for (int i = 0; i < d; i += W) {
+      const vf x = load_any(c.dtype, from + i * dtype_bytes(c.dtype)) * scale;
+      store(to + i, x);
+      m = vmax(m, vmax(x, -x));
+    }
+    if (u.block_lo == u.block_hi) continue;
+    const float top = largest(m);
+    q.unit[r] = top * (1.0f / 32767.0f);
+    to_fixed([&](int i) __attribute__((always_inline)) { return load(to + i); }, d,
+             top > 0 ? 32767.0f / top : 0.0f, s.fixed + (int64_t)r * d);
+  }
+}
+
+static INLINE uint8_t *output_of(const KiviCall &c, const Unit &u, int row) {
+  const int heads = u.g1 - u.g0;
+  const int64_t token = u.row->q0 + u.start - u.row->a + row / heads;
+  const int64_t head = (int64_t)u.kv_head * (c.num_heads / c.num_kv_heads) + u.g0 + row % heads;
+  return c.output.data + token * c.output.token_stride + head * c.output.head_stride;
+}
+
+static void write_output(const KiviCall &c, const Unit &u, const State &state, int rows) {
+  const int d = (int)c.head_size;
+  for (int r = 0; r < rows; r++) {
+    uint8_t *out = output_of(c, u, r);
+    const float inverse = 1.0f / state.sum[r];
+    for (int i = 0; i < d; i += W)
+      store_any(c.out_dtype, out + i * dtype_bytes(c.out_dtype),
+                load(state.acc + (int64_t)r * d + i) * inverse);
+  }
+}
+
+static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
+  AttendScratch &s = *(AttendScratch *)scratch;
+  const int64_t d = c.head_size;
+  Queries q;
+  load_queries(c, u, s, q);
+  State state;
+  state.acc = s.acc;
+  for (int r = 0; r < q.rows; r++) {
+    state.max[r] = -__builtin_inff();
+    state.sum[r] = 0.0f;
+  }
+  __builtin_memset(s.acc, 0, sizeof(float) * q.rows * d);
+  if (u.block_lo < u.block_hi) {
+    if (c.k_bits == 2)
+      attend_pages<2, 2>(c, u, q, s.page, state);
+    else if (c.v_bits == 2)
+      attend_pages<4, 2>(c, u, q, s.page, state);
+    else
+      attend_pages<4, 4>(c, u, q, s.page, state);
+  }
+  attend_raw(c, u, q, s.raw, state);
+  if (!u.partial) return write_output(c, u, state, q.rows);
+  float *out = u.partial;
+  __builtin_memcpy(out, state.max, sizeof(float) * q.rows);
+  __builtin_memcpy(out + q.rows, state.sum, sizeof(float) * q.rows);
+  __builtin_memcpy(out + 2 * q.rows, s.acc, sizeof(float) * q.rows * d);
+}
+
+static void combine(const KiviCall &c, const Unit &u, const float *partials, int parts,
+                    uint8_t *scratch) {
+  AttendScratch &s = *(AttendScratch *)scratch;
+  const int rows = (int)(u.end - u.start) * (u.g1 - u.g0), d = (int)c.head_size;
+  State state;
+  state.acc = s.acc;
+  for (int r = 0; r < rows; r++) {
+    float m = -__builtin_inff(), sum = 0.0f;
+    float *acc = s.acc + (int64_t)r * d;
+    __builtin_memset(acc, 0, sizeof(float) * d);
+    for (int p = 0; p < parts; p++) m = max_of(m, partials[p * partial_floats(rows, d) + r]);
+    for (int p = 0; p < parts; p++) {
+      const float *part = partials + p * partial_floats(rows, d);
+      const float weight = exp2s(part[r] - m);
+      sum += weight * part[rows + r];
+      for (int i = 0; i < d; i += W)
+        store(acc + i, load(acc + i) + weight * load(part + 2 * rows + (int64_t)r * d + i));
+    }
+    state.sum[r] = sum;
+  }
+  write_output(c, u, state, rows);
+}
+
+static void encode(const KiviCall &c, const KiviRow &row, int64_t block, int64_t kv_head,
+                   uint8_t *scratch) {
+  encode_block(c, row, block, kv_head, *(EncodeScratch *)scratch);
+}
+
+#if !defined(KIVI_AMX)
+static void begin() {}
+static void end() {}
+#endif
+
+constexpr int64_t kScratch =
+    sizeof(AttendScratch) > sizeof(EncodeScratch) ? sizeof(AttendScratch) : sizeof(EncodeScratch);
+
+extern const Kernels kernels;
+const Kernels kernels = {KIVI_NAME, kScratch, attend, combine, encode, begin, end};
+
+}  // namespace KIVI_ISA
+}  // namespace kivi

@@ -1,0 +1,383 @@
+// Entry points: check the page ids, split the work, run it on OpenMP threads.
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "units.h"
+
+namespace kivi {
+
+#define KIVI_DECLARE(isa) \
+  namespace isa {         \
+  extern const Kernels kernels; \
+  }
+#if defined(KIVI_HAVE_AMX)
+KIVI_DECLARE(amx)
+#endif
+#if defined(KIVI_HAVE_AVX512_VNNI)
+KIVI_DECLARE(avx512_vnni)
+#endif
+#if defined(KIVI_HAVE_AVX2)
+KIVI_DECLARE(avx2)
+#endif
+KIVI_DECLARE(portable)
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512_vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+#if defined(KIVI_HAVE_AMX)
+bool has_amx() {
+  if (!has_avx512_vnni()) return false;
+#if defined(KIVI_EMULATE_AMX)
+  return true;
+#else
+  unsigned a, b, c, d;
+  const unsigned tile = 1u << 24, int8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (tile | int8)) != (tile | int8)) return false;
+  // The kernel grants the tiles' registers (XTILEDATA, 18) to those who ask (ARCH_REQ_XCOMP_PERM).
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#endif
+}
+#endif
+bool always() { return true; }
+
+struct Choice {
+  const Kernels *kernels;
+  bool (*works)();
+};
+
+// Best first.
+const Choice choices[] = {
+#if defined(KIVI_HAVE_AMX)
+    {&amx::kernels, has_amx},
+#endif
+#if defined(KIVI_HAVE_AVX512_VNNI)
+    {&avx512_vnni::kernels, has_avx512_vnni},
+#endif
+#if defined(KIVI_HAVE_AVX2)
+    {&avx2::kernels, has_avx2},
+#endif
+    {&portable::kernels, always},
+};
+
+const Kernels *chosen = nullptr;
+
+// A thread's scratch memory, kept between calls.
+struct Scratch {
+  uint8_t *data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+  uint8_t *get(int64_t wanted) {
+    if (size < wanted) {
+      std::free(data);
+      data = (uint8_t *)std::aligned_alloc(64, (wanted + 63) / 64 * 64);
+      size = data ? wanted : 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch scratch;
+
+bool ids_within(const int32_t *table, int64_t stride, int64_t width, int64_t row, int64_t first,
+                int64_t end, int64_t num_blocks) {
+  if (first >= end) return true;
+  if (end > width) return false;
+  for (int64_t i = first; i < end; i++) {
+    const int64_t id = table[row * stride + i];
+    if (id < 0 || id >= num_blocks) return false;
+  }
+  return true;
+}
+
+bool raw_within(const KiviRaw &raw, int64_t row, int64_t first, int64_t end) {
+  return ids_within(raw.table, raw.table_stride, raw.table_width, row, first, end, raw.num_blocks);
+}
+
+// Every page that the step of `row` may touch: no kernel runs on an id that is not in its pool.
+bool pages_within(const KiviCall &c, const KiviRow &row) {
+  const int64_t blocks = row.b / kBlock, start = row.a / kBlock;
+  if (!ids_within(c.block_table, c.block_table_stride, c.block_table_width, row.index, 0, blocks,
+                  c.num_blocks))
+    return false;
+  // Ring slots of [start of a's block, b).
+  const int64_t tokens = row.b < c.ring_capacity ? row.b : c.ring_capacity;
+  if (!raw_within(c.ring, row.index, 0, (tokens + c.raw_tokens - 1) / c.raw_tokens)) return false;
+  for (int64_t i = 0; i < c.num_tails; i++)
+    if (!raw_within(c.tails[i], row.index, start ? start - 1 : 0, blocks)) return false;
+  return true;
+}
+
+bool all_within(const KiviCall &c) {
+  for (int64_t i = 0; i < c.num_rows; i++)
+    if (!pages_within(c, c.rows[i])) return false;
+  return true;
+}
+
+int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Work of a unit, in full-precision tokens times rows.
+int64_t cost_of(const Unit &u) {
+  const int64_t rows = (u.end - u.start) * (u.g1 - u.g0);
+  return (u.block_hi - u.block_lo) * kBlock * (rows + 1) / 2 + (u.raw_hi - u.raw_lo) * (rows + 4) +
+         64;
+}
+
+struct Plan {
+  std::vector<Unit> whole;           // one a tile
+  std::vector<Unit> parts;           // what runs
+  std::vector<int64_t> first, floats;  // of each split tile: its parts, its place in `partials`
+  std::vector<int> split, count;     // index into `whole`, number of parts
+  std::vector<float> partials;
+};
+
+void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) {
+  const int64_t group = c.num_heads / c.num_kv_heads;
+  const int64_t per_tile = max_of(1, kMaxRows / group);
+  const bool per_position = c.per_position || row.b - row.a <= c.decode_len;
+  for (int64_t start = row.a; start < row.b;) {
+    const int64_t end =
+        min_of(min_of(row.b, (start / kBlock + 1) * kBlock), start + per_tile);
+    const int64_t seen = (per_position ? start : row.a) / kBlock * kBlock - c.residual_length;
+    Unit u{};
+    u.row = &row;
+    u.start = start;
+    u.end = end;
+    u.raw_from = max_of(0, seen);
+    const int64_t oldest = c.sliding_window ? max_of(0, start + 1 - c.sliding_window) : 0;
+    if (c.k_bits) {
+      u.block_lo = oldest / kBlock;
+      u.block_hi = max_of(u.block_lo, (u.raw_from + kBlock - 1) / kBlock);
+      u.raw_lo = max_of(u.raw_from, oldest);
+    } else {  // pages of raw tokens are read like raw tokens
+      u.raw_lo = oldest;
+    }
+    u.raw_hi = end;
+    for (int64_t h = 0; h < c.num_kv_heads; h++)
+      for (int64_t g = 0; g < group; g += kMaxRows) {
+        u.kv_head = (int)h;
+        u.g0 = (int)g;
+        u.g1 = (int)min_of(group, g + kMaxRows);
+        units.push_back(u);
+      }
+    start = end;
+  }
+}
+
+// Split the tiles' pages so that every thread has work, down to four pages a part.
+void make_plan(const KiviCall &c, Plan &plan) {
+  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], plan.whole);
+  int64_t total = 0;
+  for (const Unit &u : plan.whole) total += cost_of(u);
+  const int64_t most = c.threads > 1 ? total / (4 * c.threads) + 1 : INT64_MAX;
+  int64_t floats = 0;
+  for (size_t i = 0; i < plan.whole.size(); i++) {
+    const Unit &u = plan.whole[i];
+    const int64_t blocks = u.block_hi - u.block_lo;
+    const int64_t wanted = c.threads > 1 ? (cost_of(u) + most - 1) / most : 1;
+    const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
+    if (parts <= 1) {
+      plan.parts.push_back(u);
+      continue;
+    }
+    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
+    plan.split.push_back((int)i);
+    plan.count.push_back((int)parts);
+    plan.first.push_back((int64_t)plan.parts.size());
+    plan.floats.push_back(floats);
+    for (int64_t p = 0; p < parts; p++) {
+      Unit part = u;
+      part.block_lo = u.block_lo + blocks * p / parts;
+      part.block_hi = u.block_lo + blocks * (p + 1) / parts;
+      if (p + 1 < parts) part.raw_hi = part.raw_lo;  // the last part reads the raw tokens
+      plan.parts.push_back(part);
+      floats += size;
+    }
+  }
+  plan.partials.resize(floats);
+  for (size_t i = 0; i < plan.split.size(); i++) {
+    const Unit &u = plan.whole[plan.split[i]];
+    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
+    for (int p = 0; p < plan.count[i]; p++)
+      plan.parts[plan.first[i] + p].partial = plan.partials.data() + plan.floats[i] + p * size;
+  }
+}
+
+// Run f(i, scratch) for i in [0, n) on the call's threads; false if memory was short.
+template <class F>
+bool run(int64_t n, int threads, F f) {
+  bool ok = true;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    uint8_t *mine = scratch.get(chosen->scratch_bytes);
+    if (mine) chosen->begin();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; i++) {
+      if (mine)
+        f(i, mine);
+      else
+#pragma omp atomic write
+        ok = false;
+    }
+    if (mine) chosen->end();
+  }
+  return ok;
+}
+
+struct Block {
+  const KiviRow *row;
+  int64_t block, head;
+};
+
+}  // namespace
+}  // namespace kivi
+
+using namespace kivi;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Use the named instruction set, or the best for a null name. Returns the name in use, or null if
+// this machine or this build does not have it.
+const char *kivi_select(const char *name) {
+  for (const Choice &choice : choices) {
+    if (name && std::strcmp(name, choice.kernels->name) != 0) continue;
+    if (!choice.works()) {
+      if (name) return nullptr;
+      continue;
+    }
+    chosen = choice.kernels;
+    return chosen->name;
+  }
+  return nullptr;
+}
+
+// Names of the instruction sets of this build that this machine has, best first, after one another
+// with a space; at most `size` bytes.
+void kivi_available(char *names, int64_t size) {
+  names[0] = 0;
+  for (const Choice &choice : choices)
+    if (choice.works() && std::strlen(names) + std::strlen(choice.kernels->name) + 2 < (size_t)size) {
+      if (names[0]) std::strcat(names, " ");
+      std::strcat(names, choice.kernels->name);
+    }
+}
+
+// Whether calls run on more than one thread: not if the compiler's OpenMP is not torch's.
+int kivi_parallel() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int64_t kivi_call_bytes() { return sizeof(KiviCall); }
+
+int kivi_store_blocks(const KiviCall *call) try {
+  const KiviCall &c = *call;
+  if (!all_within(c)) return KIVI_BAD_PAGE;
+  std::vector<Block> blocks;
+  for (int64_t i = 0; i < c.num_rows; i++)
+    for (int64_t block = c.rows[i].a / kBlock; block < c.rows[i].b / kBlock; block++)
+      for (int64_t h = 0; h < c.num_kv_heads; h++) blocks.push_back({&c.rows[i], block, h});
+  if (blocks.empty()) return KIVI_OK;
+  const bool ok = run((int64_t)blocks.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    chosen->encode(c, *blocks[i].row, blocks[i].block, blocks[i].head, mine);
+  });
+  return ok ? KIVI_OK : KIVI_NO_MEMORY;
+} catch (const std::bad_alloc &) {
+  return KIVI_NO_MEMORY;
+}
+
+int kivi_attend(const KiviCall *call) try {
+  const KiviCall &c = *call;
+  if (!all_within(c)) return KIVI_BAD_PAGE;
+  Plan plan;
+  make_plan(c, plan);
+  bool ok = run((int64_t)plan.parts.size(), (int)c.threads,
+                [&](int64_t i, uint8_t *mine) { chosen->attend(c, plan.parts[i], mine); });
+  if (ok && !plan.split.empty())
+    ok = run((int64_t)plan.split.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+      chosen->combine(c, plan.whole[plan.split[i]], plan.partials.data() + plan.floats[i],
+                      plan.count[i], mine);
+    });
+  return ok ? KIVI_OK : KIVI_NO_MEMORY;
+} catch (const std::bad_alloc &) {
+  return KIVI_NO_MEMORY;
+}
+
+int kivi_store_ring(const KiviCall *call) {
+  const KiviCall &c = *call;
+  if (!all_within(c)) return KIVI_BAD_PAGE;
+  const int64_t bytes = c.head_size * (c.dtype == KIVI_FP32 ? 4 : 2);
+  for (int64_t i = 0; i < c.num_rows; i++) {
+    const KiviRow &row = c.rows[i];
+    for (int64_t s = max_of(row.a, row.b - c.ring_capacity); s < row.b; s++) {
+      const int64_t token = row.q0 + s - row.a, at = s % c.ring_capacity;
+      const int64_t id = c.ring.table[row.index * c.ring.table_stride + at / c.raw_tokens];
+      uint8_t *to = c.ring.data + id * c.ring.block_stride + at % c.raw_tokens * c.ring.token_stride;
+      const uint8_t *k = c.key.data + token * c.key.token_stride;
+      const uint8_t *v = c.value.data + token * c.value.token_stride;
+      for (int64_t h = 0; h < c.num_kv_heads; h++) {
+        std::memcpy(to + h * c.ring.head_stride, k + h * c.key.head_stride, bytes);
+        std::memcpy(to + h * c.ring.head_stride + bytes, v + h * c.value.head_stride, bytes);
+      }
+    }
+  }
+  return KIVI_OK;
+}
+
+// Read `nbytes[i]` bytes from `addresses[i]`, one after the other, each thread an equal share of
+// the ranges: the least time in which these bytes can be read. Returns their sum, as a proof.
+uint64_t kivi_read(const int64_t *addresses, const int64_t *nbytes, int64_t n, int64_t threads) {
+  uint64_t sum = 0;
+#pragma omp parallel num_threads((int)threads) reduction(+ : sum)
+  {
+#if defined(_OPENMP)
+    const int64_t id = omp_get_thread_num(), of = omp_get_num_threads();
+#else
+    const int64_t id = 0, of = 1;
+#endif
+    typedef uint64_t vec __attribute__((vector_size(64), aligned(8), may_alias));
+    vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t i = n * id / of; i < n * (id + 1) / of; i++) {
+      const char *p = (const char *)addresses[i], *next = (const char *)addresses[i + 1 < n ? i + 1 : i];
+      const int64_t size = nbytes[i];
+      int64_t o = 0;
+      for (; o + 256 <= size; o += 256) {
+        const char *ahead = o + 4096 < size ? p + o + 4096 : next + (o + 4096 - size);
+        for (int k = 0; k < 256; k += 64) __builtin_prefetch(ahead + k, 0, 3);
+        s0 += *(const vec *)(p + o);
+        s1 += *(const vec *)(p + o + 64);
+        s2 += *(const vec *)(p + o + 128);
+        s3 += *(const vec *)(p + o + 192);
+      }
+      for (; o + 64 <= size; o += 64) s0 += *(const vec *)(p + o);
+    }
+    s0 += s1 + s2 + s3;
+    for (int k = 0; k < 8; k++) sum += s0[k];
+  }
+  return sum;
+}
+}

@@ -1,0 +1,289 @@
+// Attention over packed pages, without dequantizing them.
+//
+// Keys: score(token) = sum_c q[c] (scale[c] code[c] + zero[c]), so the scales of a group are
+// multiplied into the query once for its tokens, the codes' part is an integer dot product, and
+// the zeros give one number per group. Values: out[c] = sum_t p[t] (scale[t] code[t] + zero[t]),
+// likewise with the probabilities in the query's place.
+//
+// A block's probabilities are relative to the block's own largest score, so that its 15 bits are
+// used whatever the other blocks hold; the block's sum is then weighted into the row's state.
+
+constexpr int kMaxHead = 256;
+constexpr int kKGroups = kBlock / 32;      // at most
+constexpr int kVGroups = kMaxHead / 32;    // at most
+constexpr float kTop = 16383.0f;           // of scales: products of 15 bits
+constexpr float kLog2One = 14.99995597f;   // log2(32767): probabilities count in 1/32767
+
+// The online softmax of the rows of a unit.
+struct State {
+  float max[kMaxRows];  // of the scores so far, which are in units of log2
+  float sum[kMaxRows];
+  float *acc;           // [rows][head_size]
+};
+
+// The query rows of a unit, in the forms that the two kinds of cache want.
+struct Queries {
+  int rows, heads;      // rows = tokens * heads
+  int64_t start;        // position of the first token
+  float *q;             // [rows][head_size], times scale * log2(e)
+  int16_t *fixed;       // [rows][head_size], q / unit
+  float unit[kMaxRows];
+  const float *slopes;  // [heads] of this unit, or null
+  float soft_cap;       // times log2(e); 0: none
+  int64_t window;       // 0: none
+  int64_t position(int row) const { return start + row / heads; }
+};
+
+static INLINE void modify_scores(const Queries &q, int row, int64_t first, int n, float *scores) {
+  if (q.soft_cap > 0)
+    for (int i = 0; i < n; i += W)
+      store(scores + i, q.soft_cap * tanhv(load(scores + i) * (1.0f / q.soft_cap)));
+  if (q.slopes) {
+    const float slope = q.slopes[row % q.heads] * 1.4426950408889634f;
+    const int64_t t = q.position(row);
+    for (int i = 0; i < n; i++) scores[i] += slope * (float)(first + i - t);
+  }
+}
+
+// Hide scores outside of [low, high).
+static INLINE void hide(int low, int high, int n, float *scores) {
+  for (int i = 0; i < min_of(low, n); i++) scores[i] = -__builtin_inff();
+  for (int i = max_of(high, 0); i < n; i++) scores[i] = -__builtin_inff();
+}
+
+// A page's scales and zeros, ready for any number of rows.
+struct Prepared {
+  alignas(64) float k_zero[kKGroups * kMaxHead];  // [group][head_size]
+  float v_zero[kVGroups * kBlock];                // [group][128]
+  int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
+  float k_factor[kKGroups], v_factor[kVGroups];
+};
+
+struct PageScratch {
+  Prepared prepared;
+  // Of q, [K group][head_size / 64], then of p, [V group][2].
+  alignas(64) int8_t parts[kVGroups * 2 * kSpan];
+  alignas(64) float scores[kRows][kBlock];
+  int16_t p_fixed[kRows][kBlock];
+  float k_zero_sum[kKGroups * kRows], v_zero_sum[kVGroups * kRows];
+  int32_t dots[kRows][32];
+};
+
+// The largest of n scales, as bits: they are not negative, so they order like integers, NaN last.
+static INLINE uint16_t largest_half(const uint16_t *x, int n) {
+  uint16_t m = 0;
+  for (int i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+// Scales [groups][n] to fixed point, each group with its own unit, and zeros to fp32.
+static INLINE void prepare_side(const uint16_t *scale, const uint16_t *zero, int groups, int n,
+                                int16_t *fixed, float *zeros, float *factor) {
+  float inverse[kVGroups];
+  for (int g = 0; g < groups; g++) {
+    const float top = half_to_float(largest_half(scale + g * n, n));
+    inverse[g] = top > 0 ? kTop / top : 0.0f;
+    factor[g] = top * (32768.0f / kTop);
+  }
+  for (int g = 0; g < groups; g++) {
+    to_fixed([&](int i) __attribute__((always_inline)) { return load_half(scale + g * n + i); }, n,
+             inverse[g], fixed + g * n);
+    for (int i = g * n; i < (g + 1) * n; i += W) store(zeros + i, load_half(zero + i));
+  }
+}
+
+// Byte offsets of a page's fields, as in format.py.
+struct Layout {
+  int k_groups, v_groups, head_size;
+  int k_scale, k_zero, k_codes, v_scale, v_zero, v_codes;
+  explicit Layout(const KiviCall &c) {
+    const int d = (int)c.head_size, g = (int)c.group_size;
+    head_size = d;
+    k_groups = kBlock / g;
+    v_groups = d / g;
+    k_scale = 0;
+    k_zero = k_scale + 2 * k_groups * d;
+    k_codes = k_zero + 2 * k_groups * d;
+    v_scale = k_codes + kBlock * d * (int)c.k_bits / 8;
+    v_zero = v_scale + 2 * v_groups * kBlock;
+    v_codes = v_zero + 2 * v_groups * kBlock;
+  }
+};
+
+static INLINE void prepare_page(const uint8_t *page, const Layout &at, Prepared &p) {
+  const auto halves = [&](int offset) { return (const uint16_t *)(page + offset); };
+  prepare_side(halves(at.k_scale), halves(at.k_zero), at.k_groups, at.head_size, p.k_fixed,
+               p.k_zero, p.k_factor);
+  prepare_side(halves(at.v_scale), halves(at.v_zero), at.v_groups, kBlock, p.v_fixed, p.v_zero,
+               p.v_factor);
+}
+
+// sums[g][r] = dot(x[r], zeros[g]); rows of x are `stride` apart.
+template <int R>
+static INLINE void zero_sums(const float *zeros, int groups, const float *x, int stride,
+                             int n, float *sums) {
+  for (int g = 0; g < groups; g++) {
+    vf s[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) s[r] = vf{};
+    for (int i = 0; i < n; i += W) {
+      const vf z = load(zeros + g * n + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) s[r] += z * load(x + r * stride + i);
+    }
+    sum_each<R>(s, sums + g * kRows);
+  }
+}
+
+// R rows, from row `r0` on, over the page of tokens [first, first + 128), of which row r sees those
+// in [low[r], high) (relative to `first`). `stream` is the next page.
+template <int KB, int VB, int R, int AHEAD>
+static void attend_page(const Queries &queries, int r0, int64_t first, int high, bool plain,
+                        const uint8_t *page, Stream &stream, const Layout &at, PageScratch &s,
+                        State &state) {
+  const int d = at.head_size;
+  const Prepared &p = s.prepared;
+  const int k_span = (d + 63) / 64 * kSpan;
+  const float *q = queries.q + (int64_t)r0 * d;
+
+  // Scores.
+  for (int g = 0; g < at.k_groups; g++) {
+    for (int r = 0; r < R; r++)
+      multiply_split(queries.fixed + (int64_t)(r0 + r) * d, p.k_fixed + g * d, d,
+                     s.parts + g * k_span + 128 * r);
+  }
+  zero_sums<R>(p.k_zero, at.k_groups, q, d, d, s.k_zero_sum);
+  const int tiles_per_k_group = 4 / at.k_groups;
+  for (int tile = 0; tile < 4; tile++) {
+    const int g = tile / tiles_per_k_group;
+    const uint8_t *codes = page + at.k_codes + (KB == 2 ? tile / 2 : tile) * d * 16;
+    dot<KB, R, 1, AHEAD>(codes, d / 4, KB == 2 ? tile % 2 : 0, s.parts + g * k_span, s.dots,
+                         stream);
+    for (int r = 0; r < R; r++) {
+      const float unit = queries.unit[r0 + r] * p.k_factor[g];
+      const float zero = s.k_zero_sum[g * kRows + r];
+      for (int i = 0; i < 32; i += W)
+        store(s.scores[r] + 32 * tile + i,
+              load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<KB>)) + zero);
+    }
+  }
+  if (!plain)
+    for (int r = 0; r < R; r++) {
+      modify_scores(queries, r0 + r, first, kBlock, s.scores[r]);
+      const int64_t t = queries.position(r0 + r);
+      const int64_t low = queries.window ? t + 1 - queries.window - first : 0;
+      hide((int)min_of<int64_t>(low, kBlock), high, kBlock, s.scores[r]);
+    }
+
+  // Probabilities, relative to the block's largest, in 1/32767.
+  float weight[R];
+  for (int r = 0; r < R; r++) {
+    float *x = s.scores[r];
+    vf m = load(x);
+#pragma GCC unroll 32
+    for (int i = W; i < kBlock; i += W) m = vmax(m, load(x + i));
+    const float top = largest(m);
+    const int row = r0 + r;
+    vf sum = {};
+    const vf shift = all(top == -__builtin_inff() ? 0.0f : top - kLog2One);
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; i += W) {
+      const vf e = exp2v<true>(load(x + i) - shift);
+      sum += e;
+      store(x + i, e);
+    }
+    to_fixed([&](int i) __attribute__((always_inline)) { return load(x + i); }, kBlock, 1.0f,
+             s.p_fixed[r]);
+    // Weigh the block against what the row has seen.
+    weight[r] = 0.0f;
+    if (top != -__builtin_inff()) {
+      if (!(top <= state.max[row])) {
+        const float keep = exp2s(state.max[row] - top);
+        state.max[row] = top;
+        state.sum[row] *= keep;
+        float *acc = state.acc + (int64_t)row * d;
+        for (int i = 0; i < d; i += W) store(acc + i, load(acc + i) * keep);
+      }
+      weight[r] = exp2s(top - state.max[row]) * (1.0f / 32767.0f);
+      state.sum[row] += weight[r] * sum_of(sum);
+    }
+  }
+
+  // Values.
+  for (int g = 0; g < at.v_groups; g++) {
+    for (int r = 0; r < R; r++)
+      multiply_split(s.p_fixed[r], p.v_fixed + g * kBlock, kBlock,
+                     s.parts + g * 2 * kSpan + 128 * r);
+  }
+  zero_sums<R>(p.v_zero, at.v_groups, s.scores[0], kBlock, kBlock, s.v_zero_sum);
+  const int tiles_per_v_group = (d / 32) / at.v_groups;
+  for (int tile = 0; tile < d / 32; tile++) {
+    const int g = tile / tiles_per_v_group;
+    const uint8_t *codes = page + at.v_codes + tile * (VB == 2 ? 1024 : 2048);
+    dot<VB, R, VB == 2 ? 2 : 1, AHEAD>(codes, VB == 2 ? 16 : 32, 0,
+                                       s.parts + g * 2 * kSpan, s.dots, stream);
+    for (int r = 0; r < R; r++) {
+      const float unit = weight[r] * p.v_factor[g];
+      const float zero = weight[r] * s.v_zero_sum[g * kRows + r];
+      float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
+      for (int i = 0; i < 32; i += W)
+        store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<VB>)) +
+                           (load(acc + i) + zero));
+    }
+  }
+}
+
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+
+template <int KB, int VB>
+static void attend_pages(const KiviCall &c, const Unit &u, const Queries &queries, PageScratch &s,
+                         State &state) {
+  // Lines of a page over its vectors of codes, times 4: a whole number for groups of 32.
+  constexpr int kAhead = (KB + VB) / 2 + 1;
+  const Layout at(c);
+  const int32_t *table = c.block_table + u.row->index * c.block_table_stride;
+  const auto page_of = [&](int64_t block) {
+    return c.pages + table[block] * c.page_block_stride + u.kv_head * c.page_head_stride;
+  };
+  // What comes after the last page: a page of full-precision tokens has the same size.
+  const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
+  const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
+  for (int64_t block = u.block_lo; block < u.block_hi; block++) {
+    const uint8_t *page = page_of(block);
+    const uint8_t *next = block + 1 < u.block_hi ? page_of(block + 1) : residual;
+    const int64_t first = block * kBlock;
+    const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
+    const bool plain = !modified && high == kBlock;
+    Stream stream{(const char *)next};
+    prepare_page(page, at, s.prepared);
+    for (int r0 = 0; r0 < queries.rows;) {
+      const int left = queries.rows - r0;
+      const int turns = (left + kRows - 1) / kRows;
+      const int n = (left + turns - 1) / turns;  // 5 rows as 3 and 2, not 4 and 1
+      const auto attend = [&](auto rows) __attribute__((always_inline)) {
+        if (r0 == 0)
+          attend_page<KB, VB, rows.value, kAhead>(queries, r0, first, high, plain, page, stream, at,
+                                                  s, state);
+        else
+          attend_page<KB, VB, rows.value, 0>(queries, r0, first, high, plain, page, stream, at, s,
+                                             state);
+      };
+      switch (n) {
+        case 1: attend(Rows<1>()); break;
+        case 2: attend(Rows<2>()); break;
+        case 3: attend(Rows<3>()); break;
+#if defined(KIVI_AMX)
+        case 5: attend(Rows<5>()); break;
+        case 6: attend(Rows<6>()); break;
+        case 7: attend(Rows<7>()); break;
+        case 8: attend(Rows<8>()); break;
+#endif
+        default: attend(Rows<4>()); break;
+      }
+      r0 += n;
+    }
+  }
+}

@@ -1,0 +1,3 @@
+#define KIVI_ISA portable
+#define KIVI_NAME "portable"
+#include "kernels.h"

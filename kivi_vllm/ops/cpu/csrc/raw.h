@@ -1,0 +1,148 @@
+// Attention over full-precision tokens: fp32 matrix products on tiles of `kKeys` tokens, which are
+// gathered from the tails, the ring and the step's own keys and values, and converted on the way.
+
+struct RawScratch {
+  const uint8_t *k[kKeys], *v[kKeys];
+  alignas(64) float rows[W * kMaxHead];
+  alignas(64) float keys[kMaxHead * kKeys];      // [head_size][kKeys]
+  alignas(64) float values[kKeys * kMaxHead];    // [kKeys][head_size]
+  alignas(64) float scores[kMaxRows * kKeys];
+};
+
+// fp32 copies of n tokens' K, transposed, [head_size][kKeys] with columns beyond n undefined, and of
+// their V, [n][head_size]; read in the order of memory.
+template <int DT>
+static void convert(const uint8_t *const *k, const uint8_t *const *v, int n, int d, float *rows,
+                    float *keys, float *values) {
+  constexpr int size = DT == KIVI_FP32 ? 4 : 2;
+  for (int j0 = 0; j0 < n; j0 += W) {
+    for (int j = j0; j < min_of(j0 + W, n); j++) {
+      for (int i = 0; i < d; i += W) store(rows + (j - j0) * d + i, load_as<DT>(k[j] + i * size));
+      for (int i = 0; i < d; i += W) store(values + j * d + i, load_as<DT>(v[j] + i * size));
+    }
+    for (int i = 0; i < d; i += W) {
+      vf x[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; l++) x[l] = load(rows + l * d + i);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; l++) store(keys + (i + l) * kKeys + j0, x[l]);
+    }
+  }
+}
+
+// C[m][0..N*W) (+)= A[m][0..k) B[0..k)[0..N*W), all fp32, rows lda, ldb and ldc apart.
+template <int M, int N>
+static INLINE void multiply_rows(const float *a, int lda, const float *b, int ldb, int k, float *c,
+                                 int ldc, bool add) {
+  vf x[M][N];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) x[m][n] = add ? load(c + m * ldc + n * W) : vf{};
+  for (int i = 0; i < k; i++) {
+    vf y[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) y[n] = load(b + i * ldb + n * W);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      const vf z = all(a[m * lda + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) x[m][n] += z * y[n];
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, x[m][n]);
+}
+
+constexpr int kM = W == 16 ? 12 : 4;    // rows whose sums of two vectors fill the registers
+constexpr int kFew = W == 16 ? 4 : 2;  // and of four
+
+// The same for any number of rows and a number of columns that is a multiple of 32. Few rows take
+// more columns at once: as many sums under way as the latency of an addition needs.
+static void multiply(const float *a, int lda, const float *b, int ldb, int rows, int k, int columns,
+                     float *c, int ldc, bool add) {
+  int m = 0;
+  for (; m + kM <= rows; m += kM)
+    for (int n = 0; n < columns; n += 2 * W)
+      multiply_rows<kM, 2>(a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+  while (m < rows) {
+    const int taken = min_of(rows - m, kFew);
+    int n = 0;
+    for (; n + 4 * W <= columns; n += 4 * W) {
+      const float *x = a + m * lda;
+      float *z = c + m * ldc + n;
+      switch (taken) {
+        case 1: multiply_rows<1, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
+        case 2: multiply_rows<2, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
+#if defined(__AVX512F__)
+        case 3: multiply_rows<3, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
+        default: multiply_rows<4, 4>(x, lda, b + n, ldb, k, z, ldc, add);
+#endif
+      }
+    }
+    for (; n < columns; n += 2 * W)
+      for (int i = m; i < m + taken; i++)
+        multiply_rows<1, 2>(a + i * lda, lda, b + n, ldb, k, c + i * ldc + n, ldc, add);
+    m += taken;
+  }
+}
+
+// Online softmax of one row over `n` scores (a multiple of W), which become probabilities.
+static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
+  vf m = load(x);
+  for (int i = W; i < n; i += W) m = vmax(m, load(x + i));
+  const float top = largest(m);
+  if (top == -__builtin_inff()) {  // sees none of them
+    for (int i = 0; i < n; i += W) store(x + i, vf{});
+    return;
+  }
+  if (!(top <= state.max[row])) {
+    const float keep = exp2s(state.max[row] - top);
+    state.max[row] = top;
+    state.sum[row] *= keep;
+    float *acc = state.acc + (int64_t)row * d;
+    for (int i = 0; i < d; i += W) store(acc + i, load(acc + i) * keep);
+  }
+  const vf shift = all(state.max[row]);
+  vf sum = {};
+  for (int i = 0; i < n; i += W) {
+    const vf e = exp2v(load(x + i) - shift);
+    sum += e;
+    store(x + i, e);
+  }
+  state.sum[row] += sum_of(sum);
+}
+
+static void attend_raw(const KiviCall &c, const Unit &u, const Queries &q, RawScratch &s,
+                       State &state) {
+  const int d = (int)c.head_size;
+  const Source source(c, *u.row, u.kv_head, u.raw_from);
+  for (int64_t first = u.raw_lo; first < u.raw_hi; first += kKeys) {
+    const int n = (int)min_of<int64_t>(kKeys, u.raw_hi - first);
+    source.find(first, n, s.k, s.v);
+    if (c.dtype == KIVI_FP32)
+      convert<KIVI_FP32>(s.k, s.v, n, d, s.rows, s.keys, s.values);
+    else if (c.dtype == KIVI_FP16)
+      convert<KIVI_FP16>(s.k, s.v, n, d, s.rows, s.keys, s.values);
+    else
+      convert<KIVI_BF16>(s.k, s.v, n, d, s.rows, s.keys, s.values);
+    const int columns = (n + 31) / 32 * 32;
+    // Earlier tokens of the unit than the tile's first see none of it.
+    const int r0 = (int)max_of<int64_t>(0, first - q.start) * q.heads;
+    const int rows = q.rows - r0;
+    float *scores = s.scores;
+    multiply(q.q + (int64_t)r0 * d, d, s.keys, kKeys, rows, d, columns, scores, kKeys, false);
+    for (int r = 0; r < rows; r++) {
+      float *x = scores + r * kKeys;
+      const int64_t t = q.position(r0 + r);
+      if (q.soft_cap > 0 || q.slopes) modify_scores(q, r0 + r, first, columns, x);
+      const int64_t low = q.window ? max_of<int64_t>(0, t + 1 - q.window - first) : 0;
+      hide((int)min_of<int64_t>(low, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
+      softmax_row(state, r0 + r, d, x, columns);
+    }
+    multiply(scores, kKeys, s.values, d, rows, n, d, state.acc + (int64_t)r0 * d, d, true);
+  }
+}

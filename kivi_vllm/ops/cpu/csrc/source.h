@@ -1,0 +1,63 @@
+// Where the K and V of a request's positions lie: the one place that knows what is kept where.
+
+struct Source {
+  const KiviCall &c;
+  const KiviRow &row;
+  int64_t head, bytes, block_start;
+  int64_t from_pages;  // positions below are read from pages: kivi_raw's, which hold tokens verbatim
+  Source(const KiviCall &call, const KiviRow &r, int64_t kv_head, int64_t raw_from)
+      : c(call), row(r), head(kv_head), bytes(call.head_size * dtype_bytes(call.dtype)),
+        block_start(r.a / kBlock * kBlock), from_pages(call.k_bits ? 0 : raw_from) {}
+
+  // Tokens that lie one after the other.
+  struct Run {
+    const uint8_t *k, *v;
+    int64_t k_stride, v_stride, count;
+  };
+
+  static INLINE uint8_t *token(const KiviRaw &raw, int64_t index, int64_t entry, int64_t head,
+                               int64_t slot) {
+    const int64_t id = raw.table[index * raw.table_stride + entry];
+    return raw.data + id * raw.block_stride + head * raw.head_stride + slot * raw.token_stride;
+  }
+
+  // The tokens from position `s` on.
+  INLINE Run find(int64_t s) const {
+    if (s < from_pages) {  // [K, V][128][head_size]
+      const int64_t id = c.block_table[row.index * c.block_table_stride + s / kBlock];
+      const int64_t in = s % kBlock;
+      const uint8_t *page = c.pages + id * c.page_block_stride + head * c.page_head_stride;
+      return {page + in * bytes, page + (kBlock + in) * bytes, bytes, bytes,
+              min_of(kBlock - in, from_pages - s)};
+    }
+    if (s >= row.a) {  // the step's own
+      const int64_t at = row.q0 + s - row.a;
+      return {c.key.data + at * c.key.token_stride + head * c.key.head_stride,
+              c.value.data + at * c.value.token_stride + head * c.value.head_stride,
+              c.key.token_stride, c.value.token_stride, row.b - s};
+    }
+    if (s >= block_start) {
+      const int64_t at = s % c.ring_capacity, slot = at % c.raw_tokens;
+      const int64_t in_page = min_of(c.raw_tokens - slot, c.ring_capacity - at);
+      const uint8_t *k = token(c.ring, row.index, at / c.raw_tokens, head, slot);
+      return {k, k + bytes, c.ring.token_stride, c.ring.token_stride, min_of(in_page, row.a - s)};
+    }
+    const int64_t at = s - (block_start - c.residual_length), slot = at % c.raw_tokens;
+    const KiviRaw &tail = c.tails[at / c.raw_tokens];
+    const uint8_t *k = token(tail, row.index, block_start / kBlock - 1, head, slot);
+    return {k, k + bytes, tail.token_stride, tail.token_stride,
+            min_of(c.raw_tokens - slot, block_start - s)};
+  }
+
+  // Addresses of n tokens.
+  void find(int64_t s, int n, const uint8_t **k, const uint8_t **v) const {
+    for (int j = 0; j < n;) {
+      const Run run = find(s + j);
+      const int m = (int)min_of<int64_t>(run.count, n - j);
+      for (int i = 0; i < m; i++, j++) {
+        k[j] = run.k + i * run.k_stride;
+        v[j] = run.v + i * run.v_stride;
+      }
+    }
+  }
+};

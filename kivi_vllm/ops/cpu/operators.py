@@ -1,0 +1,172 @@
+"""`store_blocks`, `attend` and `store_ring` by the native kernels.
+
+Meaning and arguments are those of `kivi_vllm.ops.reference`. Whatever does not fit the
+kernels raises a ValueError that names it before any of them runs (`checks`); a page id
+outside of its cache does so too.
+
+The three calls of a step must cost microseconds in every layer: what they have in common is
+packed by the first and kept in `LayerCache.native` for the others, and tensors like some
+that passed the checks are recognized by their shapes and strides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import Any
+
+import torch
+
+from kivi_vllm.ops.cpu import checks
+from kivi_vllm.ops.cpu.checks import DTYPES
+from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
+
+# KiviCall of csrc/abi.h: up to `threads`, and the rest.
+COMMON, QUERY = struct.Struct("=38q"), struct.Struct("=8q2d2q")
+NO_QUERY = bytes(QUERY.size)
+RAW = struct.Struct("=8q")  # KiviRaw
+
+_checked: set[tuple[Any, ...]] = set()
+MOST_CHECKED = 4096
+
+
+def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """See `reference.store_blocks`."""
+    if step.completes_a_block:
+        _run(load().store_blocks, _common(step, cache, key, value) + NO_QUERY, cache)
+
+
+def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """See `reference.store_ring`."""
+    if step.rows:
+        _run(load().store_ring, _common(step, cache, key, value) + NO_QUERY, cache)
+
+
+def attend(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """See `reference.attend`."""
+    if not step.rows:
+        return
+    common = _common(step, cache, key, value)
+    slopes = params.alibi_slopes
+    form = (*_form(query), *_form(output), cache.fmt, cache.pages.shape[1], step.num_tokens)
+    if slopes is not None or form not in _checked:
+        checks.check_query(step, cache, query, params, output)
+        _remember(form)
+    _run(
+        load().attend,
+        common
+        + QUERY.pack(
+            *_tensor(query),
+            *_tensor(output),
+            DTYPES[output.dtype],
+            query.shape[1],
+            params.scale,
+            params.logits_soft_cap,
+            0 if slopes is None else slopes.data_ptr(),
+            params.sliding_window,
+        ),
+        cache,
+    )
+
+
+def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> bytes:
+    """The part of a KiviCall that all three calls need."""
+    made = cache.native.get("common")
+    if made and made[0] is step and made[1] is key and made[2] is value:
+        return made[3]
+    fmt, pages, ring, table = cache.fmt, cache.pages, cache.ring, step.block_table
+    raws = (ring, *cache.tails)
+    tensors = [pages, table, key, value]
+    for raw in raws:
+        tensors += [raw.cache, raw.table]
+    form: tuple[Any, ...] = (fmt, cache.residual_length, step.num_tokens, step.num_reqs)
+    for x in tensors:
+        form += _form(x)
+    if form not in _checked:
+        checks.check_cache(step, cache)
+        heads = pages.shape[1]
+        checks.check_tokens("key", key, step, heads, fmt.head_size, fmt.raw_dtype)
+        checks.check_tokens("value", value, step, heads, fmt.head_size, fmt.raw_dtype)
+        _remember(form)
+    rows = step.row_array
+    tails = ctypes.create_string_buffer(b"".join(RAW.pack(*_raw(t)) for t in cache.tails))
+    common = COMMON.pack(
+        rows.data_ptr(),
+        len(step.rows),
+        step.per_position,
+        step.decode_len,
+        fmt.k_bits,
+        fmt.v_bits,
+        fmt.group_size,
+        fmt.head_size,
+        fmt.raw_tokens,
+        fmt.page_bytes,
+        DTYPES[fmt.raw_dtype],
+        pages.shape[1],
+        pages.data_ptr(),
+        *pages.stride()[:2],
+        pages.shape[0],
+        table.data_ptr(),
+        table.stride(0),
+        table.shape[1],
+        *_raw(ring),
+        cache.ring_capacity,
+        ctypes.addressof(tails),
+        len(cache.tails),
+        cache.residual_length,
+        *_tensor(key),
+        *_tensor(value),
+        torch.get_num_threads(),
+    )
+    cache.native["common"] = (step, key, value, common, tails)
+    return common
+
+
+def _form(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.is_cpu
+
+
+def _remember(form: tuple[Any, ...]) -> None:
+    if len(_checked) >= MOST_CHECKED:
+        _checked.clear()
+    _checked.add(form)
+
+
+def _tensor(x: torch.Tensor) -> tuple[int, int, int]:
+    """KiviTensor: address, strides of tokens and heads in bytes."""
+    token, head, _ = x.stride()
+    size = x.itemsize
+    return x.data_ptr(), token * size, head * size
+
+
+def _raw(raw: Raw) -> tuple[int, ...]:
+    """KiviRaw."""
+    data, table = raw.cache, raw.table
+    block, head, token, _ = data.stride()
+    size = data.itemsize
+    where = (data.data_ptr(), block * size, head * size, token * size, data.shape[0])
+    return (*where, table.data_ptr(), table.stride(0), table.shape[1])
+
+
+def _run(function: Any, call: bytes, cache: LayerCache) -> None:
+    status = function(call)
+    if status == OK:
+        return
+    if status == BAD_PAGE:
+        raise ValueError(
+            "a page id in block_table or in the table of the ring or of a tail is outside of its "
+            f"cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), or the "
+            "table has too few columns for a row's positions"
+        )
+    if status == NO_MEMORY:
+        raise MemoryError("no memory for the work space of the CPU kernels")
+    raise RuntimeError(f"the CPU kernels returned status {status}")
