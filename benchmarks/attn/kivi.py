@@ -1,0 +1,132 @@
+"""This project's operators over pools of pages and rings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+
+from attn.cases import B, Shape
+from attn.memory import Ranges, allocate, replicate, shuffled
+from kivi_vllm.config import KiviConfig
+from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+
+
+def operators() -> ModuleType:
+    """The operators that vLLM would run here."""
+    return dispatch.operators(torch.device("cpu"))
+
+
+def rows(batch: int, new: int, end: int) -> list[Row]:
+    """A step of `new` tokens in each of `batch` sequences, which then have `end`."""
+    return [Row(i, i * new, (i + 1) * new, end - new, end) for i in range(batch)]
+
+
+class KiviPool:
+    """Pages and rings for `sets` batches of sequences.
+
+    Args:
+        shape: of the layer.
+        dtype: one of `KIVI_DTYPES`.
+        sets, batch, blocks: how many batches, sequences each, page blocks each.
+
+    """
+
+    def __init__(self, shape: Shape, dtype: str, sets: int, batch: int, blocks: int) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.sets, self.batch, self.blocks = sets, batch, blocks
+        self.fmt = PageFormat.of(KiviConfig(dtype), shape.head_size, torch.bfloat16)
+        self.ring_pages = -(-B // self.fmt.raw_tokens)
+        self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
+        self.nbytes = sets * batch * (blocks + self.ring_pages) * self.block_bytes
+        self.tables = shuffled(sets, batch, blocks, seed=1)
+        self.ring_tables = shuffled(sets, batch, self.ring_pages, seed=2)
+        self.params = AttentionParams(scale=shape.head_size**-0.5)
+
+    def read_bytes(self, blocks: int, raw_tokens: int) -> int:
+        """Bytes that attending of one batch reads: packed blocks and raw tokens."""
+        return self.batch * (blocks * self.block_bytes + raw_tokens * self.shape.token_bytes)
+
+    def allocate(self, huge_pages: bool) -> None:
+        """Take the memory."""
+        heads = self.shape.num_kv_heads
+        pages = allocate(self.tables.numel() * self.block_bytes, huge_pages)
+        ring = allocate(self.ring_tables.numel() * self.block_bytes, huge_pages)
+        self.pages = pages.view(-1, heads, self.fmt.page_bytes)
+        per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
+        self.ring = ring.view(torch.bfloat16).view(-1, *per_page)
+
+    def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
+        template = KiviPool(self.shape, self.dtype, 1, 1, len(key) // B)
+        template.allocate(False)
+        template.tables = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
+        step = template.step(0, rows(1, len(key), len(key)))
+        operators().store_blocks(step, template.cache(0), key, value)
+        replicate(self.pages, template.pages)
+        tokens = torch.cat([key, value], -1)
+        whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
+        replicate(self.ring, tokens[:whole].unflatten(0, (-1, self.fmt.raw_tokens)).transpose(1, 2))
+
+    def cache(self, i: int) -> LayerCache:
+        """The layer's caches as a step over set i sees them."""
+        capacity = self.ring_pages * self.fmt.raw_tokens
+        return LayerCache(self.fmt, self.pages, Raw(self.ring, self.ring_tables[i]), capacity)
+
+    def step(self, i: int, of: list[Row]) -> Step:
+        """A step over set i, prefill exact, with all that its layers share computed."""
+        step = Step(of, self.tables[i], per_position=False)
+        for name, member in vars(Step).items():
+            if isinstance(member, functools.cached_property):
+                getattr(step, name)
+        return step
+
+    def store(
+        self, name: str, i: int, of: list[Row], key: torch.Tensor, value: torch.Tensor
+    ) -> Callable[[], object]:
+        """A call of `store_blocks` or `store_ring` on set i."""
+        return partial(getattr(operators(), name), self.step(i, of), self.cache(i), key, value)
+
+    def attention(
+        self,
+        i: int,
+        of: list[Row],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> Callable[[], object]:
+        """A call of `attend` on set i; query and output [tokens, num_heads, head_size]."""
+        step, cache = self.step(i, of), self.cache(i)
+        return partial(operators().attend, step, cache, query, key, value, self.params, output)
+
+    def ranges(self, i: int, blocks: int, raw_tokens: int) -> Ranges:
+        """What attending on set i reads, but for the step's own tokens.
+
+        Args:
+            i: the set.
+            blocks: packed blocks of each sequence, one range per head.
+            raw_tokens: tokens in its ring after those.
+
+        """
+        heads = torch.arange(self.shape.num_kv_heads) * self.fmt.page_bytes
+        starts = self.pages.data_ptr() + self.tables[i, :, :blocks].long() * self.block_bytes
+        ranges = [
+            (at, self.fmt.page_bytes) for at in (starts[..., None] + heads).flatten().tolist()
+        ]
+        rings = self.ring.data_ptr() + self.ring_tables[i].long() * self.block_bytes
+        token = 2 * self.shape.head_size * 2  # bytes of one token of one head
+        per_page, at = self.fmt.raw_tokens, blocks * B
+        end = at + raw_tokens
+        while at < end:
+            page, slot = divmod(at % (self.ring_pages * per_page), per_page)
+            count = min(per_page - slot, end - at)
+            starts = rings[:, page, None] + slot * token + heads
+            ranges += [(start, count * token) for start in starts.flatten().tolist()]
+            at += count
+        return ranges

