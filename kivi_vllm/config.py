@@ -36,6 +36,8 @@ QUANTIZED_DTYPES = tuple(name for name, bits in DTYPES.items() if bits != (RAW_B
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 
+GROUP_SIZES = (32, 64, 128)
+
 PrefillMode = Literal["exact", "cached"]
 
 
@@ -66,7 +68,7 @@ class KiviConfig:
 
     def __post_init__(self) -> None:
         _one_of("--kv-cache-dtype", self.dtype, tuple(DTYPES))
-        _one_of("kivi.group_size", self.group_size, (32, 64, 128))
+        _one_of("kivi.group_size", self.group_size, GROUP_SIZES)
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
+from kivi_vllm.ops.dispatch import describe
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.toolchain import find_compiler, torch_finds
 
@@ -41,6 +42,7 @@ def check(vllm_config: VllmConfig) -> None:
         return
     config = KiviConfig.from_vllm(vllm_config)
     problems = [*_model(vllm_config), *_settings(vllm_config), *_toolchain(vllm_config)]
+    describe("cpu")  # refuses an instruction set that is not there
     if not problems:
         fmt = PageFormat.of(
             config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype

@@ -102,10 +102,11 @@ class Simulator:
         num_pages: int = 256,
         device: str = "cpu",
         output_dtype: torch.dtype = torch.float32,
+        tolerance: float = TOLERANCE,
         seed: int = 0,
     ) -> None:
         self.case, self.fmt, self.ops, self.rule, self.device = case, case.fmt, ops, rule, device
-        self.output_dtype = output_dtype
+        self.output_dtype, self.tolerance = output_dtype, tolerance
         self.rng = np.random.default_rng(seed)
         self.requests: list[Request] = []
         per_page = self.fmt.raw_tokens
@@ -246,7 +247,7 @@ class Simulator:
         got = request.output[a:b].double().numpy()
         error = np.abs(got - wanted).max(-1) / np.abs(wanted).max(-1)
         unit = torch.finfo(self.output_dtype).eps if self.output_dtype != torch.float32 else 0
-        bad = np.argwhere(~(error <= TOLERANCE + unit))
+        bad = np.argwhere(~(error <= self.tolerance + unit))
         assert not bad.size, (
             f"positions {sorted({a + int(i) for i, _ in bad})[:8]} of row {a}..{b} are off by up "
             f"to {error.max():.2g} (of {len(bad)} heads)"

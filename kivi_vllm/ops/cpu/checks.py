@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
+from kivi_vllm.config import DTYPES as CACHE_DTYPES
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -13,14 +15,16 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 def check_cache(step: Step, cache: LayerCache) -> None:
     """Raise ValueError unless the pages, the ring, the tails and their tables fit the format."""
     fmt, pages = cache.fmt, cache.pages
+    _check_numbers(cache)
     if not (
         pages.is_cpu
         and pages.dtype == torch.uint8
         and pages.dim() == 3
         and pages.shape[2] == fmt.page_bytes
         and pages.stride(2) == 1
+        and not any(n % 4 for n in (pages.data_ptr(), *pages.stride()[:2]))
     ):
-        wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}]"
+        wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}], aligned to 4 bytes"
         raise _unfit("pages", pages, wanted)
     _check_table("block_table", step.block_table, step)
     _check_raw("ring", cache.ring, step, cache)
@@ -31,6 +35,20 @@ def check_cache(step: Step, cache: LayerCache) -> None:
             f"{len(cache.tails)} tails of {fmt.raw_tokens} tokens cannot hold residual_length "
             f"{cache.residual_length}"
         )
+
+
+def _check_numbers(cache: LayerCache) -> None:
+    fmt, residual, capacity = cache.fmt, cache.residual_length, cache.ring_capacity
+    bits = (fmt.k_bits, fmt.v_bits)
+    if bits not in CACHE_DTYPES.values() or fmt.group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"the CPU kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
+            f"group_size {fmt.group_size}"
+        )
+    if not 0 <= residual <= BLOCK_SIZE:
+        raise ValueError(f"residual_length is {residual}, but must be 0 to {BLOCK_SIZE}")
+    if capacity < BLOCK_SIZE:
+        raise ValueError(f"ring_capacity is {capacity}, but must be {BLOCK_SIZE} at least")
 
 
 def _check_raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> None:

@@ -88,7 +88,8 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     tensors = [pages, table, key, value]
     for raw in raws:
         tensors += [raw.cache, raw.table]
-    form: tuple[Any, ...] = (fmt, cache.residual_length, step.num_tokens, step.num_reqs)
+    form: tuple[Any, ...] = (fmt, cache.residual_length, cache.ring_capacity)
+    form += (step.num_tokens, step.num_reqs, pages.data_ptr() % 4)
     for x in tensors:
         form += _form(x)
     if form not in _checked:
@@ -164,8 +165,8 @@ def _run(function: Any, call: bytes, cache: LayerCache) -> None:
     if status == BAD_PAGE:
         raise ValueError(
             "a page id in block_table or in the table of the ring or of a tail is outside of its "
-            f"cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), or the "
-            "table has too few columns for a row's positions"
+            f"cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the table "
+            "has too few columns for a row's positions, or a row's positions and tokens do not fit"
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the work space of the CPU kernels")

@@ -1,9 +1,9 @@
-// The integer half of reading a page: numbers to 15-bit fixed point, their product with a second
+// The integer half of reading a page: numbers to 16-bit fixed point, their product with a second
 // factor split into a high and a low int8 part, and the dot product of such parts with codes.
 //
-// A "row" is one query row. It has two int8 rows, high and low: x = 128 * high + low with low in
-// [0, 127], so that one exact int32 dot product serves each, and 15 bits together keep the error
-// of an output below 1e-3 where one int8 alone leaves up to 1e-1.
+// A "row" is one query row. It has two int8 rows, high and low: x = 256 * high + low, and one exact
+// int32 dot product serves each. 16 bits together keep the error of an output near 1e-3 where one
+// int8 alone leaves up to 1e-1.
 //
 // Codes come in vectors of 64 bytes (16 lanes x 4 bytes): see "order of the codes" in format.py.
 // A tile is 32 numbers: "slot 0" its first 16, "slot 1" the others. The bytes of slot 1 stand for
@@ -59,18 +59,19 @@ static INLINE void to_fixed(LOAD at, int n, float factor, int16_t *out) {
     const vf y = at(i) * factor;
     for (int j = 0; j < W; j++) {
       const float r = (y[j] + 12582912.0f) - 12582912.0f;
-      out[i + j] = (int16_t)(r > 32767.0f ? 32767.0f : r < -32768.0f ? -32768.0f : r);
+      const float low = r > -32768.0f ? r : -32768.0f;  // NaN too
+      out[i + j] = (int16_t)(low < 32767.0f ? low : 32767.0f);
     }
   }
 #endif
 }
 
-// The parts of round(a[i] * b[i] / 2^15), which must lie in [-16384, 16383], of a row; n a multiple
+// The parts of round(a[i] * b[i] / 2^15), which must lie in [-32640, 32639], of a row; n a multiple
 // of 32.
 static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int8_t *high) {
   int8_t *low = high + 64;
 #if defined(__AVX512F__)
-  const __m512i mask = _mm512_set1_epi16(127);
+  const __m512i mask = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
   for (int i = 0; i < n; i += 64, high += kSpan, low += kSpan) {
     const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
     __m512i y = _mm512_setzero_si512();
@@ -79,10 +80,11 @@ static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int
     _mm512_storeu_si512(low,
                         _mm512_packus_epi16(_mm512_and_si512(x, mask), _mm512_and_si512(y, mask)));
     _mm512_storeu_si512(high,
-                        _mm512_packs_epi16(_mm512_srai_epi16(x, 7), _mm512_srai_epi16(y, 7)));
+                        _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(x, half), 8),
+                                           _mm512_srai_epi16(_mm512_add_epi16(y, half), 8)));
   }
 #elif defined(__AVX2__)
-  const __m256i mask = _mm256_set1_epi16(127);
+  const __m256i mask = _mm256_set1_epi16(255), half = _mm256_set1_epi16(128);
   for (int i = 0; i < n; i += 32) {
     const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(a + i)),
                                           _mm256_loadu_si256((const __m256i *)(b + i)));
@@ -91,14 +93,15 @@ static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int
     const int at = i / 64 * kSpan + i % 64;
     _mm256_storeu_si256((__m256i *)(low + at), _mm256_packus_epi16(_mm256_and_si256(x, mask),
                                                                   _mm256_and_si256(y, mask)));
-    _mm256_storeu_si256((__m256i *)(high + at), _mm256_packs_epi16(_mm256_srai_epi16(x, 7),
-                                                                  _mm256_srai_epi16(y, 7)));
+    _mm256_storeu_si256((__m256i *)(high + at), _mm256_packs_epi16(
+                                                       _mm256_srai_epi16(_mm256_add_epi16(x, half), 8),
+                                                       _mm256_srai_epi16(_mm256_add_epi16(y, half), 8)));
   }
 #else
   for (int i = 0; i < n; i++) {
     const int x = ((int)a[i] * b[i] + (1 << 14)) >> 15;
-    high[i / 64 * kSpan + i % 64] = (int8_t)(x >> 7);
-    low[i / 64 * kSpan + i % 64] = (int8_t)(x & 127);
+    high[i / 64 * kSpan + i % 64] = (int8_t)((x + 128) >> 8);
+    low[i / 64 * kSpan + i % 64] = (int8_t)(x & 255);
   }
 #endif
 }
@@ -190,7 +193,7 @@ static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *
         high = _mm512_add_epi32(high, sums[1][2 * r][s]);
         low = _mm512_add_epi32(low, sums[1][2 * r + 1][s]);
       }
-      _mm512_storeu_si512(out[r] + 16 * s, _mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
+      _mm512_storeu_si512(out[r] + 16 * s, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
     }
 }
 
@@ -242,7 +245,7 @@ static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *
       }
       for (int s = 0; s < 2; s++)
         _mm256_storeu_si256((__m256i *)(out[r] + 16 * s + 8 * lanes),
-                            _mm256_add_epi32(_mm256_slli_epi32(sums[0][s], 7), sums[1][s]));
+                            _mm256_add_epi32(_mm256_slli_epi32(sums[0][s], 8), sums[1][s]));
     }
   for (int q = 0; q < quads * HALVES; q += 4) stream.fetch<AHEAD>();
 }
@@ -269,7 +272,7 @@ static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *
     }
     for (int s = 0; s < 2; s++)
       for (int lane = 0; lane < 16; lane++)
-        out[r][16 * s + lane] = sums[0][s][lane] * 128 + sums[1][s][lane];
+        out[r][16 * s + lane] = sums[0][s][lane] * 256 + sums[1][s][lane];
   }
 }
 

@@ -19,21 +19,23 @@ static void tile_multiply(int c, int a, int b) {
 static void tile_store(int t, void *p) { __builtin_memcpy(p, tiles[t].c, 1024); }
 static void begin() {}
 static void end() {}
-#else
-#define tile_zero(t) _tile_zero(t)
-#define tile_load_a(t, p) _tile_loadd(t, p, 64)
-#define tile_load_b(t, p) _tile_loadd(t, p, 64)
-#define tile_multiply(c, a, b) _tile_dpbsud(c, a, b)
-#define tile_store(t, p) _tile_stored(t, p, 64)
+#else  // by hand: GCC 12's intrinsics do not say that they read and write memory
+#define tile_zero(t) asm volatile("tilezero %%tmm" #t ::)
+#define tile_load_a(t, p) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((int64_t)64) : "memory")
+#define tile_load_b(t, p) tile_load_a(t, p)
+#define tile_multiply(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define tile_store(t, p) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)64) : "memory")
 static void begin() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } config;
-  _tile_loadconfig(&config);
+  asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
-static void end() { _tile_release(); }
+static void end() { asm volatile("tilerelease" ::: "memory"); }
 #endif
 
 // The codes of 64 numbers and both slots, one to a byte, in the order of the parts.
@@ -81,6 +83,6 @@ static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *
     for (int s = 0; s < 2; s++)
       _mm512_storeu_si512(
           out[r] + 16 * s,
-          _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(sums[s][2 * r]), 7),
+          _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(sums[s][2 * r]), 8),
                            _mm512_load_si512(sums[s][2 * r + 1])));
 }

@@ -47,17 +47,8 @@ static void load_queries(const KiviCall &c, const Unit &u, AttendScratch &s, Que
     const uint8_t *from =
         c.query.data + token * c.query.token_stride + head * c.query.head_stride;
     float *to = s.q + (int64_t)r * d;
-    vf m = {};
-    for (int i = 0; i < d; i += W) {
-      const vf x = load_any(c.dtype, from + i * dtype_bytes(c.dtype)) * scale;
-      store(to + i, x);
-      m = vmax(m, vmax(x, -x));
-    }
-    if (u.block_lo == u.block_hi) continue;
-    const float top = largest(m);
-    q.unit[r] = top * (1.0f / 32767.0f);
-    to_fixed([&](int i) __attribute__((always_inline)) { return load(to + i); }, d,
-             top > 0 ? 32767.0f / top : 0.0f, s.fixed + (int64_t)r * d);
+    for (int i = 0; i < d; i += W)
+      store(to + i, load_any(c.dtype, from + i * dtype_bytes(c.dtype)) * scale);
   }
 }
 

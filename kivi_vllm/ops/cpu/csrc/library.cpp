@@ -36,8 +36,8 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  // No CPU has AVX2 without F16C, which old compilers cannot ask for.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512_vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -64,20 +64,21 @@ bool always() { return true; }
 struct Choice {
   const Kernels *kernels;
   bool (*works)();
+  bool automatic;  // not where it could not be tested: on its own request only
 };
 
 // Best first.
 const Choice choices[] = {
 #if defined(KIVI_HAVE_AMX)
-    {&amx::kernels, has_amx},
+    {&amx::kernels, has_amx, false},
 #endif
 #if defined(KIVI_HAVE_AVX512_VNNI)
-    {&avx512_vnni::kernels, has_avx512_vnni},
+    {&avx512_vnni::kernels, has_avx512_vnni, true},
 #endif
 #if defined(KIVI_HAVE_AVX2)
-    {&avx2::kernels, has_avx2},
+    {&avx2::kernels, has_avx2, true},
 #endif
-    {&portable::kernels, always},
+    {&portable::kernels, always, true},
 };
 
 const Kernels *chosen = nullptr;
@@ -115,6 +116,8 @@ bool raw_within(const KiviRaw &raw, int64_t row, int64_t first, int64_t end) {
 
 // Every page that the step of `row` may touch: no kernel runs on an id that is not in its pool.
 bool pages_within(const KiviCall &c, const KiviRow &row) {
+  if (row.index < 0 || row.a < 0 || row.b <= row.a || row.q0 < 0 || row.q1 - row.q0 != row.b - row.a)
+    return false;
   const int64_t blocks = row.b / kBlock, start = row.a / kBlock;
   if (!ids_within(c.block_table, c.block_table_stride, c.block_table_width, row.index, 0, blocks,
                   c.num_blocks))
@@ -262,6 +265,7 @@ extern "C" {
 const char *kivi_select(const char *name) {
   for (const Choice &choice : choices) {
     if (name && std::strcmp(name, choice.kernels->name) != 0) continue;
+    if (!name && !choice.automatic) continue;
     if (!choice.works()) {
       if (name) return nullptr;
       continue;

@@ -11,8 +11,7 @@
 constexpr int kMaxHead = 256;
 constexpr int kKGroups = kBlock / 32;      // at most
 constexpr int kVGroups = kMaxHead / 32;    // at most
-constexpr float kTop = 16383.0f;           // of scales: products of 15 bits
-constexpr float kLog2One = 14.99995597f;   // log2(32767): probabilities count in 1/32767
+constexpr float kTop = 32600.0f;           // of scales in fixed point, see multiply_split
 
 // The online softmax of the rows of a unit.
 struct State {
@@ -26,7 +25,7 @@ struct Queries {
   int rows, heads;      // rows = tokens * heads
   int64_t start;        // position of the first token
   float *q;             // [rows][head_size], times scale * log2(e)
-  int16_t *fixed;       // [rows][head_size], q / unit
+  int16_t *fixed;       // [rows][head_size], and its unit: see balance_queries
   float unit[kMaxRows];
   const float *slopes;  // [heads] of this unit, or null
   float soft_cap;       // times log2(e); 0: none
@@ -55,8 +54,9 @@ static INLINE void hide(int low, int high, int n, float *scores) {
 struct Prepared {
   alignas(64) float k_zero[kKGroups * kMaxHead];  // [group][head_size]
   float v_zero[kVGroups * kBlock];                // [group][128]
+  float v_norm[kBlock];                           // each token's largest scale
   int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
-  float k_factor[kKGroups], v_factor[kVGroups];
+  float k_factor[kKGroups];
 };
 
 struct PageScratch {
@@ -64,32 +64,54 @@ struct PageScratch {
   // Of q, [K group][head_size / 64], then of p, [V group][2].
   alignas(64) int8_t parts[kVGroups * 2 * kSpan];
   alignas(64) float scores[kRows][kBlock];
+  float balance[kMaxHead], unbalance[kMaxHead];
   int16_t p_fixed[kRows][kBlock];
   float k_zero_sum[kKGroups * kRows], v_zero_sum[kVGroups * kRows];
   int32_t dots[kRows][32];
 };
 
-// The largest of n scales, as bits: they are not negative, so they order like integers, NaN last.
-static INLINE uint16_t largest_half(const uint16_t *x, int n) {
-  uint16_t m = 0;
-  for (int i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
-  return m;
+// Scales of keys [groups][n], times `balance` [n], to fixed point, each group with its own unit.
+static INLINE void prepare_keys(const uint16_t *scale, const float *balance, int groups, int n,
+                                int16_t *fixed, float *factor) {
+  alignas(64) float x[kMaxHead];
+  for (int g = 0; g < groups; g++, scale += n, fixed += n) {
+    vf m = {};
+    for (int i = 0; i < n; i += W) {
+      const vf y = load_half(scale + i) * load(balance + i);
+      m = vmax(m, y);
+      store(x + i, y);
+    }
+    const float top = largest(m);
+    factor[g] = top * (32768.0f / kTop);
+    to_fixed([&](int i) __attribute__((always_inline)) { return load(x + i); }, n,
+             top > 0 ? kTop / top : 0.0f, fixed);
+  }
 }
 
-// Scales [groups][n] to fixed point, each group with its own unit, and zeros to fp32.
-static INLINE void prepare_side(const uint16_t *scale, const uint16_t *zero, int groups, int n,
-                                int16_t *fixed, float *zeros, float *factor) {
-  float inverse[kVGroups];
-  for (int g = 0; g < groups; g++) {
-    const float top = half_to_float(largest_half(scale + g * n, n));
-    inverse[g] = top > 0 ? kTop / top : 0.0f;
-    factor[g] = top * (32768.0f / kTop);
+// Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
+// into the probability: attention rests on tokens with small values (sinks), and the bits of the
+// others' probabilities would be lost if they were relative to a sink's.
+static INLINE void prepare_values(const uint16_t *scale, int groups, int16_t *fixed, float *norm) {
+  alignas(64) uint16_t most[kBlock] = {};
+  for (int g = 0; g < groups; g++)
+    for (int i = 0; i < kBlock; i++) {  // not negative, so as bits they order like integers
+      const uint16_t x = scale[g * kBlock + i];
+      most[i] = most[i] < x ? x : most[i];
+    }
+  alignas(64) float inverse[kBlock];
+  for (int i = 0; i < kBlock; i += W) {
+    const vf n = vmax(all(5.9604645e-8f), load_half(most + i));
+    store(norm + i, n);
+    store(inverse + i, reciprocal(n));
   }
-  for (int g = 0; g < groups; g++) {
-    to_fixed([&](int i) __attribute__((always_inline)) { return load_half(scale + g * n + i); }, n,
-             inverse[g], fixed + g * n);
-    for (int i = g * n; i < (g + 1) * n; i += W) store(zeros + i, load_half(zero + i));
-  }
+  for (int g = 0; g < groups; g++, scale += kBlock, fixed += kBlock)
+    to_fixed([&](int i) __attribute__((always_inline)) {
+      return load_half(scale + i) * load(inverse + i);
+    }, kBlock, kTop, fixed);
+}
+
+static INLINE void prepare_zeros(const uint16_t *zero, int n, float *out) {
+  for (int i = 0; i < n; i += W) store(out + i, load_half(zero + i));
 }
 
 // Byte offsets of a page's fields, as in format.py.
@@ -110,12 +132,38 @@ struct Layout {
   }
 };
 
-static INLINE void prepare_page(const uint8_t *page, const Layout &at, Prepared &p) {
+static INLINE void prepare_page(const uint8_t *page, const float *balance, const Layout &at,
+                                Prepared &p) {
   const auto halves = [&](int offset) { return (const uint16_t *)(page + offset); };
-  prepare_side(halves(at.k_scale), halves(at.k_zero), at.k_groups, at.head_size, p.k_fixed,
-               p.k_zero, p.k_factor);
-  prepare_side(halves(at.v_scale), halves(at.v_zero), at.v_groups, kBlock, p.v_fixed, p.v_zero,
-               p.v_factor);
+  prepare_keys(halves(at.k_scale), balance, at.k_groups, at.head_size, p.k_fixed, p.k_factor);
+  prepare_zeros(halves(at.k_zero), at.k_groups * at.head_size, p.k_zero);
+  prepare_values(halves(at.v_scale), at.v_groups, p.v_fixed, p.v_norm);
+  prepare_zeros(halves(at.v_zero), at.v_groups * kBlock, p.v_zero);
+}
+
+// Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
+// times 16 bits of query would be spent on the products of large scales with large queries, which
+// need not meet: so each scale is divided by its like on the request's first page, and the
+// query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
+static void balance_queries(const uint8_t *page, const Layout &at, Queries &q, float *balance,
+                            float *scratch) {
+  const int d = at.head_size;
+  const uint16_t *scale = (const uint16_t *)(page + at.k_scale) + (at.k_groups - 1) * d;
+  vf m = load_half(scale);
+  for (int i = W; i < d; i += W) m = vmax(m, load_half(scale + i));
+  const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
+  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load_half(scale + i), all(least)));
+  for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
+  for (int r = 0; r < q.rows; r++) {
+    const auto x = [&](int i) __attribute__((always_inline)) {
+      return load(q.q + (int64_t)r * d + i) * load(scratch + i);
+    };
+    m = vf{};
+    for (int i = 0; i < d; i += W) m = vmax(m, vmax(x(i), -x(i)));
+    const float most = largest(m);
+    q.unit[r] = most * (1.0f / 32767.0f);
+    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, q.fixed + (int64_t)r * d);
+  }
 }
 
 // sums[g][r] = dot(x[r], zeros[g]); rows of x are `stride` apart.
@@ -172,11 +220,11 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
       modify_scores(queries, r0 + r, first, kBlock, s.scores[r]);
       const int64_t t = queries.position(r0 + r);
       const int64_t low = queries.window ? t + 1 - queries.window - first : 0;
-      hide((int)min_of<int64_t>(low, kBlock), high, kBlock, s.scores[r]);
+      hide((int)max_of<int64_t>(0, min_of<int64_t>(low, kBlock)), high, kBlock, s.scores[r]);
     }
 
-  // Probabilities, relative to the block's largest, in 1/32767.
-  float weight[R];
+  // Probabilities, relative to the block's largest.
+  float weight[R], unit[R];
   for (int r = 0; r < R; r++) {
     float *x = s.scores[r];
     vf m = load(x);
@@ -184,16 +232,20 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
     for (int i = W; i < kBlock; i += W) m = vmax(m, load(x + i));
     const float top = largest(m);
     const int row = r0 + r;
-    vf sum = {};
-    const vf shift = all(top == -__builtin_inff() ? 0.0f : top - kLog2One);
+    vf sum = {}, most = {};
+    const vf shift = all(top == -__builtin_inff() ? 0.0f : top);
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; i += W) {
       const vf e = exp2v<true>(load(x + i) - shift);
       sum += e;
+      most = vmax(most, e * load(p.v_norm + i));
       store(x + i, e);
     }
-    to_fixed([&](int i) __attribute__((always_inline)) { return load(x + i); }, kBlock, 1.0f,
-             s.p_fixed[r]);
+    const float largest_product = largest(most);
+    unit[r] = largest_product * (32768.0f / 32767.0f / kTop);
+    to_fixed([&](int i) __attribute__((always_inline)) {
+      return load(x + i) * load(p.v_norm + i);
+    }, kBlock, 32767.0f / largest_product, s.p_fixed[r]);
     // Weigh the block against what the row has seen.
     weight[r] = 0.0f;
     if (top != -__builtin_inff()) {
@@ -204,7 +256,7 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
         float *acc = state.acc + (int64_t)row * d;
         for (int i = 0; i < d; i += W) store(acc + i, load(acc + i) * keep);
       }
-      weight[r] = exp2s(top - state.max[row]) * (1.0f / 32767.0f);
+      weight[r] = exp2s(top - state.max[row]);
       state.sum[row] += weight[r] * sum_of(sum);
     }
   }
@@ -223,11 +275,10 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
     dot<VB, R, VB == 2 ? 2 : 1, AHEAD>(codes, VB == 2 ? 16 : 32, 0,
                                        s.parts + g * 2 * kSpan, s.dots, stream);
     for (int r = 0; r < R; r++) {
-      const float unit = weight[r] * p.v_factor[g];
-      const float zero = weight[r] * s.v_zero_sum[g * kRows + r];
+      const float scale = weight[r] * unit[r], zero = weight[r] * s.v_zero_sum[g * kRows + r];
       float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
       for (int i = 0; i < 32; i += W)
-        store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<VB>)) +
+        store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? scale : scale * (1.0f / kSlot1<VB>)) +
                            (load(acc + i) + zero));
     }
   }
@@ -239,7 +290,7 @@ struct Rows {
 };
 
 template <int KB, int VB>
-static void attend_pages(const KiviCall &c, const Unit &u, const Queries &queries, PageScratch &s,
+static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
                          State &state) {
   // Lines of a page over its vectors of codes, times 4: a whole number for groups of 32.
   constexpr int kAhead = (KB + VB) / 2 + 1;
@@ -248,6 +299,7 @@ static void attend_pages(const KiviCall &c, const Unit &u, const Queries &querie
   const auto page_of = [&](int64_t block) {
     return c.pages + table[block] * c.page_block_stride + u.kv_head * c.page_head_stride;
   };
+  balance_queries(page_of(0), at, queries, s.balance, s.unbalance);
   // What comes after the last page: a page of full-precision tokens has the same size.
   const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
@@ -258,7 +310,7 @@ static void attend_pages(const KiviCall &c, const Unit &u, const Queries &querie
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
     const bool plain = !modified && high == kBlock;
     Stream stream{(const char *)next};
-    prepare_page(page, at, s.prepared);
+    prepare_page(page, s.balance, at, s.prepared);
     for (int r0 = 0; r0 < queries.rows;) {
       const int left = queries.rows - r0;
       const int turns = (left + kRows - 1) / kRows;

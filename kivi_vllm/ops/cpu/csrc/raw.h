@@ -95,8 +95,8 @@ static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
   vf m = load(x);
   for (int i = W; i < n; i += W) m = vmax(m, load(x + i));
   const float top = largest(m);
-  if (top == -__builtin_inff()) {  // sees none of them
-    for (int i = 0; i < n; i += W) store(x + i, vf{});
+  if (top == -__builtin_inff()) {  // sees none of them, or nothing but a NaN, which stays
+    for (int i = 0; i < n; i += W) store(x + i, vmax(vf{}, load(x + i)));
     return;
   }
   if (!(top <= state.max[row])) {

@@ -29,7 +29,7 @@ static INLINE T min_of(T a, T b) { return b < a ? b : a; }
 template <class T>
 static INLINE T max_of(T a, T b) { return a < b ? b : a; }
 
-// If either is NaN, the second.
+// If one of them is NaN, the second.
 static INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -156,7 +156,21 @@ static INLINE void store_any(int64_t dtype, uint8_t *p, vf x) {
 
 static INLINE int64_t dtype_bytes(int64_t dtype) { return dtype == KIVI_FP32 ? 4 : 2; }
 
-// 2^x for x <= 16: 2^-110 and less is 2^-110; NaN stays. Relative error 2e-7, and 5e-6 if ROUGH.
+// 1 / x for x > 0. Relative error 1e-6.
+static INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  vf r = (vf)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  vf r = (vf)_mm256_rcp_ps((__m256)x);
+#else
+  return 1.0f / x;
+#endif
+#if defined(__AVX2__)
+  return r * (2.0f - x * r);
+#endif
+}
+
+// 2^x for x <= 16: 2^-110 and less is 2^-110; a NaN of arithmetic stays. Relative error 2e-7, and 5e-6 if ROUGH.
 template <bool ROUGH = false>
 static INLINE vf exp2v(vf x) {
   x = vmax(all(-110.0f), x);
@@ -194,14 +208,14 @@ static INLINE vf tanhv(vf x) {
   return (vf)((((vi)series & small) | ((vi)t & ~small)) | sign);
 }
 
-// sums[i] = sum of the lanes of v[i].
+// sums[i] = sum of the lanes of v[i], added up in the same order whatever N is.
 template <int N>
 static INLINE void sum_each(const vf *v, float *sums) {
 #if defined(__AVX512F__)
-  constexpr int N4 = N / 4 * 4;
-#pragma GCC unroll 8
-  for (int i = 0; i < N4; i += 4) {
-    const __m512 a = (__m512)v[i], b = (__m512)v[i + 1], c = (__m512)v[i + 2], d = (__m512)v[i + 3];
+#pragma GCC unroll 2
+  for (int i = 0; i < N; i += 4) {
+    const __m512 a = (__m512)v[i], b = (__m512)v[min_of(i + 1, N - 1)];
+    const __m512 c = (__m512)v[min_of(i + 2, N - 1)], d = (__m512)v[min_of(i + 3, N - 1)];
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
@@ -209,10 +223,10 @@ static INLINE void sum_each(const vf *v, float *sums) {
                              _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e));
     s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xb1));
-    _mm_storeu_ps(sums + i, _mm512_castps512_ps128(s));
+    float four[4];
+    _mm_storeu_ps(four, _mm512_castps512_ps128(s));
+    for (int k = 0; k < 4 && i + k < N; k++) sums[i + k] = four[k];
   }
-#pragma GCC unroll 4
-  for (int i = N4; i < N; i++) sums[i] = sum_of(v[i]);
 #else
   for (int i = 0; i < N; i++) sums[i] = sum_of(v[i]);
 #endif

@@ -33,6 +33,6 @@ struct Kernels {
 };
 
 // Floats of one partial result of `rows` rows.
-inline int64_t partial_floats(int64_t rows, int64_t head_size) { return rows * (head_size + 2); }
+static inline int64_t partial_floats(int64_t rows, int64_t head_size) { return rows * (head_size + 2); }
 
 }  // namespace kivi

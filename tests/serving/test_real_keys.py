@@ -1,0 +1,55 @@
+"""The native kernels on the queries, keys and values of the default model."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kivi_vllm.ops.cpu import library
+from tests.unit.simulator import Case
+from tests.unit.test_native import simulator
+
+TOKENS = 700
+
+
+@pytest.fixture(scope="module")
+def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per layer, q [n, 9, 64] and k, v [n, 3, 64] in bf16 as attention gets them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def spy(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(x[0].transpose(0, 1).bfloat16() for x in (query, key, value)))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    text = "".join(pydoc_data.topics.topics.values())[:8000]
+    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[:, :TOKENS]
+    llama = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="spy"
+    )
+    with torch.no_grad():
+        llama(ids)
+    assert len(seen) == 30 and seen[0][1].shape == (TOKENS, 3, 64)
+    return seen
+
+
+@pytest.mark.parametrize("isa", library.load().available)
+@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4"])
+def test_error_on_real_keys_and_values(dtype: str, isa: str, captured: list) -> None:
+    library.load().select(isa)
+    for layer in (0, 1, 7, 15, 29):
+        sim = simulator(Case(dtype=dtype, heads=(9, 3), model=torch.bfloat16, tokens=TOKENS))
+        request = sim.add(TOKENS)
+        for mine, real in zip((request.q, request.k, request.v), captured[layer], strict=True):
+            mine[:] = real
+        sim.step({request: 500})
+        sim.step({request: TOKENS - 501})
+        sim.step({request: 1})
+    library.load().select(None)
