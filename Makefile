@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint sanitize clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -19,6 +19,19 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+SANITIZED = build/$(1)/kivi_vllm/ops/cpu/libkivi_cpu.so
+define sanitize
+	CXXFLAGS="-fsanitize=$(1) -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1" \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/$(1)
+	KIVI_VLLM_CPU_LIBRARY=$(call SANITIZED,$(1)) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=$(2))" \
+	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q -n 2 tests/unit/test_native.py tests/unit/test_native_codes.py tests/unit/test_native_input.py
+endef
+
+sanitize: setup  ## the CPU kernels under address and undefined behaviour sanitizers
+	$(call sanitize,address,libasan.so)
+	$(call sanitize,undefined,libubsan.so)
 
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -62,6 +62,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.fmt = fmt
         self.ring = ring
         self.tails = tails
+        self._bound: torch.Tensor | None = None
 
     def forward(
         self,
@@ -103,22 +104,29 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
 
         ops = dispatch.operators(kv_cache.device)
         step = attn_metadata.step
-        cache = LayerCache(
-            fmt=self.fmt,
-            pages=kv_cache.flatten(2),
-            ring=_raw(self.ring, self.fmt),
-            ring_capacity=self.ring.spec.num_pages * self.fmt.raw_tokens,
-            tails=tuple(_raw(tail, self.fmt) for tail in self.tails),
-            residual_length=self.config.residual_length,
-        )
+        cache = self._layer_cache(kv_cache)
         ops.store_blocks(step, cache, key, value)
         ops.attend(step, cache, query, key, value, self.params, output)
         ops.store_ring(step, cache, key, value)
         return output
 
-
-def _raw(cache: RawCache, fmt: PageFormat) -> Raw:
-    metadata = get_forward_context().attn_metadata
-    if isinstance(metadata, list):  # one entry per micro-batch; there is one
-        metadata = metadata[0]
-    return Raw(cache.kv_cache.view(fmt.raw_dtype), metadata[cache.name].block_table)
+    def _layer_cache(self, kv_cache: torch.Tensor) -> LayerCache:
+        """The layer's caches as the operators see them, with this step's tables."""
+        raws = (self.ring, *self.tails)
+        if self._bound is not kv_cache:  # views that live as long as what they show
+            self._pages = kv_cache.flatten(2)
+            self._raws = [raw.kv_cache.view(self.fmt.raw_dtype) for raw in raws]
+            self._bound = kv_cache
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, list):  # one entry per micro-batch; there is one
+            metadata = metadata[0]
+        tables = [metadata[raw.name].block_table for raw in raws]
+        ring, *tails = map(Raw, self._raws, tables)
+        return LayerCache(
+            fmt=self.fmt,
+            pages=self._pages,
+            ring=ring,
+            ring_capacity=self.ring.spec.num_pages * self.fmt.raw_tokens,
+            tails=tuple(tails),
+            residual_length=self.config.residual_length,
+        )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kivi_vllm.ops.cpu import library
+from tests.unit.native import simulator
 from tests.unit.simulator import Case
-from tests.unit.test_native import simulator
 
 TOKENS = 700
 

@@ -6,16 +6,20 @@ import torch
 
 from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Step
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""
 
 
-def check_cache(step: Step, cache: LayerCache) -> None:
-    """Raise ValueError unless the pages, the ring, the tails and their tables fit the format."""
+def check_pages(cache: LayerCache) -> None:
+    """Raise ValueError unless the pages are of the cache's format, and the kernels have that."""
     fmt, pages = cache.fmt, cache.pages
-    _check_numbers(cache)
+    if (fmt.k_bits, fmt.v_bits) not in CACHE_DTYPES.values() or fmt.group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"the CPU kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
+            f"group_size {fmt.group_size}"
+        )
     if not (
         pages.is_cpu
         and pages.dtype == torch.uint8
@@ -26,33 +30,25 @@ def check_cache(step: Step, cache: LayerCache) -> None:
     ):
         wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}], aligned to 4 bytes"
         raise _unfit("pages", pages, wanted)
-    _check_table("block_table", step.block_table, step)
-    _check_raw("ring", cache.ring, step, cache)
-    for i, tail in enumerate(cache.tails):
-        _check_raw(f"tails[{i}]", tail, step, cache)
-    if len(cache.tails) * fmt.raw_tokens < cache.residual_length:
-        raise ValueError(
-            f"{len(cache.tails)} tails of {fmt.raw_tokens} tokens cannot hold residual_length "
-            f"{cache.residual_length}"
-        )
 
 
-def _check_numbers(cache: LayerCache) -> None:
-    fmt, residual, capacity = cache.fmt, cache.residual_length, cache.ring_capacity
-    bits = (fmt.k_bits, fmt.v_bits)
-    if bits not in CACHE_DTYPES.values() or fmt.group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"the CPU kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
-            f"group_size {fmt.group_size}"
-        )
+def check_numbers(cache: LayerCache) -> None:
+    """Raise ValueError unless the ring and the tails are as long as the kernels count on."""
+    residual, capacity = cache.residual_length, cache.ring_capacity
     if not 0 <= residual <= BLOCK_SIZE:
         raise ValueError(f"residual_length is {residual}, but must be 0 to {BLOCK_SIZE}")
+    if len(cache.tails) * cache.fmt.raw_tokens < residual:
+        raise ValueError(
+            f"{len(cache.tails)} tails of {cache.fmt.raw_tokens} tokens cannot hold "
+            f"residual_length {residual}"
+        )
     if capacity < BLOCK_SIZE:
         raise ValueError(f"ring_capacity is {capacity}, but must be {BLOCK_SIZE} at least")
 
 
-def _check_raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> None:
-    data, fmt, heads = raw.cache, cache.fmt, cache.pages.shape[1]
+def check_raw(name: str, data: torch.Tensor, cache: LayerCache) -> None:
+    """Raise ValueError unless `data`, a `Raw.cache`, fits the format and the pages."""
+    fmt, heads = cache.fmt, cache.pages.shape[1]
     if not (
         data.is_cpu
         and data.dtype == fmt.raw_dtype
@@ -63,10 +59,10 @@ def _check_raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> None:
     ):
         shape = f"[num_blocks, {heads}, {fmt.raw_tokens}, >= {2 * fmt.head_size}]"
         raise _unfit(name, data, f"{fmt.raw_dtype} {shape}")
-    _check_table(f"{name}.table", raw.table, step)
 
 
-def _check_table(name: str, table: torch.Tensor, step: Step) -> None:
+def check_table(name: str, table: torch.Tensor, step: Step) -> None:
+    """Raise ValueError unless `table` has page ids of all of the step's requests."""
     if not (
         table.is_cpu
         and table.dtype == torch.int32

@@ -5,14 +5,17 @@ kernels raises a ValueError that names it before any of them runs (`checks`); a 
 outside of its cache does so too.
 
 The three calls of a step must cost microseconds in every layer: what they have in common is
-packed by the first and kept in `LayerCache.native` for the others, and tensors like some
-that passed the checks are recognized by their shapes and strides.
+packed by the first and kept in `LayerCache.native` for the others; caches and tables, which
+live for many calls, are checked and described once; and keys, values, queries and outputs
+like some that passed the checks are recognized by their shapes and strides.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +31,8 @@ NO_QUERY = bytes(QUERY.size)
 RAW = struct.Struct("=8q")  # KiviRaw
 
 _checked: set[tuple[Any, ...]] = set()
-MOST_CHECKED = 4096
+_described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
+MOST_KNOWN = 4096
 
 
 def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -83,25 +87,19 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     made = cache.native.get("common")
     if made and made[0] is step and made[1] is key and made[2] is value:
         return made[3]
-    fmt, pages, ring, table = cache.fmt, cache.pages, cache.ring, step.block_table
-    raws = (ring, *cache.tails)
-    tensors = [pages, table, key, value]
-    for raw in raws:
-        tensors += [raw.cache, raw.table]
-    form: tuple[Any, ...] = (fmt, cache.residual_length, cache.ring_capacity)
-    form += (step.num_tokens, step.num_reqs, pages.data_ptr() % 4)
-    for x in tensors:
-        form += _form(x)
+    fmt, pages = cache.fmt, cache.pages
+    form = (*_form(key), *_form(value), fmt, pages.shape[1], step.num_tokens)
+    checks.check_numbers(cache)
     if form not in _checked:
-        checks.check_cache(step, cache)
-        heads = pages.shape[1]
-        checks.check_tokens("key", key, step, heads, fmt.head_size, fmt.raw_dtype)
-        checks.check_tokens("value", value, step, heads, fmt.head_size, fmt.raw_dtype)
+        for name, x in (("key", key), ("value", value)):
+            checks.check_tokens(name, x, step, pages.shape[1], fmt.head_size, fmt.raw_dtype)
         _remember(form)
-    rows = step.row_array
-    tails = ctypes.create_string_buffer(b"".join(RAW.pack(*_raw(t)) for t in cache.tails))
+    where = _known(pages, (fmt,), lambda: _pages(cache))
+    tails = ctypes.create_string_buffer(
+        b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
+    )
     common = COMMON.pack(
-        rows.data_ptr(),
+        step.row_array.data_ptr(),
         len(step.rows),
         step.per_position,
         step.decode_len,
@@ -113,13 +111,9 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         fmt.page_bytes,
         DTYPES[fmt.raw_dtype],
         pages.shape[1],
-        pages.data_ptr(),
-        *pages.stride()[:2],
-        pages.shape[0],
-        table.data_ptr(),
-        table.stride(0),
-        table.shape[1],
-        *_raw(ring),
+        *where,
+        *_table("block_table", step.block_table, step),
+        *_raw("ring", cache.ring, step, cache),
         cache.ring_capacity,
         ctypes.addressof(tails),
         len(cache.tails),
@@ -132,12 +126,51 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     return common
 
 
+def _known(x: torch.Tensor, context: tuple[Any, ...], describe: Callable[[], Any]) -> Any:
+    """What `describe`, which checks, says of `x`: once for a tensor in this context."""
+    known = _described.get(id(x))
+    if known is not None and known[0]() is x and known[1] == context:
+        return known[2]
+    description = describe()
+    if len(_described) >= MOST_KNOWN:
+        _described.clear()
+    _described[id(x)] = (weakref.ref(x), context, description)
+    return description
+
+
+def _pages(cache: LayerCache) -> tuple[int, ...]:
+    checks.check_pages(cache)
+    pages = cache.pages
+    return pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[0]
+
+
+def _table(name: str, table: torch.Tensor, step: Step) -> tuple[int, int, int]:
+    def describe() -> tuple[int, int, int]:
+        checks.check_table(name, table, step)
+        return table.data_ptr(), table.stride(0), table.shape[1]
+
+    return _known(table, (step.num_reqs,), describe)
+
+
+def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
+    """KiviRaw."""
+
+    def describe() -> tuple[int, ...]:
+        checks.check_raw(name, raw.cache, cache)
+        block, head, token, _ = raw.cache.stride()
+        size = raw.cache.itemsize
+        return raw.cache.data_ptr(), block * size, head * size, token * size, raw.cache.shape[0]
+
+    context = (cache.fmt, cache.pages.shape[1])
+    return (*_known(raw.cache, context, describe), *_table(f"{name}.table", raw.table, step))
+
+
 def _form(x: torch.Tensor) -> tuple[Any, ...]:
     return x.dtype, x.shape, x.stride(), x.is_cpu
 
 
 def _remember(form: tuple[Any, ...]) -> None:
-    if len(_checked) >= MOST_CHECKED:
+    if len(_checked) >= MOST_KNOWN:
         _checked.clear()
     _checked.add(form)
 
@@ -147,15 +180,6 @@ def _tensor(x: torch.Tensor) -> tuple[int, int, int]:
     token, head, _ = x.stride()
     size = x.itemsize
     return x.data_ptr(), token * size, head * size
-
-
-def _raw(raw: Raw) -> tuple[int, ...]:
-    """KiviRaw."""
-    data, table = raw.cache, raw.table
-    block, head, token, _ = data.stride()
-    size = data.itemsize
-    where = (data.data_ptr(), block * size, head * size, token * size, data.shape[0])
-    return (*where, table.data_ptr(), table.stride(0), table.shape[1])
 
 
 def _run(function: Any, call: bytes, cache: LayerCache) -> None:

@@ -10,6 +10,7 @@ namespace KIVI_ISA {
 
 #include "simd.h"
 #include "dot.h"
+#include "prepare.h"
 #include "source.h"
 #include "page.h"
 #include "raw.h"

@@ -5,33 +5,8 @@
 // the zeros give one number per group. Values: out[c] = sum_t p[t] (scale[t] code[t] + zero[t]),
 // likewise with the probabilities in the query's place.
 //
-// A block's probabilities are relative to the block's own largest score, so that its 15 bits are
+// A block's probabilities are relative to the block's own largest score, so that its 16 bits are
 // used whatever the other blocks hold; the block's sum is then weighted into the row's state.
-
-constexpr int kMaxHead = 256;
-constexpr int kKGroups = kBlock / 32;      // at most
-constexpr int kVGroups = kMaxHead / 32;    // at most
-constexpr float kTop = 32600.0f;           // of scales in fixed point, see multiply_split
-
-// The online softmax of the rows of a unit.
-struct State {
-  float max[kMaxRows];  // of the scores so far, which are in units of log2
-  float sum[kMaxRows];
-  float *acc;           // [rows][head_size]
-};
-
-// The query rows of a unit, in the forms that the two kinds of cache want.
-struct Queries {
-  int rows, heads;      // rows = tokens * heads
-  int64_t start;        // position of the first token
-  float *q;             // [rows][head_size], times scale * log2(e)
-  int16_t *fixed;       // [rows][head_size], and its unit: see balance_queries
-  float unit[kMaxRows];
-  const float *slopes;  // [heads] of this unit, or null
-  float soft_cap;       // times log2(e); 0: none
-  int64_t window;       // 0: none
-  int64_t position(int row) const { return start + row / heads; }
-};
 
 static INLINE void modify_scores(const Queries &q, int row, int64_t first, int n, float *scores) {
   if (q.soft_cap > 0)
@@ -50,15 +25,6 @@ static INLINE void hide(int low, int high, int n, float *scores) {
   for (int i = max_of(high, 0); i < n; i++) scores[i] = -__builtin_inff();
 }
 
-// A page's scales and zeros, ready for any number of rows.
-struct Prepared {
-  alignas(64) float k_zero[kKGroups * kMaxHead];  // [group][head_size]
-  float v_zero[kVGroups * kBlock];                // [group][128]
-  float v_norm[kBlock];                           // each token's largest scale
-  int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
-  float k_factor[kKGroups];
-};
-
 struct PageScratch {
   Prepared prepared;
   // Of q, [K group][head_size / 64], then of p, [V group][2].
@@ -69,102 +35,6 @@ struct PageScratch {
   float k_zero_sum[kKGroups * kRows], v_zero_sum[kVGroups * kRows];
   int32_t dots[kRows][32];
 };
-
-// Scales of keys [groups][n], times `balance` [n], to fixed point, each group with its own unit.
-static INLINE void prepare_keys(const uint16_t *scale, const float *balance, int groups, int n,
-                                int16_t *fixed, float *factor) {
-  alignas(64) float x[kMaxHead];
-  for (int g = 0; g < groups; g++, scale += n, fixed += n) {
-    vf m = {};
-    for (int i = 0; i < n; i += W) {
-      const vf y = load_half(scale + i) * load(balance + i);
-      m = vmax(m, y);
-      store(x + i, y);
-    }
-    const float top = largest(m);
-    factor[g] = top * (32768.0f / kTop);
-    to_fixed([&](int i) __attribute__((always_inline)) { return load(x + i); }, n,
-             top > 0 ? kTop / top : 0.0f, fixed);
-  }
-}
-
-// Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
-// into the probability: attention rests on tokens with small values (sinks), and the bits of the
-// others' probabilities would be lost if they were relative to a sink's.
-static INLINE void prepare_values(const uint16_t *scale, int groups, int16_t *fixed, float *norm) {
-  alignas(64) uint16_t most[kBlock] = {};
-  for (int g = 0; g < groups; g++)
-    for (int i = 0; i < kBlock; i++) {  // not negative, so as bits they order like integers
-      const uint16_t x = scale[g * kBlock + i];
-      most[i] = most[i] < x ? x : most[i];
-    }
-  alignas(64) float inverse[kBlock];
-  for (int i = 0; i < kBlock; i += W) {
-    const vf n = vmax(all(5.9604645e-8f), load_half(most + i));
-    store(norm + i, n);
-    store(inverse + i, reciprocal(n));
-  }
-  for (int g = 0; g < groups; g++, scale += kBlock, fixed += kBlock)
-    to_fixed([&](int i) __attribute__((always_inline)) {
-      return load_half(scale + i) * load(inverse + i);
-    }, kBlock, kTop, fixed);
-}
-
-static INLINE void prepare_zeros(const uint16_t *zero, int n, float *out) {
-  for (int i = 0; i < n; i += W) store(out + i, load_half(zero + i));
-}
-
-// Byte offsets of a page's fields, as in format.py.
-struct Layout {
-  int k_groups, v_groups, head_size;
-  int k_scale, k_zero, k_codes, v_scale, v_zero, v_codes;
-  explicit Layout(const KiviCall &c) {
-    const int d = (int)c.head_size, g = (int)c.group_size;
-    head_size = d;
-    k_groups = kBlock / g;
-    v_groups = d / g;
-    k_scale = 0;
-    k_zero = k_scale + 2 * k_groups * d;
-    k_codes = k_zero + 2 * k_groups * d;
-    v_scale = k_codes + kBlock * d * (int)c.k_bits / 8;
-    v_zero = v_scale + 2 * v_groups * kBlock;
-    v_codes = v_zero + 2 * v_groups * kBlock;
-  }
-};
-
-static INLINE void prepare_page(const uint8_t *page, const float *balance, const Layout &at,
-                                Prepared &p) {
-  const auto halves = [&](int offset) { return (const uint16_t *)(page + offset); };
-  prepare_keys(halves(at.k_scale), balance, at.k_groups, at.head_size, p.k_fixed, p.k_factor);
-  prepare_zeros(halves(at.k_zero), at.k_groups * at.head_size, p.k_zero);
-  prepare_values(halves(at.v_scale), at.v_groups, p.v_fixed, p.v_norm);
-  prepare_zeros(halves(at.v_zero), at.v_groups * kBlock, p.v_zero);
-}
-
-// Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
-// times 16 bits of query would be spent on the products of large scales with large queries, which
-// need not meet: so each scale is divided by its like on the request's first page, and the
-// query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
-static void balance_queries(const uint8_t *page, const Layout &at, Queries &q, float *balance,
-                            float *scratch) {
-  const int d = at.head_size;
-  const uint16_t *scale = (const uint16_t *)(page + at.k_scale) + (at.k_groups - 1) * d;
-  vf m = load_half(scale);
-  for (int i = W; i < d; i += W) m = vmax(m, load_half(scale + i));
-  const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
-  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load_half(scale + i), all(least)));
-  for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
-  for (int r = 0; r < q.rows; r++) {
-    const auto x = [&](int i) __attribute__((always_inline)) {
-      return load(q.q + (int64_t)r * d + i) * load(scratch + i);
-    };
-    m = vf{};
-    for (int i = 0; i < d; i += W) m = vmax(m, vmax(x(i), -x(i)));
-    const float most = largest(m);
-    q.unit[r] = most * (1.0f / 32767.0f);
-    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, q.fixed + (int64_t)r * d);
-  }
-}
 
 // sums[g][r] = dot(x[r], zeros[g]); rows of x are `stride` apart.
 template <int R>

@@ -1,0 +1,102 @@
+// How a step is split into units, and the pages of long sequences into parts.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "units.h"
+
+namespace kivi {
+namespace {
+
+int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Work of a unit, in full-precision tokens times rows.
+int64_t cost_of(const Unit &u) {
+  const int64_t rows = (u.end - u.start) * (u.g1 - u.g0);
+  return (u.block_hi - u.block_lo) * kBlock * (rows + 1) / 2 + (u.raw_hi - u.raw_lo) * (rows + 4) +
+         64;
+}
+
+struct Plan {
+  std::vector<Unit> whole;           // one a tile
+  std::vector<Unit> parts;           // what runs
+  std::vector<int64_t> first, floats;  // of each split tile: its parts, its place in `partials`
+  std::vector<int> split, count;     // index into `whole`, number of parts
+  std::vector<float> partials;
+};
+
+void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) {
+  const int64_t group = c.num_heads / c.num_kv_heads;
+  const int64_t per_tile = max_of(1, kMaxRows / group);
+  const bool per_position = c.per_position || row.b - row.a <= c.decode_len;
+  for (int64_t start = row.a; start < row.b;) {
+    const int64_t end =
+        min_of(min_of(row.b, (start / kBlock + 1) * kBlock), start + per_tile);
+    const int64_t seen = (per_position ? start : row.a) / kBlock * kBlock - c.residual_length;
+    Unit u{};
+    u.row = &row;
+    u.start = start;
+    u.end = end;
+    u.raw_from = max_of(0, seen);
+    const int64_t oldest = c.sliding_window ? max_of(0, start + 1 - c.sliding_window) : 0;
+    if (c.k_bits) {
+      u.block_lo = oldest / kBlock;
+      u.block_hi = max_of(u.block_lo, (u.raw_from + kBlock - 1) / kBlock);
+      u.raw_lo = max_of(u.raw_from, oldest);
+    } else {  // pages of raw tokens are read like raw tokens
+      u.raw_lo = oldest;
+    }
+    u.raw_hi = end;
+    for (int64_t h = 0; h < c.num_kv_heads; h++)
+      for (int64_t g = 0; g < group; g += kMaxRows) {
+        u.kv_head = (int)h;
+        u.g0 = (int)g;
+        u.g1 = (int)min_of(group, g + kMaxRows);
+        units.push_back(u);
+      }
+    start = end;
+  }
+}
+
+// Split the tiles' pages so that every thread has work, down to four pages a part.
+void make_plan(const KiviCall &c, Plan &plan) {
+  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], plan.whole);
+  int64_t total = 0;
+  for (const Unit &u : plan.whole) total += cost_of(u);
+  const int64_t most = c.threads > 1 ? total / (4 * c.threads) + 1 : INT64_MAX;
+  int64_t floats = 0;
+  for (size_t i = 0; i < plan.whole.size(); i++) {
+    const Unit &u = plan.whole[i];
+    const int64_t blocks = u.block_hi - u.block_lo;
+    const int64_t wanted = c.threads > 1 ? (cost_of(u) + most - 1) / most : 1;
+    const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
+    if (parts <= 1) {
+      plan.parts.push_back(u);
+      continue;
+    }
+    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
+    plan.split.push_back((int)i);
+    plan.count.push_back((int)parts);
+    plan.first.push_back((int64_t)plan.parts.size());
+    plan.floats.push_back(floats);
+    for (int64_t p = 0; p < parts; p++) {
+      Unit part = u;
+      part.block_lo = u.block_lo + blocks * p / parts;
+      part.block_hi = u.block_lo + blocks * (p + 1) / parts;
+      if (p + 1 < parts) part.raw_hi = part.raw_lo;  // the last part reads the raw tokens
+      plan.parts.push_back(part);
+      floats += size;
+    }
+  }
+  plan.partials.resize(floats);
+  for (size_t i = 0; i < plan.split.size(); i++) {
+    const Unit &u = plan.whole[plan.split[i]];
+    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
+    for (int p = 0; p < plan.count[i]; p++)
+      plan.parts[plan.first[i] + p].partial = plan.partials.data() + plan.floats[i] + p * size;
+  }
+}
+
+}  // namespace
+}  // namespace kivi

@@ -1,0 +1,72 @@
+"""The native kernels' pages, rings and tails: bit for bit those of the reference."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kivi_vllm.ops import reference
+from kivi_vllm.ops.cpu import library, operators
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import LayerCache, Raw, Row, Step
+from tests.unit import kivi_numpy
+from tests.unit.native import INSTRUCTION_SETS
+from tests.unit.simulator import Case, Simulator
+from tests.unit.test_attend import BF16
+from tests.unit.test_codec import blocks, formats
+
+
+def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The page that `ops` makes of one block of which 100 tokens were in the ring."""
+    capacity = -(-128 // fmt.raw_tokens) * fmt.raw_tokens
+    pages = torch.full((3, 1, fmt.page_bytes), 255, dtype=torch.uint8)
+    shape = (capacity // fmt.raw_tokens, 1, fmt.raw_tokens, 2 * fmt.head_size)
+    ring = torch.full(shape, torch.nan).to(fmt.raw_dtype)
+    table = torch.arange(len(ring), dtype=torch.int32)[None]
+    cache = LayerCache(fmt, pages, Raw(ring, table), capacity)
+    key, value = k[:, None], v[:, None]
+    block_table = torch.tensor([[1]], dtype=torch.int32)
+    for a, b in ((0, 100), (100, 128)):
+        step = Step([Row(0, 0, b - a, a, b)], block_table)
+        ops.store_blocks(step, cache, key[a:b], value[a:b])
+        ops.store_ring(step, cache, key[a:b], value[a:b])
+    assert (pages[0] == 255).all() and (pages[2] == 255).all()
+    return pages[1, 0]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@given(st.data(), formats)
+@settings(max_examples=60, deadline=None)
+def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageFormat) -> None:
+    """Bit for bit, but for the bits of a NaN and the sign of a zero."""
+    library.load().select(name)
+    k, v = data.draw(blocks(fmt)), data.draw(blocks(fmt))
+    ours, theirs = (
+        kivi_numpy.canonical(
+            stored(ops, fmt, k, v).numpy(), fmt.k_bits, fmt.v_bits, fmt.group_size, fmt.head_size
+        )
+        for ops in (operators, reference)
+    )
+    library.load().select(None)
+    assert torch.equal(torch.from_numpy(ours), torch.from_numpy(theirs))
+
+
+@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi_raw"])
+@pytest.mark.parametrize("residual", [0, 32, 128])
+def test_pools_equal_the_reference(isa: str, dtype: str, residual: int) -> None:
+    """Pages, ring and tails of many requests, chunks and block boundaries."""
+    pools = []
+    for ops in (operators, reference):
+        case = Case(dtype=dtype, residual=residual, model=BF16, head_size=96)
+        quiet = SimpleNamespace(
+            store_blocks=ops.store_blocks, store_ring=ops.store_ring, attend=reference.attend
+        )
+        sim = Simulator(case, ops=quiet, seed=5)
+        sim.run(sim.add(500), sim.add(270), sim.add(130))
+        pools.append(sim.pool)
+    assert torch.equal(*pools)

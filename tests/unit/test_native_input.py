@@ -1,0 +1,156 @@
+"""What the native kernels refuse, before any of them runs, and how."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kivi_vllm.ops.cpu import operators
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+
+BF16 = torch.bfloat16
+
+
+def inputs() -> dict[str, Any]:
+    """Good arguments of the three operators, by name."""
+    fmt = PageFormat(2, 2, 32, 64, BF16)
+    pages = torch.zeros(8, 2, fmt.page_bytes, dtype=torch.uint8)
+    raw = torch.zeros(8, 2, fmt.raw_tokens, 128, dtype=BF16)
+    table = torch.arange(1, 7, dtype=torch.int32)[None]
+    tail = Raw(raw.clone(), table.clone())
+    return dict(
+        step=Step([Row(0, 0, 3, 254, 257)], table),
+        cache=LayerCache(fmt, pages, Raw(raw, table), 144, (tail, tail), 32),
+        query=torch.zeros(3, 4, 64, dtype=BF16),
+        key=torch.zeros(3, 2, 64, dtype=BF16),
+        value=torch.zeros(3, 2, 64, dtype=BF16),
+        params=AttentionParams(0.1),
+        output=torch.zeros(3, 4, 64, dtype=BF16),
+    )
+
+
+def call(given: dict[str, Any]) -> None:
+    kv = (given["step"], given["cache"], given["key"], given["value"])
+    operators.store_blocks(*kv)
+    operators.attend(
+        given["step"],
+        given["cache"],
+        *(given[name] for name in ("query", "key", "value", "params", "output")),
+    )
+    operators.store_ring(*kv)
+
+
+def change(name: str, how: Any) -> dict[str, Any]:
+    """`inputs` with one tensor replaced; `cache.ring.table` means that one."""
+    given = inputs()
+    head, *path = name.split(".")
+
+    def replaced(owner: Any, path: list[str]) -> Any:
+        if not path:
+            return how(owner)
+        return replace(owner, **{path[0]: replaced(getattr(owner, path[0]), path[1:])})
+
+    given[head] = replaced(given[head], path)
+    return given
+
+
+WRONG = {
+    "query": [
+        lambda x: x.float(),
+        lambda x: x[:, :3],
+        lambda x: x[:2],
+        lambda x: x[0],
+        lambda x: x.to("meta"),
+    ],
+    "key": [lambda x: x.half(), lambda x: x[:, :1], lambda x: x.mT.contiguous().mT],
+    "value": [lambda x: x[..., :32], lambda x: x[:1], lambda x: x[None]],
+    "output": [lambda x: x.double(), lambda x: x[:, :2], lambda x: x.mT.contiguous().mT],
+    "cache.pages": [lambda x: x.int(), lambda x: x[..., :-1], lambda x: x[..., None]],
+    "cache.ring.cache": [lambda x: x.float(), lambda x: x[:, :1], lambda x: x[..., :127]],
+    "cache.ring.table": [lambda x: x.long(), lambda x: x[0], lambda x: x[:0]],
+    "step.block_table": [lambda x: x.long(), lambda x: x.repeat(2, 2)[:, ::2]],
+}
+
+
+def test_good_input_is_taken() -> None:
+    call(inputs())
+
+
+@pytest.mark.parametrize(
+    ("name", "i"), [(n, i) for n, all_ in WRONG.items() for i in range(len(all_))]
+)
+def test_wrong_tensors_are_named(name: str, i: int) -> None:
+    with pytest.raises(ValueError, match=name.split(".", 1)[-1].replace("ring.cache", "ring")):
+        call(change(name, WRONG[name][i]))
+
+
+def test_wrong_slopes_and_tails_are_named() -> None:
+    with pytest.raises(ValueError, match="alibi_slopes is"):
+        call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))
+    with pytest.raises(ValueError, match="1 tails of 24 tokens cannot hold residual_length 32"):
+        call(change("cache", lambda c: replace(c, tails=c.tails[:1])))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row(0, 0, 3, -1, 2),
+        Row(0, 0, 3, 0, 257),
+        Row(0, 0, 3, 257, 254),
+        Row(0, 597, 600, 0, 257),
+        Row(-1, 0, 3, 254, 257),
+        Row(0, -1, 2, 254, 257),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fit(row: Row) -> None:
+    with pytest.raises(
+        ValueError, match=r"a row's positions and tokens do not fit|is .*, but must"
+    ):
+        call(change("step.rows", lambda rows: [row]))
+
+
+def test_numbers_that_do_not_fit() -> None:
+    for name, value in (("ring_capacity", 0), ("residual_length", 256)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
+            call(change("cache", lambda c, name=name, value=value: replace(c, **{name: value})))
+    for bits, group in (((2, 4), 32), ((2, 2), 16)):
+        fmt = PageFormat(*bits, group, 64, BF16)
+        with pytest.raises(ValueError, match=r"no format of . and . bits"):
+            call(change("cache.fmt", lambda _, fmt=fmt: fmt))
+
+
+def test_good_after_bad_and_bad_after_good() -> None:
+    """What was recognized once does not let the next one through."""
+    for _ in range(2):
+        call(inputs())
+        with pytest.raises(ValueError, match="query is"):
+            call(change("query", lambda x: x.float()))
+
+
+@pytest.mark.parametrize("bad", [-1, 8, 2**31 - 1])
+@pytest.mark.parametrize(
+    "name", ["step.block_table", "cache.ring.table", "cache.tails"], ids=lambda n: n.split(".")[-1]
+)
+def test_page_ids_out_of_range(name: str, bad: int) -> None:
+    def spoil(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return (Raw(x[0].cache, spoil(x[0].table)), *x[1:])
+        x = x.clone()
+        x[0, 1] = bad
+        return x
+
+    given = change(name, spoil)
+    before = given["cache"].pages.clone()
+    with pytest.raises(ValueError, match=r"outside of its cache \(pages: 8, ring: 8\)"):
+        call(given)
+    assert torch.equal(given["cache"].pages, before)
+
+
+def test_table_too_narrow() -> None:
+    with pytest.raises(ValueError, match="too few columns"):
+        call(change("step.block_table", lambda x: x[:, :1]))
