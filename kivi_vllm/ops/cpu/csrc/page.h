@@ -119,13 +119,7 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
     // Weigh the block against what the row has seen.
     weight[r] = 0.0f;
     if (top != -__builtin_inff()) {
-      if (!(top <= state.max[row])) {
-        const float keep = exp2s(state.max[row] - top);
-        state.max[row] = top;
-        state.sum[row] *= keep;
-        float *acc = state.acc + (int64_t)row * d;
-        for (int i = 0; i < d; i += W) store(acc + i, load(acc + i) * keep);
-      }
+      state.see(row, d, top);
       weight[r] = exp2s(top - state.max[row]);
       state.sum[row] += weight[r] * sum_of(sum);
     }

@@ -10,6 +10,16 @@ struct State {
   float max[kMaxRows];  // of the scores so far, which are in units of log2
   float sum[kMaxRows];
   float *acc;           // [rows][head_size]
+
+  // Make `top` the largest score of a row, unless a larger one has been seen.
+  INLINE void see(int row, int d, float top) {
+    if (top <= max[row]) return;
+    const float keep = exp2s(max[row] - top);
+    max[row] = top;
+    sum[row] *= keep;
+    float *x = acc + (int64_t)row * d;
+    for (int i = 0; i < d; i += W) store(x + i, load(x + i) * keep);
+  }
 };
 
 // The query rows of a unit, in the forms that the two kinds of cache want.

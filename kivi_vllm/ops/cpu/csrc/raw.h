@@ -99,13 +99,7 @@ static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
     for (int i = 0; i < n; i += W) store(x + i, vmax(vf{}, load(x + i)));
     return;
   }
-  if (!(top <= state.max[row])) {
-    const float keep = exp2s(state.max[row] - top);
-    state.max[row] = top;
-    state.sum[row] *= keep;
-    float *acc = state.acc + (int64_t)row * d;
-    for (int i = 0; i < d; i += W) store(acc + i, load(acc + i) * keep);
-  }
+  state.see(row, d, top);
   const vf shift = all(state.max[row]);
   vf sum = {};
   for (int i = 0; i < n; i += W) {
