@@ -57,7 +57,7 @@ class Library:
         self._c.kivi_available(names, I64(256))
         self.parallel = bool(self._c.kivi_parallel())
         self.available = names.value.decode().split()
-        self.isa = self.select(isa)
+        self.select(isa)
 
     def _declare(self) -> None:
         c = self._c

@@ -131,8 +131,7 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
   const Source source(c, row, head, 0);
   const uint8_t *k[kBlock], *v[kBlock];
   source.find(first, kBlock, k, v);
-  const int64_t id = c.block_table[row.index * c.block_table_stride + block];
-  uint8_t *page = c.pages + id * c.page_block_stride + head * c.page_head_stride;
+  uint8_t *page = page_of(c, row, head, block);
   const int64_t bytes = source.bytes;
   if (c.k_bits == 0) {
     for (int t = 0; t < kBlock; t++) {

@@ -31,7 +31,7 @@ static void load_queries(const KiviCall &c, const Unit &u, AttendScratch &s, Que
   const int d = (int)c.head_size, group = (int)(c.num_heads / c.num_kv_heads);
   const float log2e = 1.4426950408889634f, scale = (float)c.scale * log2e;
   q.heads = u.g1 - u.g0;
-  q.rows = (int)(u.end - u.start) * q.heads;
+  q.rows = (int)rows_of(u);
   q.start = u.start;
   q.q = s.q;
   q.fixed = s.fixed;
@@ -99,19 +99,19 @@ static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
   __builtin_memcpy(out + 2 * q.rows, s.acc, sizeof(float) * q.rows * d);
 }
 
-static void combine(const KiviCall &c, const Unit &u, const float *partials, int parts,
-                    uint8_t *scratch) {
+static void combine(const KiviCall &c, const Unit &u, int parts, uint8_t *scratch) {
   AttendScratch &s = *(AttendScratch *)scratch;
-  const int rows = (int)(u.end - u.start) * (u.g1 - u.g0), d = (int)c.head_size;
+  const int rows = (int)rows_of(u), d = (int)c.head_size;
+  const int64_t size = partial_floats(u, d);
   State state;
   state.acc = s.acc;
   for (int r = 0; r < rows; r++) {
     float m = -__builtin_inff(), sum = 0.0f;
     float *acc = s.acc + (int64_t)r * d;
     __builtin_memset(acc, 0, sizeof(float) * d);
-    for (int p = 0; p < parts; p++) m = max_of(m, partials[p * partial_floats(rows, d) + r]);
+    for (int p = 0; p < parts; p++) m = max_of(m, u.partial[p * size + r]);
     for (int p = 0; p < parts; p++) {
-      const float *part = partials + p * partial_floats(rows, d);
+      const float *part = u.partial + p * size;
       const float weight = exp2s(part[r] - m);
       sum += weight * part[rows + r];
       for (int i = 0; i < d; i += W)

@@ -229,12 +229,11 @@ int kivi_attend(const KiviCall *call) try {
   if (!all_within(c)) return KIVI_BAD_PAGE;
   Plan plan;
   make_plan(c, plan);
-  bool ok = run((int64_t)plan.parts.size(), (int)c.threads,
-                [&](int64_t i, uint8_t *mine) { chosen->attend(c, plan.parts[i], mine); });
-  if (ok && !plan.split.empty())
-    ok = run((int64_t)plan.split.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
-      chosen->combine(c, plan.whole[plan.split[i]], plan.partials.data() + plan.floats[i],
-                      plan.count[i], mine);
+  bool ok = run((int64_t)plan.units.size(), (int)c.threads,
+                [&](int64_t i, uint8_t *mine) { chosen->attend(c, plan.units[i], mine); });
+  if (ok && !plan.splits.empty())
+    ok = run((int64_t)plan.splits.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+      chosen->combine(c, plan.units[plan.splits[i].first], plan.splits[i].count, mine);
     });
   return ok ? KIVI_OK : KIVI_NO_MEMORY;
 } catch (const std::bad_alloc &) {

@@ -159,17 +159,14 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
   // Lines of a page over its vectors of codes, times 4: a whole number for groups of 32.
   constexpr int kAhead = (KB + VB) / 2 + 1;
   const Layout at(c);
-  const int32_t *table = c.block_table + u.row->index * c.block_table_stride;
-  const auto page_of = [&](int64_t block) {
-    return c.pages + table[block] * c.page_block_stride + u.kv_head * c.page_head_stride;
-  };
-  balance_queries(page_of(0), at, queries, s.balance, s.unbalance);
+  balance_queries(page_of(c, *u.row, u.kv_head, 0), at, queries, s.balance, s.unbalance);
   // What comes after the last page: a page of full-precision tokens has the same size.
   const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
   for (int64_t block = u.block_lo; block < u.block_hi; block++) {
-    const uint8_t *page = page_of(block);
-    const uint8_t *next = block + 1 < u.block_hi ? page_of(block + 1) : residual;
+    const uint8_t *page = page_of(c, *u.row, u.kv_head, block);
+    const uint8_t *next =
+        block + 1 < u.block_hi ? page_of(c, *u.row, u.kv_head, block + 1) : residual;
     const int64_t first = block * kBlock;
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
     const bool plain = !modified && high == kBlock;

@@ -13,16 +13,20 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Work of a unit, in full-precision tokens times rows.
 int64_t cost_of(const Unit &u) {
-  const int64_t rows = (u.end - u.start) * (u.g1 - u.g0);
+  const int64_t rows = rows_of(u);
   return (u.block_hi - u.block_lo) * kBlock * (rows + 1) / 2 + (u.raw_hi - u.raw_lo) * (rows + 4) +
          64;
 }
 
+// A tile whose pages are shared out: `count` units from `first` on.
+struct Split {
+  size_t first;
+  int count;
+};
+
 struct Plan {
-  std::vector<Unit> whole;           // one a tile
-  std::vector<Unit> parts;           // what runs
-  std::vector<int64_t> first, floats;  // of each split tile: its parts, its place in `partials`
-  std::vector<int> split, count;     // index into `whole`, number of parts
+  std::vector<Unit> units;
+  std::vector<Split> splits;
   std::vector<float> partials;
 };
 
@@ -61,41 +65,38 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
 
 // Split the tiles' pages so that every thread has work, down to four pages a part.
 void make_plan(const KiviCall &c, Plan &plan) {
-  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], plan.whole);
+  std::vector<Unit> tiles;
+  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], tiles);
   int64_t total = 0;
-  for (const Unit &u : plan.whole) total += cost_of(u);
+  for (const Unit &u : tiles) total += cost_of(u);
   const int64_t most = c.threads > 1 ? total / (4 * c.threads) + 1 : INT64_MAX;
   int64_t floats = 0;
-  for (size_t i = 0; i < plan.whole.size(); i++) {
-    const Unit &u = plan.whole[i];
+  for (const Unit &u : tiles) {
     const int64_t blocks = u.block_hi - u.block_lo;
     const int64_t wanted = c.threads > 1 ? (cost_of(u) + most - 1) / most : 1;
     const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
     if (parts <= 1) {
-      plan.parts.push_back(u);
+      plan.units.push_back(u);
       continue;
     }
-    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
-    plan.split.push_back((int)i);
-    plan.count.push_back((int)parts);
-    plan.first.push_back((int64_t)plan.parts.size());
-    plan.floats.push_back(floats);
+    plan.splits.push_back({plan.units.size(), (int)parts});
     for (int64_t p = 0; p < parts; p++) {
       Unit part = u;
       part.block_lo = u.block_lo + blocks * p / parts;
       part.block_hi = u.block_lo + blocks * (p + 1) / parts;
       if (p + 1 < parts) part.raw_hi = part.raw_lo;  // the last part reads the raw tokens
-      plan.parts.push_back(part);
-      floats += size;
+      plan.units.push_back(part);
     }
+    floats += parts * partial_floats(u, c.head_size);
   }
   plan.partials.resize(floats);
-  for (size_t i = 0; i < plan.split.size(); i++) {
-    const Unit &u = plan.whole[plan.split[i]];
-    const int64_t size = partial_floats((u.end - u.start) * (u.g1 - u.g0), c.head_size);
-    for (int p = 0; p < plan.count[i]; p++)
-      plan.parts[plan.first[i] + p].partial = plan.partials.data() + plan.floats[i] + p * size;
-  }
+  float *at = plan.partials.data();
+  for (const Split &split : plan.splits)
+    for (int p = 0; p < split.count; p++) {
+      Unit &part = plan.units[split.first + p];
+      part.partial = at;
+      at += partial_floats(part, c.head_size);
+    }
 }
 
 }  // namespace

@@ -24,9 +24,8 @@ struct Source {
   // The tokens from position `s` on.
   INLINE Run find(int64_t s) const {
     if (s < from_pages) {  // [K, V][128][head_size]
-      const int64_t id = c.block_table[row.index * c.block_table_stride + s / kBlock];
       const int64_t in = s % kBlock;
-      const uint8_t *page = c.pages + id * c.page_block_stride + head * c.page_head_stride;
+      const uint8_t *page = page_of(c, row, head, s / kBlock);
       return {page + in * bytes, page + (kBlock + in) * bytes, bytes, bytes,
               min_of(kBlock - in, from_pages - s)};
     }

@@ -24,15 +24,26 @@ struct Kernels {
   const char *name;
   int64_t scratch_bytes;  // that one thread needs, 64-byte aligned
   void (*attend)(const KiviCall &, const Unit &, uint8_t *scratch);
-  // Add up the `parts` partial results of a unit, laid out one after the other.
-  void (*combine)(const KiviCall &, const Unit &, const float *partials, int parts, uint8_t *scratch);
+  // Add up the partial results of `parts` units of one tile, of which this is the first: they lie
+  // one after the other.
+  void (*combine)(const KiviCall &, const Unit &, int parts, uint8_t *scratch);
   // Quantize one block of one request and kv head; keep its last tokens in the tails.
   void (*encode)(const KiviCall &, const KiviRow &, int64_t block, int64_t kv_head, uint8_t *scratch);
   void (*begin)();  // once per thread and call, before any of the above
   void (*end)();
 };
 
-// Floats of one partial result of `rows` rows.
-static inline int64_t partial_floats(int64_t rows, int64_t head_size) { return rows * (head_size + 2); }
+static inline int64_t rows_of(const Unit &u) { return (u.end - u.start) * (u.g1 - u.g0); }
+
+// Floats of one partial result of a unit.
+static inline int64_t partial_floats(const Unit &u, int64_t head_size) {
+  return rows_of(u) * (head_size + 2);
+}
+
+// The page of a request's block, for one kv head.
+static inline uint8_t *page_of(const KiviCall &c, const KiviRow &row, int64_t head, int64_t block) {
+  const int64_t id = c.block_table[row.index * c.block_table_stride + block];
+  return c.pages + id * c.page_block_stride + head * c.page_head_stride;
+}
 
 }  // namespace kivi
