@@ -1,0 +1,405 @@
+"""Attention of a few query tokens a request over its packed pages and raw tokens.
+
+A program serves one request, one kv head, and one split of the pages; the raw tokens
+are a split of their own, and a second kernel puts the splits together. The columns of
+all matrices are the query heads of the kv head, times the query tokens: they are the
+narrow side (8) of the tensor cores' tiles, the codes the wide one.
+
+Pages are never dequantized. With x = code * scale + zero in every group,
+
+    q·k = (q * scale)·codes + q·zero,    sum of p * v = (p * scale)·codes + p·zero,
+
+and codes go into the matrix products as they lie (`page.codes_of`). So that all
+factors fit fp16, q is divided by its largest number, and V's scales by the largest of
+their page and group; both come back as fp32 factors of the results.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.triton.page import (
+    PRECISION,
+    PageConstants,
+    codes_of,
+    page_constants,
+    unit_of,
+    words_of,
+)
+from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
+from kivi_vllm.ops.triton.step import DeviceStep
+from kivi_vllm.ops.triton.tokens import B, first_raw, raw_arguments, raw_bases, row_of
+from kivi_vllm.ops.triton.workspace import num_splits, workspace
+
+# Tokens that the split of the raw ones takes at a time.
+RAW_STEP: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def _fold(q, page, group, FIELD: tl.constexpr, ODD: tl.constexpr, C: tl.constexpr):
+    """q [DP / 2, N], even or odd channels, times the scales of K's groups [n]: [n, DP / 2, N]."""
+    return q[None] * _k_field(page, group, FIELD, ODD, C, q.dtype)[:, :, None]
+
+
+@triton.jit
+def _k_field(page, group, FIELD: tl.constexpr, ODD: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """Scales or zeros of K's groups [n] in even or odd channels: [n, DP / 2]."""
+    d = 2 * tl.arange(0, C.DP // 2) + ODD
+    at = (page + FIELD).to(tl.pointer_type(tl.float16)) + group[:, None] * C.D + d[None]
+    if C.D == C.DP:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(d < C.D)[None], other=0)
+    return x.to(T)
+
+
+@triton.jit
+def _scores(page, q_even, q_odd, C: tl.constexpr):
+    """q·k [128, N] over a page's K; q [DP / 2, N], the even and odd channels."""
+    T: tl.constexpr = q_even.dtype
+    N: tl.constexpr = q_even.shape[1]
+    SLOTS: tl.constexpr = 8 // C.K_BITS
+    HALVES: tl.constexpr = SLOTS // 2  # groups of 32 tokens in a unit
+    UNITS: tl.constexpr = C.K_BITS
+    even = words_of(page + C.K[2], (UNITS, C.D // 4), (UNITS, C.DP // 4), C.D // 4)
+    odd = even >> 8
+    unit = tl.arange(0, UNITS)
+    group = tl.arange(0, 4) * 32 // C.G
+    zero = tl.dot(_k_field(page, group, C.K[1], 0, C, T), q_even, input_precision=PRECISION)
+    zero = tl.dot(_k_field(page, group, C.K[1], 1, C, T), q_odd, zero, input_precision=PRECISION)
+    parts = ()
+    for half in tl.static_range(HALVES):
+        group = (unit * HALVES + half) * 32 // C.G
+        x = _fold(q_even, page, group, C.K[0], 0, C)
+        y = _fold(q_odd, page, group, C.K[0], 1, C)
+        for i in tl.static_range(2 * half, 2 * half + 2):
+            s = tl.dot(codes_of(even, i, C.K_BITS, T), x, input_precision=PRECISION)
+            s = tl.dot(codes_of(odd, i, C.K_BITS, T), y, s, input_precision=PRECISION)
+            parts += (s * (1 / unit_of(i, C.K_BITS, T)),)  # [UNITS, 16, N]
+    if HALVES == 2:
+        first, second = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
+    else:
+        first, second = parts[0][:, :, :, None], parts[1][:, :, :, None]
+    zero = tl.permute(tl.reshape(zero, (UNITS, 1, HALVES, N)), (0, 1, 3, 2))
+    scores = tl.join(first + zero, second + zero)  # [UNITS, 16, N, HALVES, 2]
+    return tl.reshape(tl.permute(scores, (0, 3, 4, 1, 2)), (B, N))
+
+
+@triton.jit
+def _v_field(page, FIELD: tl.constexpr, C: tl.constexpr):
+    """Scales or zeros of V's groups, one row for every 32 channels: [DP / 32, 128]."""
+    unit = tl.arange(0, C.DP // 32)
+    at = (unit * 32 // C.G)[:, None] * B + tl.arange(0, B)[None]
+    at += (page + FIELD).to(tl.pointer_type(tl.float16))
+    if C.D == C.DP:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(unit < C.D // 32)[:, None], other=0)
+    return x
+
+
+@triton.jit
+def _values(page, p, C: tl.constexpr):
+    """Sum of p * v over a page's V, p [128, N]: two [DP / 32, 16, N], halves of 32 channels."""
+    T: tl.constexpr = p.dtype
+    N: tl.constexpr = p.shape[1]
+    UNITS: tl.constexpr = C.DP // 32
+    SLOTS: tl.constexpr = 8 // C.V_BITS
+    HALVES: tl.constexpr = SLOTS // 2  # of the tokens
+    QUADS: tl.constexpr = 8 * C.V_BITS
+    scale = _v_field(page, C.V[0], C).to(tl.float32)
+    largest = tl.max(scale, 1)
+    scale *= tl.where(largest > 0, 1 / largest, 0.0)[:, None]
+    zero = tl.dot(_v_field(page, C.V[1], C).to(T), p, input_precision=PRECISION)[:, None]
+    x = p[None] * scale.to(T)[:, :, None]  # [UNITS, 128, N]
+    x = tl.reshape(x, (UNITS, HALVES, B // HALVES // 2, 2, N))
+    p_even, p_odd = tl.split(tl.permute(x, (0, 2, 4, 1, 3)))  # [UNITS, .., N, HALVES]
+    if HALVES == 2:
+        p_even, p_odd = tl.split(p_even), tl.split(p_odd)
+    else:
+        SHAPE: tl.constexpr = (UNITS, B // 2, N)
+        p_even, p_odd = (tl.reshape(p_even, SHAPE),), (tl.reshape(p_odd, SHAPE),)
+    even = words_of(page + C.V[2], (C.D // 32, QUADS), (UNITS, QUADS), QUADS)
+    odd = even >> 8
+    out = ()
+    for side in tl.static_range(2):
+        total = tl.zeros((UNITS, 16, N), tl.float32)
+        for half in tl.static_range(HALVES):
+            x = codes_of(even, 2 * half + side, C.V_BITS, T)
+            y = codes_of(odd, 2 * half + side, C.V_BITS, T)
+            part = tl.dot(x, p_even[half], input_precision=PRECISION)
+            part = tl.dot(y, p_odd[half], part, input_precision=PRECISION)
+            total += part * (1 / unit_of(2 * half + side, C.V_BITS, T))
+        out += (total * largest[:, None, None] + zero,)
+    return out
+
+
+@triton.jit
+def _raw_values(bases, valid, p, C: tl.constexpr):
+    """As `_values`, over raw tokens at addresses `bases` [n]; p [n, N]."""
+    UNITS: tl.constexpr = C.DP // 32
+    x = tl.broadcast_to(p[None], (UNITS, p.shape[0], p.shape[1]))
+    channel = tl.arange(0, UNITS)[:, None, None] * 32 + tl.arange(0, 16)[None, :, None]
+    out = ()
+    for side in tl.static_range(2):
+        d = channel + 16 * side
+        v = tl.load(bases[None, None] + d, mask=valid[None, None] & (d < C.D), other=0)
+        out += (tl.dot(v, x, input_precision=PRECISION),)
+    return out
+
+
+@triton.jit
+def _raw_scores(bases, valid, q, C: tl.constexpr):
+    """As `_scores`, over raw tokens at addresses `bases` [n]; q [DP, N]."""
+    d = tl.arange(0, C.DP)[None]
+    k = tl.load(bases[:, None] + d, mask=valid[:, None] & (d < C.D), other=0)
+    return tl.dot(k, q, input_precision=PRECISION)
+
+
+@triton.jit
+def _add(state, p, m, alpha, parts):
+    """the running (sums, mass, m) with what one step adds: weights p, and p * v in `parts`."""
+    out0, out1, mass, _ = state
+    factor = alpha[None, None]
+    return out0 * factor + parts[0], out1 * factor + parts[1], mass * alpha + tl.sum(p, 0), m
+
+
+@triton.jit
+def split_of(a, b, splits, RULES: tl.constexpr):
+    """(first page, end, pages of a split) of a row's history."""
+    first = 0
+    if RULES.WINDOW > 0:
+        first = tl.maximum(a + 1 - RULES.WINDOW, 0) // B
+    end = tl.cdiv(first_raw(b - 1, RULES.R), B)
+    return first, end, tl.maximum(tl.cdiv(end - first, splits), 2)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _decode(
+    query,
+    query_token,
+    query_head,
+    query_start_loc,
+    seq_lens,
+    pages,
+    page_block,
+    page_head,
+    table,
+    table_row,
+    raw,
+    slopes,
+    scale,
+    splits,
+    partial,
+    statistics,
+    C: tl.constexpr,
+    RULES: tl.constexpr,
+    GQA: tl.constexpr,
+    TILES: tl.constexpr,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Grid (rows, num_kv_heads * TILES, 1 + splits); `partial`, `statistics`: see `_combine`."""
+    row, split = tl.program_id(0), tl.program_id(2)
+    head, tile = tl.program_id(1) // TILES, tl.program_id(1) % TILES
+    q0, a, b = row_of(query_start_loc, seq_lens, row)
+    first, end, per_split = split_of(a, b, splits, RULES)
+    first += (split - 1) * per_split
+    if (a < b) & ((split == 0) | (first < end)):
+        column = tile * N + tl.arange(0, N)
+        t = a + column // GQA
+        live = t < b
+        seen_from = first_raw(t, RULES.R)  # [N]
+        query_of = head * GQA + column % GQA
+        slope = tl.zeros((N,), tl.float32)
+        if RULES.ALIBI:
+            slope = tl.load(slopes + query_of)
+        q = query + (q0 + column // GQA).to(tl.int64) * query_token + query_of * query_head
+        zeros = tl.zeros((C.DP // 32, 16, N), tl.float32)
+        lowest = tl.full((N,), float("-inf"), tl.float32)
+        state = (zeros, zeros, tl.zeros((N,), tl.float32), lowest)
+        if split == 0:
+            whole = _query(q, live, 0, 1, C.DP, C)
+            start = first_raw(a, RULES.R)
+            if RULES.WINDOW > 0:
+                start = tl.maximum(start, a + 1 - RULES.WINDOW)
+            for s0 in range(start, b, RAW_STEP):
+                s = s0 + tl.arange(0, RAW_STEP)
+                valid = s < b
+                k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
+                scores = _raw_scores(k, valid, whole, C) * scale
+                scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+                seen = visible(s[:, None], t[None], RULES) & (s[:, None] >= seen_from[None])
+                p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
+                parts = _raw_values(v, valid, p.to(whole.dtype), C)
+                state = _add(state, p, m, alpha, parts)
+        elif C.K_BITS == 0:
+            whole = _query(q, live, 0, 1, C.DP, C)
+            for n in range(first, tl.minimum(first + per_split, end)):
+                page = tl.load(table + row * table_row + n).to(tl.int64)
+                page = pages + page * page_block + head * page_head
+                for part in range(B // RAW_STEP):
+                    token = part * RAW_STEP + tl.arange(0, RAW_STEP)
+                    s = n * B + token
+                    k = (page + C.K[2]).to(raw[0].dtype) + token * C.D
+                    scores = _raw_scores(k, s >= 0, whole, C) * scale
+                    scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+                    seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
+                    p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
+                    v = (page + C.V[2]).to(raw[0].dtype) + token * C.D
+                    parts = _raw_values(v, s >= 0, p.to(whole.dtype), C)
+                    state = _add(state, p, m, alpha, parts)
+        else:
+            T: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
+            x = _query(q, live, 0, 2, C.DP // 2, C).to(tl.float32)
+            y = _query(q, live, 1, 2, C.DP // 2, C).to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0))
+            largest = tl.where(largest > 0, largest, 1.0)
+            x, y = (x / largest[None]).to(T), (y / largest[None]).to(T)
+            factor = largest * scale
+            for n in range(first, tl.minimum(first + per_split, end)):
+                page = tl.load(table + row * table_row + n).to(tl.int64)
+                page = pages + page * page_block + head * page_head
+                s = n * B + tl.arange(0, B)
+                scores = _scores(page, x, y, C) * factor[None]
+                scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+                if MASKED:  # else all columns see all of these pages
+                    seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
+                    scores = tl.where(seen, scores, float("-inf"))
+                p, m, alpha = weigh(scores, state[3], 0)
+                state = _add(state, p, m, alpha, _values(page, p.to(T), C))
+        at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
+        at = (at + split) * N + tl.arange(0, N)
+        tl.store(statistics + 2 * at, state[3])
+        tl.store(statistics + 2 * at + 1, state[2])
+        channel = tl.arange(0, C.DP // 32)[:, None, None] * 32 + tl.arange(0, 16)[None, :, None]
+        to = partial + at[None, None] * C.D + channel
+        tl.store(to, state[0], mask=(channel < C.D) & live[None, None])
+        tl.store(to + 16, state[1], mask=(channel < C.D) & live[None, None])
+
+
+@triton.jit
+def _query(q, live, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+    """Queries at addresses q [N]: COUNT of their channels, from FIRST on: [COUNT, N]."""
+    d = FIRST + STEP * tl.arange(0, COUNT)[:, None]
+    return tl.load(q[None] + d, mask=live[None] & (d < C.D), other=0)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    partial,
+    statistics,
+    query_start_loc,
+    seq_lens,
+    output,
+    output_token,
+    output_head,
+    splits,
+    C: tl.constexpr,
+    RULES: tl.constexpr,
+    GQA: tl.constexpr,
+    TILES: tl.constexpr,
+    N: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Put the splits together; grid (rows, num_kv_heads * TILES, N).
+
+    `partial` [rows, num_kv_heads * TILES, 1 + splits, N, D] fp32: sums of weights times
+    values; `statistics` [.., N, 2]: the maximum and the sum of weights.
+    """
+    row, head = tl.program_id(0), tl.program_id(1) // TILES
+    column = tl.program_id(1) % TILES * N + tl.program_id(2)
+    q0, a, b = row_of(query_start_loc, seq_lens, row)
+    i = column // GQA
+    if a + i < b:
+        first, end, per_split = split_of(a, b, splits, RULES)
+        used = 1 + tl.cdiv(tl.maximum(end - first, 0), per_split)
+        base = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (1 + splits)
+        d = tl.arange(0, C.DP)
+        total, mass, m = tl.zeros((C.DP,), tl.float32), 0.0, float("-inf")
+        for start in range(0, used, STEP):
+            k = start + tl.arange(0, STEP)
+            at = (base + k) * N + tl.program_id(2)
+            maximum = tl.load(statistics + 2 * at, mask=k < used, other=float("-inf"))
+            weight, m, alpha = weigh(maximum, m, 0)
+            mass = mass * alpha + tl.sum(
+                weight * tl.load(statistics + 2 * at + 1, mask=k < used, other=0), 0
+            )
+            mask = (k < used)[:, None] & (d < C.D)[None]
+            part = tl.load(partial + at[:, None] * C.D + d[None], mask=mask, other=0)
+            total = total * alpha + tl.sum(part * weight[:, None], 0)
+        to = (
+            output
+            + (q0 + i).to(tl.int64) * output_token
+            + (head * GQA + column % GQA) * output_head
+        )
+        tl.store(to + d, (total / mass).to(output.dtype.element_ty), mask=d < C.D)
+
+
+def _num_warps(constants: PageConstants, columns: int) -> int:
+    """Two, or four where two would not have registers enough."""
+    return 2 if constants.DP * max(2, constants.K_BITS) * columns <= 2048 else 4
+
+
+def decode(
+    step: DeviceStep,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """`reference.attend` for the step's decodes; two launches."""
+    num_kv_heads = key.shape[1]
+    rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
+    columns = gqa * min(step.decode_len, step.max_query_len)
+    n = 8 if columns <= 8 else 16
+    tiles = triton.cdiv(columns, n)
+    splits = num_splits(rows * num_kv_heads * tiles, step.block_table.shape[1], query.device)
+    constants, rules = page_constants(cache.fmt), rules_of(params, cache)
+    parts = (rows, num_kv_heads * tiles, 1 + splits, n)
+    partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
+    _decode[parts[:3]](
+        query,
+        *query.stride()[:2],
+        step.query_start_loc,
+        step.seq_lens,
+        cache.pages,
+        *cache.pages.stride()[:2],
+        step.block_table,
+        step.block_table.stride(0),
+        raw_arguments(cache, key, value),
+        params.alibi_slopes,
+        params.scale,
+        splits,
+        partial,
+        statistics,
+        C=constants,
+        RULES=rules,
+        GQA=gqa,
+        TILES=tiles,
+        N=n,
+        MASKED=step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0,
+        num_warps=_num_warps(constants, n),
+        maxnreg=255,  # else ptxas would rather spill than pass 128
+    )
+    _combine[(rows, num_kv_heads * tiles, n)](
+        partial,
+        statistics,
+        step.query_start_loc,
+        step.seq_lens,
+        output,
+        *output.stride()[:2],
+        splits,
+        C=constants,
+        RULES=rules,
+        GQA=gqa,
+        TILES=tiles,
+        N=n,
+        STEP=16,
+    )

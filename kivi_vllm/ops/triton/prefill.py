@@ -1,0 +1,186 @@
+"""Attention of many query tokens a request over history, raw tokens and the step itself.
+
+A program serves one tile of queries: some tokens of one request, times the query heads
+of one kv head. With many queries to a page, dequantizing it once for the tile costs
+less than folding its scales into every query, so this is flash attention over tiles
+that come from three places: pages, the ring and tails, and the step's own tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.triton.page import PRECISION, keys_of, page_constants, values_of
+from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
+from kivi_vllm.ops.triton.step import DeviceStep
+from kivi_vllm.ops.triton.tokens import (
+    B,
+    find_row,
+    first_raw,
+    raw_arguments,
+    raw_bases,
+    row_of,
+)
+
+ROWS = 64
+"""Queries of a tile, tokens times query heads of a kv head; half of that in fp32."""
+
+STEP: tl.constexpr = tl.constexpr(64)
+"""Tokens of K and V at a time: half a page."""
+
+
+@triton.jit
+def _weigh(state, q, k, s, t, seen, slope, scale, RULES: tl.constexpr):
+    """Weights [M, n] of keys k [n, D] for queries q [M, D]; what they see: `seen` [M, n]."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
+    scores = bits_of(scores, s[None], t[:, None], slope[:, None], RULES)
+    seen &= visible(s[None], t[:, None], RULES)
+    return weigh(tl.where(seen, scores, float("-inf")), state[2], 1)
+
+
+@triton.jit
+def _add(state, p, m, alpha, v):
+    """The running (out, mass, m) with values v [n, D] of weights p [M, n]."""
+    out = tl.dot(p.to(v.dtype), v, state[0] * alpha[:, None], input_precision=PRECISION)
+    return out, state[1] * alpha + tl.sum(p, 1), m
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
+def _prefill(
+    query,
+    query_token,
+    query_head,
+    output,
+    output_token,
+    output_head,
+    query_start_loc,
+    seq_lens,
+    first_row,
+    num_rows,
+    pages,
+    page_block,
+    page_head,
+    table,
+    table_row,
+    raw,
+    slopes,
+    scale,
+    C: tl.constexpr,
+    RULES: tl.constexpr,
+    PER_POSITION: tl.constexpr,
+    GQA: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Grid (tiles of TOKENS tokens, num_kv_heads), for num_rows rows from first_row on."""
+    row, j = find_row(query_start_loc + first_row, num_rows, tl.program_id(0), TOKENS)
+    row += first_row
+    head = tl.program_id(1)
+    q0, a, b = row_of(query_start_loc, seq_lens, row)
+    start = a + j * TOKENS
+    if start < b:
+        end = tl.minimum(start + TOKENS, b)
+        i = tl.arange(0, M)
+        t = start + i // GQA
+        live = (i < TOKENS * GQA) & (t < end)
+        seen_from = first_raw(t if PER_POSITION else a + tl.zeros((M,), tl.int32), RULES.R)
+        first_seen = first_raw(start if PER_POSITION else a, RULES.R)
+        last_seen = first_raw(end - 1 if PER_POSITION else a, RULES.R)
+        oldest = 0
+        if RULES.WINDOW > 0:
+            oldest = tl.maximum(start + 1 - RULES.WINDOW, 0)
+        query_of = head * GQA + i % GQA
+        slope = tl.zeros((M,), tl.float32)
+        if RULES.ALIBI:
+            slope = tl.load(slopes + query_of)
+        d = tl.arange(0, C.DP)[None]
+        token = (q0 + t - a).to(tl.int64)
+        q = query + token * query_token + query_of * query_head
+        q = tl.load(q[:, None] + d, mask=live[:, None] & (d < C.D), other=0)
+        state = (
+            tl.zeros((M, C.DP), tl.float32),
+            tl.zeros((M,), tl.float32),
+            tl.full((M,), float("-inf"), tl.float32),
+        )
+        same = tl.full((M,), 1.0, tl.float32) * scale
+        if C.K_BITS > 0:
+            # fp16 has more bits than bf16 for what was dequantized; its range suffices for
+            # queries that are divided by their largest number.
+            T: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+            largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+            largest = tl.where(largest > 0, largest, 1.0)
+            x = (q.to(tl.float32) / largest[:, None]).to(T)
+        for n in range(oldest // STEP, tl.cdiv(last_seen, STEP)):
+            page = tl.load(table + row * table_row + n * STEP // B).to(tl.int64)
+            page = pages + page * page_block + head * page_head
+            half = n * STEP % B // STEP
+            s = n * STEP + tl.arange(0, STEP)
+            seen = s[None] < seen_from[:, None]
+            if C.K_BITS > 0:
+                k = keys_of(page, half, C).to(T)
+                p, m, alpha = _weigh(state, x, k, s, t, seen, slope, largest * scale, RULES)
+                state = _add(state, p, m, alpha, values_of(page, half, C).to(T))
+            else:
+                at = (half * STEP + tl.arange(0, STEP))[:, None] * C.D + d
+                k = tl.load((page + C.K[2]).to(raw[0].dtype) + at, mask=d < C.D, other=0)
+                p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
+                v = tl.load((page + C.V[2]).to(raw[0].dtype) + at, mask=d < C.D, other=0)
+                state = _add(state, p, m, alpha, v)
+        for s0 in range(tl.maximum(first_seen, oldest), end, STEP):
+            s = s0 + tl.arange(0, STEP)
+            k_at, v_at = raw_bases(s, s < end, row, q0, a, head, raw, C, RULES.R)
+            mask = (s < end)[:, None] & (d < C.D)
+            k = tl.load(k_at[:, None] + d, mask=mask, other=0)
+            seen = (s[None] >= seen_from[:, None]) & (s < end)[None]
+            p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
+            v = tl.load(v_at[:, None] + d, mask=mask, other=0)
+            state = _add(state, p, m, alpha, v)
+        out, mass, _ = state
+        to = output + token * output_token + query_of * output_head
+        out = (out / tl.where(live, mass, 1.0)[:, None]).to(output.dtype.element_ty)
+        tl.store(to[:, None] + d, out, mask=live[:, None] & (d < C.D))
+
+
+def prefill(
+    step: DeviceStep,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """`reference.attend` for the requests after the step's decodes; one launch."""
+    num_kv_heads = key.shape[1]
+    gqa = query.shape[1] // num_kv_heads
+    rows = max(ROWS * 2 // query.dtype.itemsize, triton.next_power_of_2(gqa))
+    tokens = rows // gqa
+    tiles = (step.num_tokens - step.num_decode_tokens) // tokens + step.num_prefills
+    _prefill[(tiles, num_kv_heads)](
+        query,
+        *query.stride()[:2],
+        output,
+        *output.stride()[:2],
+        step.query_start_loc,
+        step.seq_lens,
+        step.num_decodes,
+        step.num_prefills,
+        cache.pages,
+        *cache.pages.stride()[:2],
+        step.block_table,
+        step.block_table.stride(0),
+        raw_arguments(cache, key, value),
+        params.alibi_slopes,
+        params.scale,
+        C=page_constants(cache.fmt),
+        RULES=rules_of(params, cache),
+        PER_POSITION=step.per_position,
+        GQA=gqa,
+        TOKENS=tokens,
+        M=rows,
+        num_warps=8,
+        num_stages=1,  # more would prefetch into more shared memory than some GPUs have
+    )

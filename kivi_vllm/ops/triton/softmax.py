@@ -1,0 +1,65 @@
+"""What a score goes through before it weighs a value, and the running softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kivi_vllm.ops.reference import AttentionParams, LayerCache
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+class Rules(NamedTuple):
+    """What changes scores besides their scale, at compile time.
+
+    Attributes:
+        CAP: soft cap, or 0.
+        ALIBI: whether there are slopes.
+        WINDOW: sliding window, or 0.
+        R: residual length.
+
+    """
+
+    CAP: float
+    ALIBI: bool
+    WINDOW: int
+    R: int
+
+
+@triton.jit
+def bits_of(scores, s, t, slope, RULES: tl.constexpr):
+    """Scores q·k * scale as powers of two; s and t, positions, and slope broadcast to them."""
+    if RULES.CAP > 0:
+        scores = RULES.CAP * (1 - 2 / (tl.exp(scores * (2 / RULES.CAP)) + 1))
+    if RULES.ALIBI:
+        scores += slope * (s - t).to(tl.float32)
+    return scores * LOG2E
+
+
+@triton.jit
+def weigh(scores, m, AXIS: tl.constexpr):
+    """Weights 2^(score - maximum), the new maximum, and what older sums are multiplied by.
+
+    `scores` -inf: not seen. `m`: maximum so far, -inf: nothing seen yet.
+    """
+    m_new = tl.maximum(m, tl.max(scores, AXIS))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return tl.exp2(scores - tl.expand_dims(safe, AXIS)), m_new, tl.exp2(m - safe)
+
+
+@triton.jit
+def visible(s, t, RULES: tl.constexpr):
+    """Whether position t sees position s, causally and through the window."""
+    seen = s <= t
+    if RULES.WINDOW > 0:
+        seen &= s > t - RULES.WINDOW
+    return seen
+
+
+def rules_of(params: AttentionParams, cache: LayerCache) -> Rules:
+    """The rules of a layer."""
+    alibi = params.alibi_slopes is not None
+    return Rules(params.logits_soft_cap, alibi, params.sliding_window, cache.residual_length)
