@@ -36,7 +36,16 @@ QUANTIZED_DTYPES = tuple(name for name, bits in DTYPES.items() if bits != (RAW_B
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 
+CUDA_VLLM = ("0.33",)
+"""Those of them that are supported on GPUs."""
+
 GROUP_SIZES = (32, 64, 128)
+
+MIN_CAPABILITY = (8, 0)
+"""Oldest compute capability of a GPU: matrix products of bf16, and asynchronous copies."""
+
+CUDA_HEAD_SIZES = (64, 96, 128, 256)
+"""Head sizes for which the GPU kernels are compiled in the tests."""
 
 PrefillMode = Literal["exact", "cached"]
 

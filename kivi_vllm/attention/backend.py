@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -15,12 +16,21 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from kivi_vllm.attention.cache import LAYOUTS, num_draft_tokens, page_spec
-from kivi_vllm.config import BLOCK_SIZE, DTYPES, HEAD_SIZES, KiviConfig, KiviConfigError
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    DTYPES,
+    HEAD_SIZES,
+    MIN_CAPABILITY,
+    KiviConfig,
+    KiviConfigError,
+)
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
 from kivi_vllm.ops.reference import Row, Step
+from kivi_vllm.ops.triton.step import DeviceStep
 
 
 @dataclass
@@ -56,10 +66,26 @@ class KiviMetadata:
         ]
 
 
+@dataclass
+class KiviDeviceMetadata:
+    """One cache group's view of a step on a GPU: nothing in it is read on the host.
+
+    Attributes:
+        step: what the operators must know; its tensors are vLLM's own buffers, which
+            stay where they are while their contents change from step to step.
+        block_table: [num_reqs, max_blocks], page ids of this group.
+
+    """
+
+    step: DeviceStep
+    block_table: torch.Tensor
+
+
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
     """Builds `KiviMetadata` for pages, rings and tails alike."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -71,13 +97,15 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.per_position = KiviConfig.from_vllm(vllm_config).prefill == "cached"
         self.decode_len = 1 + num_draft_tokens(vllm_config)
+        if current_platform.is_cuda():  # the decodes first, as `DeviceStep` wants them
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> KiviMetadata:
+    ) -> KiviMetadata | KiviDeviceMetadata:
         """Take over what vLLM's model runner has prepared for this group.
 
         Raises:
@@ -87,12 +115,42 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
+        if current_platform.is_cuda():
+            return KiviDeviceMetadata(self._device_step(m), m.block_table_tensor)
         return KiviMetadata(
             query_start_loc=m.query_start_loc_cpu[: m.num_reqs + 1],
             seq_lens=m.seq_lens[: m.num_reqs],
             block_table=m.block_table_tensor,
             per_position=self.per_position,
             decode_len=self.decode_len,
+        )
+
+    def _device_step(self, m: CommonAttentionMetadata) -> DeviceStep:
+        """The step, from counts that the scheduler knows and from tensors on the device."""
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            m, decode_threshold=self.decode_len
+        )
+        prefill_lens, nothing_cached = [], False
+        if num_prefills:
+            lens = m.query_start_loc_cpu[1 : m.num_reqs + 1] - m.query_start_loc_cpu[: m.num_reqs]
+            lens = lens[num_decodes:]
+            prefill_lens = lens.tolist()
+            ends = m.seq_lens_cpu_upper_bound  # exact for those that are no decodes
+            nothing_cached = ends is not None and bool(
+                (ends[num_decodes : m.num_reqs] == lens).all()
+            )
+        return DeviceStep(
+            query_start_loc=m.query_start_loc[: m.num_reqs + 1],
+            seq_lens=m.seq_lens[: m.num_reqs],
+            block_table=m.block_table_tensor,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            num_tokens=m.num_actual_tokens,
+            max_query_len=m.max_query_len,
+            per_position=self.per_position,
+            decode_len=self.decode_len,
+            nothing_cached=nothing_cached,
+            prefill_lens=prefill_lens,
         )
 
 
@@ -133,6 +191,10 @@ class KiviAttentionBackend(AttentionBackend):
         return list(HEAD_SIZES)
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= MIN_CAPABILITY[0]
+
+    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -142,7 +204,7 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False  # `KiviMetadata.step` plans from the query lengths on the CPU
+        return False  # how many programs are launched follows from the lengths on the CPU
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -176,7 +238,10 @@ def select_backend(selector_config: Any, config: KiviConfig) -> type[KiviAttenti
     """
     backend = backend_for(config, selector_config.dtype)
     PageFormat.of(config, selector_config.head_size, selector_config.dtype)
-    reasons = backend.validate_configuration(device_capability=None, **selector_config._asdict())
+    capability = current_platform.get_device_capability()
+    reasons = backend.validate_configuration(
+        device_capability=capability, **selector_config._asdict()
+    )
     if reasons:
         raise KiviConfigError(
             f"--kv-cache-dtype {config.dtype} cannot serve this model: {'; '.join(reasons)}; "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kivi_vllm.attention.backend import KiviMetadata
-from kivi_vllm.attention.cache import RawCache
+from kivi_vllm.attention.backend import KiviDeviceMetadata, KiviMetadata
+from kivi_vllm.attention.cache import RawCache, num_draft_tokens
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
@@ -55,7 +57,32 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
             sliding_window=sliding_window or 0,
         )
-        self.config = KiviConfig.from_vllm(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        self.config = KiviConfig.from_vllm(vllm_config)
+        self.device_type = current_platform.device_type
+        self.more: dict[str, Any] = {}
+        if self.device_type == "cuda":
+            self._prepare_device(vllm_config)
+
+    def _prepare_device(self, vllm_config: VllmConfig) -> None:
+        """Choose and allocate what a GPU needs, before vLLM measures the free memory."""
+        from kivi_vllm.attention.first_chunk import choose
+        from kivi_vllm.ops.triton.workspace import reserve
+
+        device = torch.device("cuda", torch.accelerator.current_device_index())
+        if self.params.alibi_slopes is not None:
+            slopes = self.params.alibi_slopes.to(device)
+            self.params = dataclasses.replace(self.params, alibi_slopes=slopes)
+        dtype = vllm_config.model_config.dtype
+        self.more["first_chunk"] = choose(self.params, self.head_size, dtype)
+        reserve(
+            rows=vllm_config.scheduler_config.max_num_seqs,
+            num_kv_heads=self.num_kv_heads,
+            gqa=self.num_heads // self.num_kv_heads,
+            tokens=1 + num_draft_tokens(vllm_config),
+            head_size=self.head_size,
+            device=device,
+        )
 
     def bind_residual(self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache]) -> None:
         """Take the layer's full-precision caches (called once, by `cache.attach`)."""
@@ -71,7 +98,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: KiviMetadata | None,
+        attn_metadata: KiviMetadata | KiviDeviceMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -102,11 +129,11 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
 
-        ops = dispatch.operators(kv_cache.device)
+        ops = dispatch.operators(self.device_type)
         step = attn_metadata.step
         cache = self._layer_cache(kv_cache)
         ops.store_blocks(step, cache, key, value)
-        ops.attend(step, cache, query, key, value, self.params, output)
+        ops.attend(step, cache, query, key, value, self.params, output, **self.more)
         ops.store_ring(step, cache, key, value)
         return output
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
+import torch
+
+from kivi_vllm.attention.compat import vllm_version
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    CUDA_HEAD_SIZES,
+    CUDA_VLLM,
+    MIN_CAPABILITY,
+    KiviConfig,
+    KiviConfigError,
+    is_kivi,
+)
 from kivi_vllm.ops.dispatch import describe
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.toolchain import find_compiler, torch_finds
@@ -15,6 +26,9 @@ if TYPE_CHECKING:
 
 SPECULATION = ("ngram",)
 """Speculative methods that are tested; the others need a draft model's own cache."""
+
+GPU_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes of models on GPUs; in float32, tiles would not fit the shared memory of all of them."""
 
 _OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
 
@@ -40,9 +54,12 @@ def check(vllm_config: VllmConfig) -> None:
                 "the 'kivi' options have no effect with --kv-cache-dtype %s", dtype
             )
         return
+    from vllm.platforms import current_platform
+
     config = KiviConfig.from_vllm(vllm_config)
     problems = [*_model(vllm_config), *_settings(vllm_config), *_toolchain(vllm_config)]
-    describe("cpu")  # refuses an instruction set that is not there
+    if current_platform.is_cpu():
+        describe("cpu")  # refuses an instruction set that is not there
     if not problems:
         fmt = PageFormat.of(
             config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
@@ -76,10 +93,12 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if not current_platform.is_cpu():
+    if current_platform.is_cuda():
+        yield from _gpu(vllm_config)
+    elif not current_platform.is_cpu():
         yield (
-            f"this version has operators for CPUs only, not for {current_platform.device_name}; "
-            "use --kv-cache-dtype auto or fp8"
+            f"there are operators for CPUs and NVIDIA GPUs only, not for "
+            f"{current_platform.device_name}; use --kv-cache-dtype auto or fp8"
         )
     if cache.user_specified_block_size and cache.block_size != BLOCK_SIZE:
         yield (
@@ -133,10 +152,46 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
         yield "LoRA adapters are not tested; leave out --enable-lora"
 
 
+def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
+    """What the kernels for NVIDIA GPUs do not serve."""
+    from vllm.platforms import current_platform
+
+    line, remedy = describe("cuda")
+    if line.startswith("none"):
+        yield f"the GPU kernels cannot be loaded: {line}; {remedy}"
+    capability = current_platform.get_device_capability()
+    if capability is not None and tuple(capability)[:2] < MIN_CAPABILITY:
+        yield (
+            f"{current_platform.get_device_name()} has compute capability "
+            f"{capability.major}.{capability.minor}, and the kernels need "
+            f"{'.'.join(map(str, MIN_CAPABILITY))} or newer (Ampere); "
+            "use --kv-cache-dtype auto or fp8"
+        )
+    version = ".".join(vllm_version().split(".")[:2])
+    if version not in CUDA_VLLM:
+        yield (
+            f"GPUs are served with vLLM {' or '.join(CUDA_VLLM)}, not {version}; "
+            f"pip install 'kivi-vllm[cuda]'"
+        )
+    model = vllm_config.model_config
+    if model.get_head_size() not in CUDA_HEAD_SIZES:
+        yield (
+            f"head size {model.get_head_size()} is not supported on GPUs (supported: "
+            f"{', '.join(map(str, CUDA_HEAD_SIZES))}); {_OTHER_DTYPE}"
+        )
+    if model.dtype not in GPU_DTYPES:
+        yield f"--dtype {model.dtype} is not supported on GPUs; use --dtype bfloat16"
+    if vllm_config.parallel_config.enable_dbo:
+        yield "dual-batch overlap is not tested; leave out --enable-dbo"
+
+
 def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
 
     compilation = vllm_config.compilation_config
+    if not current_platform.is_cpu():  # there, torch.compile makes Triton kernels
+        return
     if compilation.mode == CompilationMode.NONE or compilation.backend != "inductor":
         return
     compiler = find_compiler()

@@ -6,8 +6,6 @@ import functools
 import os
 from types import ModuleType
 
-import torch
-
 REBUILD = "with g++ on PATH, install kivi_vllm again (in a checkout: make setup)"
 
 
@@ -35,30 +33,51 @@ def _cpu() -> tuple[ModuleType, str, bool]:
     return operators, line, True
 
 
+@functools.cache
+def _cuda() -> tuple[ModuleType, str, bool]:
+    """The same for NVIDIA GPUs.
+
+    Raises:
+        ImportError: Triton is not installed.
+
+    """
+    import triton
+
+    from kivi_vllm.ops.triton import operators
+
+    return operators, f"Triton {triton.__version__}", True
+
+
+_IMPLEMENTATIONS = {"cpu": _cpu, "cuda": _cuda}
+
+
 def describe(device: str = "cpu") -> tuple[str, str]:
     """One line on the operators that `device` would use, and what to do about it, if anything."""
-    if device != "cpu":
-        return f"none for {device}", "serve on a CPU: pip install 'kivi-vllm[cpu]'"
-    _, line, good = _cpu()
+    if device not in _IMPLEMENTATIONS:
+        return f"none for {device}", "serve on a CPU or an NVIDIA GPU"
+    try:
+        _, line, good = _IMPLEMENTATIONS[device]()
+    except ImportError as error:
+        return f"none ({error})", "pip install 'kivi-vllm[cuda]'"
     return line, "" if good else REBUILD
 
 
 @functools.cache
-def operators(device: torch.device) -> ModuleType:
-    """The module with `store_blocks`, `attend` and `store_ring` for `device`.
+def operators(device: str) -> ModuleType:
+    """The module with `store_blocks`, `attend` and `store_ring` for a type of device.
 
     Raises:
-        NotImplementedError: there are none for this kind of device.
+        NotImplementedError: there are none for it.
         KiviConfigError: the environment names an instruction set that is not there.
 
     """
     from vllm.logger import init_logger
 
-    if device.type != "cpu":
+    if device not in _IMPLEMENTATIONS:
         raise NotImplementedError(
-            f"the KIVI cache has no operators for {device.type} devices; it runs on CPUs"
+            f"the KIVI cache has no operators for {device} devices; it runs on CPUs and NVIDIA GPUs"
         )
-    module, line, good = _cpu()
+    module, line, good = _IMPLEMENTATIONS[device]()
     logger = init_logger("vllm.kivi_vllm")
     if good:
         logger.info("KIVI operators on %s: %s", device, line)

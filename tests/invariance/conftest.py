@@ -26,7 +26,7 @@ def _quick() -> Iterator[None]:
 def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The three operators that all layers call; a test may replace each."""
     chosen = SimpleNamespace()
-    use(chosen, dispatch.operators(torch.device("cpu")))
+    use(chosen, dispatch.operators("cpu"))
     monkeypatch.setattr(dispatch, "operators", lambda device: chosen)
     return chosen
 

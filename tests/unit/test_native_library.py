@@ -44,7 +44,7 @@ def dispatched(**environment: str) -> str:
     """What a fresh process says of its operators: module, state, and the log's lines."""
     code = (
         "import torch; from kivi_vllm.ops import dispatch\n"
-        "for _ in range(2): module = dispatch.operators(torch.device('cpu'))\n"
+        "for _ in range(2): module = dispatch.operators('cpu')\n"
         "print(module.__name__, *dispatch.describe(), sep=' | ')"
     )
     done = subprocess.run(

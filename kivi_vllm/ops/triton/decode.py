@@ -33,7 +33,7 @@ from kivi_vllm.ops.triton.page import (
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
 from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import B, first_raw, raw_arguments, raw_bases, row_of
-from kivi_vllm.ops.triton.workspace import num_splits, workspace
+from kivi_vllm.ops.triton.workspace import columns, num_splits, workspace
 
 # Tokens that the split of the raw ones takes at a time.
 RAW_STEP: tl.constexpr = tl.constexpr(32)
@@ -357,9 +357,7 @@ def decode(
     """`reference.attend` for the step's decodes; two launches."""
     num_kv_heads = key.shape[1]
     rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
-    columns = gqa * min(step.decode_len, step.max_query_len)
-    n = 8 if columns <= 8 else 16
-    tiles = triton.cdiv(columns, n)
+    tiles, n = columns(gqa, min(step.decode_len, step.max_query_len))
     splits = num_splits(rows * num_kv_heads * tiles, step.block_table.shape[1], query.device)
     constants, rules = page_constants(cache.fmt), rules_of(params, cache)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)

@@ -25,8 +25,9 @@ from kivi_vllm.ops.triton.tokens import (
     row_of,
 )
 
-ROWS = 64
-"""Queries of a tile, tokens times query heads of a kv head; half of that in fp32."""
+ROWS, ROW_BYTES = 64, 256
+"""Queries of a tile (tokens times query heads of a kv head), and the bytes of a query from
+which on there are fewer, so that a tile fits the shared memory of every GPU."""
 
 STEP: tl.constexpr = tl.constexpr(64)
 """Tokens of K and V at a time: half a page."""
@@ -48,7 +49,7 @@ def _add(state, p, m, alpha, v):
     return out, state[1] * alpha + tl.sum(p, 1), m
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
+@triton.jit(do_not_specialize=["first_row", "num_rows", "decode_len"])
 def _prefill(
     query,
     query_token,
@@ -60,6 +61,7 @@ def _prefill(
     seq_lens,
     first_row,
     num_rows,
+    decode_len,
     pages,
     page_block,
     page_head,
@@ -86,9 +88,10 @@ def _prefill(
         i = tl.arange(0, M)
         t = start + i // GQA
         live = (i < TOKENS * GQA) & (t < end)
-        seen_from = first_raw(t if PER_POSITION else a + tl.zeros((M,), tl.int32), RULES.R)
-        first_seen = first_raw(start if PER_POSITION else a, RULES.R)
-        last_seen = first_raw(end - 1 if PER_POSITION else a, RULES.R)
+        by_position = PER_POSITION | (b - a <= decode_len)
+        seen_from = first_raw(tl.where(by_position, t, a), RULES.R)
+        first_seen = first_raw(tl.where(by_position, start, a), RULES.R)
+        last_seen = first_raw(tl.where(by_position, end - 1, a), RULES.R)
         oldest = 0
         if RULES.WINDOW > 0:
             oldest = tl.maximum(start + 1 - RULES.WINDOW, 0)
@@ -156,7 +159,9 @@ def prefill(
     """`reference.attend` for the requests after the step's decodes; one launch."""
     num_kv_heads = key.shape[1]
     gqa = query.shape[1] // num_kv_heads
-    rows = max(ROWS * 2 // query.dtype.itemsize, triton.next_power_of_2(gqa))
+    constants = page_constants(cache.fmt)
+    rows = min(ROWS, ROWS * ROW_BYTES // (constants.DP * query.dtype.itemsize))
+    rows = max(rows, triton.next_power_of_2(gqa))
     tokens = rows // gqa
     tiles = (step.num_tokens - step.num_decode_tokens) // tokens + step.num_prefills
     _prefill[(tiles, num_kv_heads)](
@@ -168,6 +173,7 @@ def prefill(
         step.seq_lens,
         step.num_decodes,
         step.num_prefills,
+        step.decode_len,
         cache.pages,
         *cache.pages.stride()[:2],
         step.block_table,
@@ -175,7 +181,7 @@ def prefill(
         raw_arguments(cache, key, value),
         params.alibi_slopes,
         params.scale,
-        C=page_constants(cache.fmt),
+        C=constants,
         RULES=rules_of(params, cache),
         PER_POSITION=step.per_position,
         GQA=gqa,

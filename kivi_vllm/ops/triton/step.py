@@ -7,7 +7,7 @@ by the kernels. So a step can be captured into a CUDA graph and replayed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,6 +31,7 @@ class DeviceStep:
         max_query_len: tokens of the longest request, or more.
         per_position, decode_len: see `reference.Step`.
         nothing_cached: requests after the decodes have all their tokens in this step.
+        prefill_lens: tokens of each of those requests in this step.
 
     """
 
@@ -44,6 +45,7 @@ class DeviceStep:
     per_position: bool = True
     decode_len: int = 1
     nothing_cached: bool = False
+    prefill_lens: list[int] = field(default_factory=list)
 
     @property
     def num_reqs(self) -> int:
@@ -80,4 +82,5 @@ class DeviceStep:
             per_position=step.per_position,
             decode_len=step.decode_len,
             nothing_cached=bool((lens[prefills] == ends[prefills]).all()),
+            prefill_lens=lens[prefills].tolist(),
         )

@@ -145,13 +145,13 @@ def _store_blocks(
         elif R > 0:
             i = part - PARTS[0] - PARTS[1]
             n = tl.arange(0, RAW_TOKENS)
-            s = (block + 1) * B - R + i * C.RAW + n
             count = tl.minimum(C.RAW, R - i * C.RAW)
-            k, v = raw_bases(s, n < count, row, q0, a, head, raw, C, 0)
-            page, tail = tail_page(raw, row, block, i, True)
-            to = tail + page * raw[7] + head * raw[8]
-            _copy(to, raw[9], k, count, C, RAW_TOKENS)
-            _copy(to + C.D, raw[9], v, count, C, RAW_TOKENS)
+            position = (block + 1) * B - R + i * C.RAW + n
+            k, v = raw_bases(position, n < count, row, q0, a, head, raw, C, 0)
+            tail_id, tail = tail_page(raw, row, block, i, True)
+            kept = tail + tail_id * raw[7] + head * raw[8]
+            _copy(kept, raw[9], k, count, C, RAW_TOKENS)
+            _copy(kept + C.D, raw[9], v, count, C, RAW_TOKENS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,0 +1,45 @@
+"""Attention by the Triton kernels against float64 over what each query should see."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.triton.device import BF16, FP16, simulator
+from tests.unit.simulator import Case
+
+CASES = [
+    Case(),
+    Case(model=BF16, exact=True, heads=(8, 2), head_size=128),
+    Case("kivi_k4v2", group=64, head_size=128, model=FP16),
+    Case("kivi4", head_size=96, model=BF16, residual=128),
+    Case(residual=32, exact=True, heads=(9, 3), model=BF16),
+    Case("kivi_raw", residual=64),
+    Case(soft_cap=5, alibi=True, window=150),
+    Case("kivi4", window=20, model=FP16, heads=(20, 1)),
+    Case(group=128, head_size=256, model=BF16, heads=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ragged_batches_of_random_chunks(case: Case) -> None:
+    sim = simulator(case)
+    requests = [sim.add(270), sim.add(129), sim.add(2)]
+    sim.run(*requests)
+    assert all(r.output.isfinite().all() for r in requests)
+    sim.check_untouched()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_prefix_of_another_request(exact: bool) -> None:
+    """Pages are shared, the same step completes them and reads them."""
+    sim = simulator(Case(model=BF16, residual=32, exact=exact))
+    first = sim.add(300)
+    second = sim.add(290, like=first, hit_blocks=2)
+    sim.step({first: 270, second: 20})
+    sim.run(first, second)
+    sim.check_untouched()
+
+
+def test_output_in_the_models_dtype() -> None:
+    sim = simulator(Case(model=BF16, exact=True), output_dtype=BF16)
+    sim.run(sim.add(140), sim.add(20))

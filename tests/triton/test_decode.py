@@ -1,0 +1,89 @@
+"""Decode steps by the Triton kernels: lengths, draft tokens, splits, outliers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kivi_vllm.ops.triton import decode
+from tests.triton.device import BF16, FP16, Decodes, Triton, simulator
+from tests.unit.simulator import Case
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 257, 4097])
+@pytest.mark.parametrize("dtype", ["kivi2", "kivi4"])
+def test_lengths(dtype: str, tokens: int) -> None:
+    sim = simulator(Case(dtype, model=BF16, heads=(3, 1), tokens=tokens), Decodes)
+    request, other = sim.add(tokens + 2), sim.add(40)
+    if tokens > 1:
+        sim.step({request: tokens - 1, other: 30})
+    for _ in range(3):
+        sim.step({request: 1, other: 1})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(drafts=4, residual=64, model=FP16, heads=(9, 3)),
+        Case(drafts=12, dtype="kivi4", window=16),
+        Case(drafts=5, dtype="kivi_k4v2", exact=True, model=BF16, heads=(8, 1)),
+    ],
+    ids=str,
+)
+def test_rejected_drafts(case: Case) -> None:
+    """Drafts on both sides of the end of a block, some of which are taken back."""
+    sim = simulator(case, Triton)
+    request = sim.add(290)
+    sim.step({request: 120})
+    for _ in range(4):
+        start, n = request.computed, 1 + case.drafts
+        sim.step({request: n})
+        kept = int(sim.rng.integers(1, n + 1))
+        if start + kept < request.computed:
+            sim.rewind(request, start + kept)
+    sim.check_untouched()
+
+
+@pytest.mark.parametrize("window", [0, 700])
+def test_splits_do_not_matter(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = []
+    for splits in (1, 3, 100):
+        monkeypatch.setattr(decode, "num_splits", lambda *_, splits=splits: splits)
+        sim = simulator(Case(window=window), Decodes)
+        long, short = sim.add(1300), sim.add(10)
+        sim.step({long: 1298, short: 8})
+        for _ in range(2):
+            sim.step({long: 1, short: 1})
+        outputs.append(long.output[-2:])
+    for other in outputs[1:]:
+        assert (other - outputs[0]).abs().max() <= 1e-3 * outputs[0].abs().max()
+
+
+@pytest.mark.parametrize("where", ["k", "q", "v", "small v"])
+def test_magnitudes(where: str) -> None:
+    """Outlier channels of K, large queries, outlier tokens of V, and values near fp16's least."""
+    sim = simulator(Case(model=BF16, heads=(8, 2), head_size=128), Decodes)
+    request = sim.add(403)
+    if where == "k":
+        request.k[..., [5, 17]] *= 20
+        request.q[..., 5] *= 0.2
+    elif where == "q":
+        request.q[-3:] *= 3000
+    elif where == "v":
+        request.v[7::50] *= 1000
+    else:
+        request.v *= 1e-3
+    sim.step({request: 400})
+    for _ in range(3):
+        sim.step({request: 1})
+
+
+def test_nan_reaches_only_its_own_request() -> None:
+    sim = simulator(Case(), Decodes)
+    bad, good = sim.add(302), sim.add(302)
+    bad.k[40, 0, 3] = bad.v[200, 1, 5] = torch.nan
+    sim.check = lambda request, a, b: None  # type: ignore[method-assign]
+    sim.step({bad: 300, good: 300})
+    sim.step({bad: 1, good: 1})
+    assert good.output[300].isfinite().all()
+    assert bad.output[300, :2].isnan().all()
