@@ -14,6 +14,7 @@ demo: setup  ## serve a small model with the 2-bit cache and ask it something
 
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -180,7 +180,8 @@ def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
             f"{', '.join(map(str, CUDA_HEAD_SIZES))}); {_OTHER_DTYPE}"
         )
     if model.dtype not in GPU_DTYPES:
-        yield f"--dtype {model.dtype} is not supported on GPUs; use --dtype bfloat16"
+        dtype = str(model.dtype).removeprefix("torch.")
+        yield f"--dtype {dtype} is not supported on GPUs; use --dtype bfloat16"
     if vllm_config.parallel_config.enable_dbo:
         yield "dual-batch overlap is not tested; leave out --enable-dbo"
 

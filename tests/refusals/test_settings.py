@@ -127,13 +127,70 @@ def test_setting_that_this_vllm_itself_refuses_earlier(
     assert str(caught.value) == _PREFIX + message
 
 
-def test_device_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
+    """Give vLLM's platform other answers."""
     from vllm.platforms import current_platform
 
+    for name, answer in answers.items():
+        method = lambda self, *_, answer=answer, **__: answer  # noqa: E731
+        monkeypatch.setattr(type(current_platform), name, method, raising=False)
+
+
+def test_device_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config()
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(KiviConfigError, match=r"operators for CPUs only.* use --kv-cache-dtype"):
+    pretend(monkeypatch, is_cpu=False)
+    message = r"operators for CPUs and NVIDIA GPUs only.* use --kv-cache-dtype"
+    with pytest.raises(KiviConfigError, match=message):
         support.check(config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "vllm", "message"),
+    [
+        (
+            (7, 5),
+            "0.33.0",
+            "Tesla T4 has compute capability 7.5, and the kernels need 8.0 or newer (Ampere); "
+            "use --kv-cache-dtype auto or fp8",
+        ),
+        (
+            (9, 0),
+            "0.32.0",
+            "GPUs are served with vLLM 0.33, not 0.32; pip install 'kivi-vllm[cuda]'",
+        ),
+    ],
+    ids=["old GPU", "old vLLM"],
+)
+def test_gpus(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], vllm: str, message: str
+) -> None:
+    from vllm.platforms.interface import DeviceCapability
+
+    config = engine_config(config_only(head_dim=64), dtype="bfloat16")
+    pretend(
+        monkeypatch,
+        is_cpu=False,
+        is_cuda=True,
+        get_device_capability=DeviceCapability(*capability),
+        get_device_name="Tesla T4",
+    )
+    monkeypatch.setattr(support, "vllm_version", lambda: vllm)
+    with pytest.raises(KiviConfigError) as caught:
+        support.check(config)
+    assert str(caught.value) == _PREFIX + message
+
+
+def test_models_that_gpus_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.interface import DeviceCapability
+
+    config = engine_config(config_only(head_dim=32), dtype="float32")
+    pretend(monkeypatch, is_cpu=False, is_cuda=True, get_device_capability=DeviceCapability(9, 0))
+    monkeypatch.setattr(support, "vllm_version", lambda: "0.33.0")
+    with pytest.raises(KiviConfigError) as caught:
+        support.check(config)
+    first, second = str(caught.value).splitlines()
+    assert "head size 32 is not supported on GPUs (supported: 64, 96, 128, 256)" in first
+    assert "--dtype float32 is not supported on GPUs; use --dtype bfloat16" in second
 
 
 def test_every_reason_is_given_at_once() -> None:

@@ -4,14 +4,6 @@ A program serves one request, one kv head, and one split of the pages; the raw t
 are a split of their own, and a second kernel puts the splits together. The columns of
 all matrices are the query heads of the kv head, times the query tokens: they are the
 narrow side (8) of the tensor cores' tiles, the codes the wide one.
-
-Pages are never dequantized. With x = code * scale + zero in every group,
-
-    q·k = (q * scale)·codes + q·zero,    sum of p * v = (p * scale)·codes + p·zero,
-
-and codes go into the matrix products as they lie (`page.codes_of`). So that all
-factors fit fp16, q is divided by its largest number, and V's scales by the largest of
-their page and group; both come back as fp32 factors of the results.
 """
 
 from __future__ import annotations
@@ -22,14 +14,8 @@ import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.reference import AttentionParams, LayerCache
-from kivi_vllm.ops.triton.page import (
-    PRECISION,
-    PageConstants,
-    codes_of,
-    page_constants,
-    unit_of,
-    words_of,
-)
+from kivi_vllm.ops.triton.page import PageConstants, page_constants
+from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
 from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import B, first_raw, raw_arguments, raw_bases, row_of
@@ -40,129 +26,8 @@ RAW_STEP: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def _fold(q, page, group, FIELD: tl.constexpr, ODD: tl.constexpr, C: tl.constexpr):
-    """q [DP / 2, N], even or odd channels, times the scales of K's groups [n]: [n, DP / 2, N]."""
-    return q[None] * _k_field(page, group, FIELD, ODD, C, q.dtype)[:, :, None]
-
-
-@triton.jit
-def _k_field(page, group, FIELD: tl.constexpr, ODD: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
-    """Scales or zeros of K's groups [n] in even or odd channels: [n, DP / 2]."""
-    d = 2 * tl.arange(0, C.DP // 2) + ODD
-    at = (page + FIELD).to(tl.pointer_type(tl.float16)) + group[:, None] * C.D + d[None]
-    if C.D == C.DP:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(d < C.D)[None], other=0)
-    return x.to(T)
-
-
-@triton.jit
-def _scores(page, q_even, q_odd, C: tl.constexpr):
-    """q·k [128, N] over a page's K; q [DP / 2, N], the even and odd channels."""
-    T: tl.constexpr = q_even.dtype
-    N: tl.constexpr = q_even.shape[1]
-    SLOTS: tl.constexpr = 8 // C.K_BITS
-    HALVES: tl.constexpr = SLOTS // 2  # groups of 32 tokens in a unit
-    UNITS: tl.constexpr = C.K_BITS
-    even = words_of(page + C.K[2], (UNITS, C.D // 4), (UNITS, C.DP // 4), C.D // 4)
-    odd = even >> 8
-    unit = tl.arange(0, UNITS)
-    group = tl.arange(0, 4) * 32 // C.G
-    zero = tl.dot(_k_field(page, group, C.K[1], 0, C, T), q_even, input_precision=PRECISION)
-    zero = tl.dot(_k_field(page, group, C.K[1], 1, C, T), q_odd, zero, input_precision=PRECISION)
-    parts = ()
-    for half in tl.static_range(HALVES):
-        group = (unit * HALVES + half) * 32 // C.G
-        x = _fold(q_even, page, group, C.K[0], 0, C)
-        y = _fold(q_odd, page, group, C.K[0], 1, C)
-        for i in tl.static_range(2 * half, 2 * half + 2):
-            s = tl.dot(codes_of(even, i, C.K_BITS, T), x, input_precision=PRECISION)
-            s = tl.dot(codes_of(odd, i, C.K_BITS, T), y, s, input_precision=PRECISION)
-            parts += (s * (1 / unit_of(i, C.K_BITS, T)),)  # [UNITS, 16, N]
-    if HALVES == 2:
-        first, second = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
-    else:
-        first, second = parts[0][:, :, :, None], parts[1][:, :, :, None]
-    zero = tl.permute(tl.reshape(zero, (UNITS, 1, HALVES, N)), (0, 1, 3, 2))
-    scores = tl.join(first + zero, second + zero)  # [UNITS, 16, N, HALVES, 2]
-    return tl.reshape(tl.permute(scores, (0, 3, 4, 1, 2)), (B, N))
-
-
-@triton.jit
-def _v_field(page, FIELD: tl.constexpr, C: tl.constexpr):
-    """Scales or zeros of V's groups, one row for every 32 channels: [DP / 32, 128]."""
-    unit = tl.arange(0, C.DP // 32)
-    at = (unit * 32 // C.G)[:, None] * B + tl.arange(0, B)[None]
-    at += (page + FIELD).to(tl.pointer_type(tl.float16))
-    if C.D == C.DP:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(unit < C.D // 32)[:, None], other=0)
-    return x
-
-
-@triton.jit
-def _values(page, p, C: tl.constexpr):
-    """Sum of p * v over a page's V, p [128, N]: two [DP / 32, 16, N], halves of 32 channels."""
-    T: tl.constexpr = p.dtype
-    N: tl.constexpr = p.shape[1]
-    UNITS: tl.constexpr = C.DP // 32
-    SLOTS: tl.constexpr = 8 // C.V_BITS
-    HALVES: tl.constexpr = SLOTS // 2  # of the tokens
-    QUADS: tl.constexpr = 8 * C.V_BITS
-    scale = _v_field(page, C.V[0], C).to(tl.float32)
-    largest = tl.max(scale, 1)
-    scale *= tl.where(largest > 0, 1 / largest, 0.0)[:, None]
-    zero = tl.dot(_v_field(page, C.V[1], C).to(T), p, input_precision=PRECISION)[:, None]
-    x = p[None] * scale.to(T)[:, :, None]  # [UNITS, 128, N]
-    x = tl.reshape(x, (UNITS, HALVES, B // HALVES // 2, 2, N))
-    p_even, p_odd = tl.split(tl.permute(x, (0, 2, 4, 1, 3)))  # [UNITS, .., N, HALVES]
-    if HALVES == 2:
-        p_even, p_odd = tl.split(p_even), tl.split(p_odd)
-    else:
-        SHAPE: tl.constexpr = (UNITS, B // 2, N)
-        p_even, p_odd = (tl.reshape(p_even, SHAPE),), (tl.reshape(p_odd, SHAPE),)
-    even = words_of(page + C.V[2], (C.D // 32, QUADS), (UNITS, QUADS), QUADS)
-    odd = even >> 8
-    out = ()
-    for side in tl.static_range(2):
-        total = tl.zeros((UNITS, 16, N), tl.float32)
-        for half in tl.static_range(HALVES):
-            x = codes_of(even, 2 * half + side, C.V_BITS, T)
-            y = codes_of(odd, 2 * half + side, C.V_BITS, T)
-            part = tl.dot(x, p_even[half], input_precision=PRECISION)
-            part = tl.dot(y, p_odd[half], part, input_precision=PRECISION)
-            total += part * (1 / unit_of(2 * half + side, C.V_BITS, T))
-        out += (total * largest[:, None, None] + zero,)
-    return out
-
-
-@triton.jit
-def _raw_values(bases, valid, p, C: tl.constexpr):
-    """As `_values`, over raw tokens at addresses `bases` [n]; p [n, N]."""
-    UNITS: tl.constexpr = C.DP // 32
-    x = tl.broadcast_to(p[None], (UNITS, p.shape[0], p.shape[1]))
-    channel = tl.arange(0, UNITS)[:, None, None] * 32 + tl.arange(0, 16)[None, :, None]
-    out = ()
-    for side in tl.static_range(2):
-        d = channel + 16 * side
-        v = tl.load(bases[None, None] + d, mask=valid[None, None] & (d < C.D), other=0)
-        out += (tl.dot(v, x, input_precision=PRECISION),)
-    return out
-
-
-@triton.jit
-def _raw_scores(bases, valid, q, C: tl.constexpr):
-    """As `_scores`, over raw tokens at addresses `bases` [n]; q [DP, N]."""
-    d = tl.arange(0, C.DP)[None]
-    k = tl.load(bases[:, None] + d, mask=valid[:, None] & (d < C.D), other=0)
-    return tl.dot(k, q, input_precision=PRECISION)
-
-
-@triton.jit
 def _add(state, p, m, alpha, parts):
-    """the running (sums, mass, m) with what one step adds: weights p, and p * v in `parts`."""
+    """The running (sums, mass, m) with what one step adds: weights p, and p * v in `parts`."""
     out0, out1, mass, _ = state
     factor = alpha[None, None]
     return out0 * factor + parts[0], out1 * factor + parts[1], mass * alpha + tl.sum(p, 0), m
@@ -231,11 +96,11 @@ def _decode(
                 s = s0 + tl.arange(0, RAW_STEP)
                 valid = s < b
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
-                scores = _raw_scores(k, valid, whole, C) * scale
+                scores = raw_scores(k, valid, whole, C) * scale
                 scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
                 seen = visible(s[:, None], t[None], RULES) & (s[:, None] >= seen_from[None])
                 p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
-                parts = _raw_values(v, valid, p.to(whole.dtype), C)
+                parts = raw_values(v, valid, p.to(whole.dtype), C)
                 state = _add(state, p, m, alpha, parts)
         elif C.K_BITS == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
@@ -246,12 +111,12 @@ def _decode(
                     token = part * RAW_STEP + tl.arange(0, RAW_STEP)
                     s = n * B + token
                     k = (page + C.K[2]).to(raw[0].dtype) + token * C.D
-                    scores = _raw_scores(k, s >= 0, whole, C) * scale
+                    scores = raw_scores(k, s >= 0, whole, C) * scale
                     scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
                     seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
                     p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
                     v = (page + C.V[2]).to(raw[0].dtype) + token * C.D
-                    parts = _raw_values(v, s >= 0, p.to(whole.dtype), C)
+                    parts = raw_values(v, s >= 0, p.to(whole.dtype), C)
                     state = _add(state, p, m, alpha, parts)
         else:
             T: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
@@ -265,13 +130,13 @@ def _decode(
                 page = tl.load(table + row * table_row + n).to(tl.int64)
                 page = pages + page * page_block + head * page_head
                 s = n * B + tl.arange(0, B)
-                scores = _scores(page, x, y, C) * factor[None]
+                scores = packed_scores(page, x, y, C) * factor[None]
                 scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
                 if MASKED:  # else all columns see all of these pages
                     seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
                     scores = tl.where(seen, scores, float("-inf"))
                 p, m, alpha = weigh(scores, state[3], 0)
-                state = _add(state, p, m, alpha, _values(page, p.to(T), C))
+                state = _add(state, p, m, alpha, packed_values(page, p.to(T), C))
         at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
         at = (at + split) * N + tl.arange(0, N)
         tl.store(statistics + 2 * at, state[3])

@@ -1,0 +1,170 @@
+"""Which library attends where nothing is cached, and that it is given the right things."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kivi_vllm.attention import first_chunk
+from kivi_vllm.ops.reference import AttentionParams
+from kivi_vllm.ops.triton import operators
+from kivi_vllm.ops.triton.step import DeviceStep
+
+PARAMS = AttentionParams(0.125)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen_yet() -> Any:
+    caches = (first_chunk._chosen, first_chunk._flash_attention, first_chunk._xformers)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    module = ModuleType(name)
+    module.__dict__.update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> Any:
+    """Causal attention of one sequence, [n, heads, D]."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    n = q.shape[1]
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    if window:
+        mask = mask.triu(1 - window)
+    gqa = q.shape[0] != k.shape[0]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
+    )
+    return out.transpose(0, 1)
+
+
+def flash(q: Any, k: Any, v: Any, out: Any, **given: Any) -> None:
+    """What vLLM's `flash_attn_varlen_func` does, of what is asked of it here."""
+    starts = given["cu_seqlens_q"].tolist()
+    assert given["causal"] and given["fa_version"] == 3
+    assert given["max_seqlen_q"] == max(b - a for a, b in pairwise(starts))
+    window = given["window_size"][0] + 1 if given["window_size"] else 0
+    for a, b in pairwise(starts):
+        out[a:b] = attention(q[a:b], k[a:b], v[a:b], given["softmax_scale"], window)
+
+
+def with_flash(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
+    name = "vllm.v1.attention.backends.fa_utils"
+    install(
+        monkeypatch,
+        name,
+        flash_attn_varlen_func=flash,
+        get_flash_attn_version=lambda **_: version,
+    )
+
+
+class Mask:
+    """xformers' BlockDiagonalCausalMask."""
+
+    def __init__(self, lens: list[int], window: int = 0) -> None:
+        self.lens, self.window = lens, window
+
+    @classmethod
+    def from_seqlens(cls, lens: list[int]) -> Mask:
+        return cls(lens)
+
+    def make_local_attention(self, window: int) -> Mask:
+        return Mask(self.lens, window)
+
+
+def memory_efficient(q: Any, k: Any, v: Any, attn_bias: Mask, scale: float) -> torch.Tensor:
+    """xformers' function: [1, tokens, kv heads, group, D], K and V expanded."""
+    out, at = torch.empty_like(q), 0
+    for n in attn_bias.lens:
+        one = slice(at, at + n)
+        parts = (x[0, one].flatten(1, 2) for x in (q, k, v))
+        part = attention(*parts, scale, attn_bias.window)
+        out[0, one] = part.view(out[0, one].shape)
+        at += n
+    return out
+
+
+def with_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "xformers", __path__=[])
+    install(monkeypatch, "xformers.ops", memory_efficient_attention_forward=memory_efficient)
+    install(monkeypatch, "xformers.ops.fmha", __path__=[])
+    install(monkeypatch, "xformers.ops.fmha.attn_bias", BlockDiagonalCausalMask=Mask)
+
+
+def without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", None)
+
+
+@pytest.mark.parametrize("library", ["flash", "xformers"])
+@pytest.mark.parametrize("window", [0, 7])
+def test_first_chunks_behind_decodes(
+    library: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "flash":
+        with_flash(monkeypatch, 3)
+    else:
+        without_flash(monkeypatch)
+        with_xformers(monkeypatch)
+    params = AttentionParams(0.125, sliding_window=window)
+    function = first_chunk.choose(params, 64, torch.bfloat16)
+    assert function is not None
+    calls: list[str] = []
+    monkeypatch.setattr(operators, "decode", lambda *_: calls.append("decode"))
+    monkeypatch.setattr(operators, "prefill", lambda *_: calls.append("prefill"))
+    starts = torch.tensor([0, 1, 3, 23, 33], dtype=torch.int32)
+    ends = torch.tensor([50, 60, 20, 10], dtype=torch.int32)
+    table = torch.zeros(4, 1, dtype=torch.int32)
+    lens = [20, 10]
+    step = DeviceStep(starts, ends, table, 2, 3, 33, 20, False, 2, True, lens)
+    q, k, v = torch.randn(40, 12, 64).split([6, 3, 3], 1)
+    output = torch.full((40, 6, 64), torch.nan)
+    cache: Any = SimpleNamespace(fmt=None, residual_length=library)
+    for _ in range(2):
+        operators.attend(step, cache, q, k, v, params, output, first_chunk=function)
+    # The kernel runs once, so that it is compiled before the first request with a history.
+    assert calls == ["decode", "prefill", "decode"]
+    for a, b in ((3, 23), (23, 33)):
+        wanted = attention(q[a:b], k[a:b], v[a:b], 0.125, window)
+        torch.testing.assert_close(output[a:b], wanted)
+    assert output[:3].isnan().all() and output[33:].isnan().all()
+
+
+@pytest.mark.parametrize("change", [dict(nothing_cached=False), dict(per_position=True)])
+def test_history_goes_to_the_own_kernel(
+    change: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(operators, "prefill", lambda *_: calls.append("prefill"))
+    starts, ends = torch.tensor([0, 5]), torch.tensor([5])
+    settings: dict[str, Any] = dict(per_position=False, nothing_cached=True, prefill_lens=[5])
+    step = DeviceStep(starts, ends, ends[None], 0, 0, 5, 5, **{**settings, **change})
+    cache: Any = SimpleNamespace(fmt=str(change), residual_length=0)
+    x = torch.zeros(5, 1, 64)
+    for _ in range(2):
+        operators.attend(step, cache, x, x, x, PARAMS, x, first_chunk=pytest.fail)
+    assert calls == ["prefill", "prefill"]
+
+
+def test_what_no_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_flash(monkeypatch, None)
+    with_xformers(monkeypatch)
+    capped = AttentionParams(0.125, logits_soft_cap=30.0)
+    assert first_chunk.choose(capped, 64, torch.bfloat16) is None
+    assert first_chunk.choose(PARAMS, 64, torch.float32) is None
+    assert first_chunk.choose(PARAMS, 64, torch.bfloat16) is not None
+    without_flash(monkeypatch)
+    first_chunk._flash_attention.cache_clear()
+    for name in ("xformers.ops", "xformers.ops.fmha.attn_bias"):
+        monkeypatch.setitem(sys.modules, name, None)
+    first_chunk._xformers.cache_clear()
+    assert first_chunk.choose(PARAMS, 64, torch.bfloat16) is None
