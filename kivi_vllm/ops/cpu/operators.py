@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from kivi_vllm.ops.cpu import checks
-from kivi_vllm.ops.cpu.checks import DTYPES
+from kivi_vllm.ops import checks
+from kivi_vllm.ops.checks import DTYPES
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
@@ -29,6 +29,8 @@ from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 COMMON, QUERY = struct.Struct("=38q"), struct.Struct("=8q2d2q")
 NO_QUERY = bytes(QUERY.size)
 RAW = struct.Struct("=8q")  # KiviRaw
+
+_CPU = torch.device("cpu")
 
 _checked: set[tuple[Any, ...]] = set()
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
@@ -92,7 +94,7 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     checks.check_numbers(cache)
     if form not in _checked:
         for name, x in (("key", key), ("value", value)):
-            checks.check_tokens(name, x, step, pages.shape[1], fmt.head_size, fmt.raw_dtype)
+            checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
         _remember(form)
     where = _known(pages, (fmt,), lambda: _pages(cache))
     tails = ctypes.create_string_buffer(
@@ -139,14 +141,14 @@ def _known(x: torch.Tensor, context: tuple[Any, ...], describe: Callable[[], Any
 
 
 def _pages(cache: LayerCache) -> tuple[int, ...]:
-    checks.check_pages(cache)
+    checks.check_pages(cache, _CPU)
     pages = cache.pages
     return pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[0]
 
 
 def _table(name: str, table: torch.Tensor, step: Step) -> tuple[int, int, int]:
     def describe() -> tuple[int, int, int]:
-        checks.check_table(name, table, step)
+        checks.check_table(name, table, step, _CPU)
         return table.data_ptr(), table.stride(0), table.shape[1]
 
     return _known(table, (step.num_reqs,), describe)

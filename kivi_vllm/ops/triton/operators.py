@@ -6,19 +6,60 @@ all other strides and addresses multiples of 16 bytes, as vLLM's are; block tabl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from kivi_vllm.ops import checks
 from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.step import DeviceStep
-from kivi_vllm.ops.triton.store import store_blocks, store_ring
+
+if TYPE_CHECKING:
+    from kivi_vllm.attention.first_chunk import FirstChunk
 
 __all__ = ["attend", "store_blocks", "store_ring"]
 
 _compiled: set[tuple] = set()
+_checked: set[tuple] = set()
+
+
+def store_blocks(
+    step: DeviceStep, cache: LayerCache, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """As `reference.store_blocks`, for a `DeviceStep`; one launch.
+
+    The first of the three: it checks for them all what they share.
+
+    Raises:
+        ValueError: a tensor that the kernels do not take; the message names it.
+
+    """
+    raws = {"ring": cache.ring, **{f"tails[{i}]": t for i, t in enumerate(cache.tails)}}
+    tables = {"block_table": step.block_table, **{f"{n}.table": r.table for n, r in raws.items()}}
+    data = {"pages": cache.pages, **{f"{n}.cache": r.cache for n, r in raws.items()}}
+    tokens = {"key": key, "value": value}
+    form = (cache.fmt, cache.residual_length, cache.ring_capacity, step.num_reqs, step.num_tokens)
+    form += tuple(map(_form, (*tables.values(), *data.values(), *tokens.values())))
+    if form not in _checked:
+        device = cache.pages.device
+        checks.check_numbers(cache)
+        checks.check_pages(cache, device)
+        for name, raw in raws.items():
+            checks.check_raw(f"{name}.cache", raw.cache, cache)
+        for name, table in tables.items():
+            checks.check_table(name, table, step, device)
+        for name, x in tokens.items():
+            checks.check_tokens(name, x, step, cache, cache.pages.shape[1], cache.fmt.raw_dtype)
+        for name, x in {**data, **tokens}.items():
+            _check_alignment(name, x)
+        _remember(form)
+    store.store_blocks(step, cache, key, value)
+
+
+store_ring = store.store_ring
 
 
 def attend(
@@ -29,12 +70,25 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
-    first_chunk: Any = None,
+    first_chunk: FirstChunk | None = None,
 ) -> None:
     """As `reference.attend`, for a `DeviceStep`: decodes first, then the other requests.
 
-    `first_chunk` (`attention.first_chunk.FirstChunk`) does those where nothing is cached.
+    Args:
+        step: the step; `store_blocks` has run for it.
+        cache, query, key, value, params, output: as the reference's.
+        first_chunk: serves the requests after the decodes where nothing is cached.
+
+    Raises:
+        ValueError: a tensor that the kernels do not take; the message names it.
+
     """
+    form = (cache.fmt, step.num_tokens, params.alibi_slopes is None, _form(query), _form(output))
+    if form not in _checked:
+        checks.check_query(step, cache, query, params, output)
+        _check_alignment("query", query)
+        _check_alignment("output", output)
+        _remember(form)
     if step.num_decodes:
         decode(step, cache, query, key, value, params, output)
     if not step.num_prefills:
@@ -45,9 +99,31 @@ def attend(
     if not plain or variant not in _compiled:
         _compiled.add(variant)
         prefill(step, cache, query, key, value, params, output)
-    if plain:
+    if plain and first_chunk is not None:
         first = step.num_decode_tokens
         own = slice(first, first + sum(step.prefill_lens))
+        q, k, v, out = (x[own] for x in (query, key, value, output))
         starts = step.query_start_loc[step.num_decodes :] - first
-        tensors = (x[own] for x in (query, key, value, output))
-        first_chunk(*tensors, starts, step.prefill_lens, params)
+        first_chunk(q, k, v, out, starts, step.prefill_lens, params)
+
+
+def _form(x: torch.Tensor) -> tuple:
+    """What a check of `x` depends on."""
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+
+
+def _remember(form: tuple) -> None:
+    """Tensors of this form are good."""
+    if len(_checked) >= 4096:
+        _checked.clear()
+    _checked.add(form)
+
+
+def _check_alignment(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless addresses of tokens are multiples of 16 bytes."""
+    strides = [n * x.element_size() for n in x.stride()[:-1]]
+    if any(n % 16 for n in (x.data_ptr(), *strides)):
+        raise ValueError(
+            f"{name} lies at {x.data_ptr():#x} with strides of {strides} bytes, but these must "
+            "be multiples of 16"
+        )

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Step
 
+if TYPE_CHECKING:
+    from kivi_vllm.ops.triton.step import DeviceStep
+
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""
 
 
-def check_pages(cache: LayerCache) -> None:
+def check_pages(cache: LayerCache, device: torch.device) -> None:
     """Raise ValueError unless the pages are of the cache's format, and the kernels have that."""
     fmt, pages = cache.fmt, cache.pages
     if (fmt.k_bits, fmt.v_bits) not in CACHE_DTYPES.values() or fmt.group_size not in GROUP_SIZES:
         raise ValueError(
-            f"the CPU kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
+            f"the kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
             f"group_size {fmt.group_size}"
         )
     if not (
-        pages.is_cpu
+        pages.device == device
         and pages.dtype == torch.uint8
         and pages.dim() == 3
         and pages.shape[2] == fmt.page_bytes
@@ -29,7 +34,7 @@ def check_pages(cache: LayerCache) -> None:
         and not any(n % 4 for n in (pages.data_ptr(), *pages.stride()[:2]))
     ):
         wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}], aligned to 4 bytes"
-        raise _unfit("pages", pages, wanted)
+        raise _unfit("pages", pages, wanted, device)
 
 
 def check_numbers(cache: LayerCache) -> None:
@@ -50,7 +55,7 @@ def check_raw(name: str, data: torch.Tensor, cache: LayerCache) -> None:
     """Raise ValueError unless `data`, a `Raw.cache`, fits the format and the pages."""
     fmt, heads = cache.fmt, cache.pages.shape[1]
     if not (
-        data.is_cpu
+        data.device == cache.pages.device
         and data.dtype == fmt.raw_dtype
         and data.dim() == 4
         and data.shape[1:3] == (heads, fmt.raw_tokens)
@@ -58,38 +63,47 @@ def check_raw(name: str, data: torch.Tensor, cache: LayerCache) -> None:
         and data.stride(3) == 1
     ):
         shape = f"[num_blocks, {heads}, {fmt.raw_tokens}, >= {2 * fmt.head_size}]"
-        raise _unfit(name, data, f"{fmt.raw_dtype} {shape}")
+        raise _unfit(name, data, f"{fmt.raw_dtype} {shape}", cache.pages.device)
 
 
-def check_table(name: str, table: torch.Tensor, step: Step) -> None:
+def check_table(
+    name: str, table: torch.Tensor, step: Step | DeviceStep, device: torch.device
+) -> None:
     """Raise ValueError unless `table` has page ids of all of the step's requests."""
     if not (
-        table.is_cpu
+        table.device == device
         and table.dtype == torch.int32
         and table.dim() == 2
         and table.shape[0] >= step.num_reqs
         and (table.stride(1) == 1 or table.shape[1] <= 1)
     ):
-        raise _unfit(name, table, f"int32 [>= {step.num_reqs}, n]")
+        raise _unfit(name, table, f"int32 [>= {step.num_reqs}, n]", device)
 
 
 def check_tokens(
-    name: str, x: torch.Tensor, step: Step, heads: int, head_size: int, dtype: torch.dtype
+    name: str,
+    x: torch.Tensor,
+    step: Step | DeviceStep,
+    cache: LayerCache,
+    heads: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Raise ValueError unless `x` is `dtype` [num_tokens or more, heads, head_size] on the CPU."""
+    """Raise ValueError unless `x` is `dtype` [num_tokens or more, heads, head_size]."""
+    head_size, device = cache.fmt.head_size, cache.pages.device
     if not (
-        x.is_cpu
+        x.device == device
         and x.dtype == dtype
         and x.dim() == 3
         and x.shape[0] >= step.num_tokens
         and x.shape[1:] == (heads, head_size)
         and x.stride(2) == 1
     ):
-        raise _unfit(name, x, f"{dtype} [>= {step.num_tokens}, {heads}, {head_size}]")
+        wanted = f"{dtype} [>= {step.num_tokens}, {heads}, {head_size}]"
+        raise _unfit(name, x, wanted, device)
 
 
 def check_query(
-    step: Step,
+    step: Step | DeviceStep,
     cache: LayerCache,
     query: torch.Tensor,
     params: AttentionParams,
@@ -100,23 +114,25 @@ def check_query(
     heads = query.shape[1] if query.dim() == 3 else 0
     if not heads or heads % num_kv_heads:
         wanted = f"{fmt.raw_dtype} [num_tokens, a multiple of {num_kv_heads}, {fmt.head_size}]"
-        raise _unfit("query", query, wanted)
-    check_tokens("query", query, step, heads, fmt.head_size, fmt.raw_dtype)
+        raise _unfit("query", query, wanted, cache.pages.device)
+    check_tokens("query", query, step, cache, heads, fmt.raw_dtype)
     if output.dtype not in DTYPES:
         raise ValueError(
             f"output is {output.dtype}, but must be one of {', '.join(map(str, DTYPES))}"
         )
-    check_tokens("output", output, step, heads, fmt.head_size, output.dtype)
+    check_tokens("output", output, step, cache, heads, output.dtype)
     slopes = params.alibi_slopes
     if slopes is not None and not (
-        slopes.is_cpu
+        slopes.device == cache.pages.device
         and slopes.dtype == torch.float32
         and slopes.shape == (heads,)
         and slopes.is_contiguous()
     ):
-        raise _unfit("alibi_slopes", slopes, f"float32 [{heads}]")
+        raise _unfit("alibi_slopes", slopes, f"float32 [{heads}]", cache.pages.device)
 
 
-def _unfit(name: str, x: torch.Tensor, wanted: str) -> ValueError:
+def _unfit(name: str, x: torch.Tensor, wanted: str, device: torch.device) -> ValueError:
     found = f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
-    return ValueError(f"{name} is {found}, but must be {wanted} on cpu, its last dimension dense")
+    return ValueError(
+        f"{name} is {found}, but must be {wanted} on {device}, its last dimension dense"
+    )

@@ -1,0 +1,76 @@
+"""What the Triton kernels refuse, before any of them runs, and how."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kivi_vllm.ops.reference import LayerCache, Raw
+from kivi_vllm.ops.triton.step import DeviceStep
+from tests.triton.device import DEVICE, Triton
+from tests.unit.test_native_input import WRONG, change, inputs
+
+
+def placed(x: Any) -> Any:
+    """`x` on the device, tensors inside of dataclasses too; what is on another one stays there."""
+    if isinstance(x, torch.Tensor):
+        return x.to(DEVICE) if x.is_cpu else x
+    if isinstance(x, Raw):
+        return Raw(placed(x.cache), placed(x.table))
+    if isinstance(x, LayerCache):
+        tails = tuple(map(placed, x.tails))
+        return replace(x, pages=placed(x.pages), ring=placed(x.ring), tails=tails)
+    if hasattr(x, "block_table"):
+        return replace(x, block_table=placed(x.block_table))
+    return x
+
+
+def call(given: dict[str, Any]) -> None:
+    given = {name: placed(x) for name, x in given.items()}
+    step, cache, key, value = (given[name] for name in ("step", "cache", "key", "value"))
+    Triton.store_blocks(step, cache, key, value)
+    Triton.attend(step, cache, given["query"], key, value, given["params"], given["output"])
+    Triton.store_ring(step, cache, key, value)
+
+
+def test_good_input_is_taken() -> None:
+    call(inputs())
+
+
+@pytest.mark.parametrize(
+    ("name", "i"), [(n, i) for n, all_ in WRONG.items() for i in range(len(all_))]
+)
+def test_wrong_tensors_are_named(name: str, i: int) -> None:
+    for _ in range(2):  # what was good once does not let the next one through
+        with pytest.raises(ValueError, match=name.split(".", 1)[-1].replace("ring.cache", "ring")):
+            call(change(name, WRONG[name][i]))
+        call(inputs())
+
+
+def test_wrong_slopes_and_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="alibi_slopes is"):
+        call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))
+    with pytest.raises(ValueError, match="1 tails of 24 tokens cannot hold residual_length 32"):
+        call(change("cache", lambda c: replace(c, tails=c.tails[:1])))
+    with pytest.raises(ValueError, match="ring_capacity is 0, but must be"):
+        call(change("cache", lambda c: replace(c, ring_capacity=0)))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "output"])
+def test_unaligned_tensors_are_named(name: str) -> None:
+    """Kernels read 16 bytes at a time."""
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
+
+    with pytest.raises(ValueError, match=f"{name} lies at .* multiples of 16"):
+        call(change(name, shifted))
+
+
+def test_rows_out_of_order() -> None:
+    step = inputs()["step"]
+    with pytest.raises(ValueError, match="in the order of their requests"):
+        DeviceStep.of(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
