@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -129,6 +129,31 @@ def check_query(
         and slopes.is_contiguous()
     ):
         raise _unfit("alibi_slopes", slopes, f"float32 [{heads}]", cache.pages.device)
+
+
+def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
+    """Raise ValueError unless all pages that the step reads or writes are there.
+
+    It reads tables on the host, so it is for tests, and for looking for a fault.
+    """
+    starts, ends = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    for row, (q0, q1, b) in enumerate(zip(starts, starts[1:], ends, strict=False)):
+        if q0 == q1:
+            continue
+        a = b - (q1 - q0)
+        first, blocks = a // BLOCK_SIZE, b // BLOCK_SIZE
+        positions = range(max(first * BLOCK_SIZE, b - cache.ring_capacity), b)
+        slots = {s % cache.ring_capacity // cache.fmt.raw_tokens for s in positions}
+        wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), range(blocks))]
+        wanted += [("ring.table", cache.ring.table, len(cache.ring.cache), sorted(slots))]
+        for i, tail in enumerate(cache.tails):
+            kept = range(max(0, first - 1), blocks)
+            wanted += [(f"tails[{i}].table", tail.table, len(tail.cache), kept)]
+        for name, table, pages, entries in wanted:
+            for at in entries:
+                page = int(table[row, at]) if at < table.shape[1] else -1
+                if not 0 <= page < pages:
+                    raise ValueError(f"{name} has page {page} for request {row}, of {pages} pages")
 
 
 def _unfit(name: str, x: torch.Tensor, wanted: str, device: torch.device) -> ValueError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kivi_vllm.ops.triton import operators
 from tests.triton.device import DEVICE, INTERPRETED
 from tests.triton.interpreted import repair
 
@@ -18,6 +19,7 @@ def somewhere_to_run() -> Iterator[None]:
         pytest.skip("no GPU, and not interpreted: set TRITON_INTERPRET=1")
     if INTERPRETED:
         repair()
+    operators.CHECKED = True
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -74,3 +74,19 @@ def test_rows_out_of_order() -> None:
     step = inputs()["step"]
     with pytest.raises(ValueError, match="in the order of their requests"):
         DeviceStep.of(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
+
+
+@pytest.mark.parametrize("bad", [-1, 8, 2**31 - 1])
+@pytest.mark.parametrize("name", ["step.block_table", "cache.ring.table", "cache.tails"])
+def test_page_ids_out_of_range(name: str, bad: int) -> None:
+    """With the check that these tests turn on."""
+
+    def spoil(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return (x[0], Raw(x[1].cache, spoil(x[1].table)))
+        x = x.clone()
+        x[0, 0] = bad
+        return x
+
+    with pytest.raises(ValueError, match=f"has page {bad} for request 0, of 8 pages"):
+        call(change(name, spoil))

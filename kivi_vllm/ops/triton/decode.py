@@ -110,12 +110,12 @@ def _decode(
                 for part in range(B // RAW_STEP):
                     token = part * RAW_STEP + tl.arange(0, RAW_STEP)
                     s = n * B + token
-                    k = (page + C.K[2]).to(raw[0].dtype) + token * C.D
+                    k = (page + C.K[2]).to(raw.key.dtype) + token * C.D
                     scores = raw_scores(k, s >= 0, whole, C) * scale
                     scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
                     seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
                     p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
-                    v = (page + C.V[2]).to(raw[0].dtype) + token * C.D
+                    v = (page + C.V[2]).to(raw.key.dtype) + token * C.D
                     parts = raw_values(v, s >= 0, p.to(whole.dtype), C)
                     state = _add(state, p, m, alpha, parts)
         else:

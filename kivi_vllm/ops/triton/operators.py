@@ -6,6 +6,7 @@ all other strides and addresses multiples of 16 bytes, as vLLM's are; block tabl
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from kivi_vllm.attention.first_chunk import FirstChunk
 
 __all__ = ["attend", "store_blocks", "store_ring"]
+
+CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
+"""Look at all page ids before every step: slow, and not in CUDA graphs."""
 
 _compiled: set[tuple] = set()
 _checked: set[tuple] = set()
@@ -56,6 +60,8 @@ def store_blocks(
         for name, x in {**data, **tokens}.items():
             _check_alignment(name, x)
         _remember(form)
+    if CHECKED:
+        checks.check_page_ids(step, cache)
     store.store_blocks(step, cache, key, value)
 
 

@@ -132,14 +132,14 @@ def _store_blocks(
                 s = block * B + part * K_TOKENS + tl.arange(0, K_TOKENS)
                 k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
                 if C.K_BITS == 0:
-                    to = (page + C.K[2]).to(raw[0].dtype) + part * K_TOKENS * C.D
+                    to = (page + C.K[2]).to(raw.key.dtype) + part * K_TOKENS * C.D
                     _copy(to, C.D, k_at, K_TOKENS, C, K_TOKENS)
                 else:
                     _store_k(page, k_at, part, C, K_TOKENS)
             else:
                 v_at = raw_bases(block * B + tl.arange(0, B), True, row, q0, a, head, raw, C, 0)[1]
                 if C.V_BITS == 0:
-                    _copy((page + C.V[2]).to(raw[0].dtype), C.D, v_at, B, C, B)
+                    _copy((page + C.V[2]).to(raw.key.dtype), C.D, v_at, B, C, B)
                 else:
                     _store_v(page, v_at, part - PARTS[0], C)
         elif R > 0:
@@ -149,9 +149,9 @@ def _store_blocks(
             position = (block + 1) * B - R + i * C.RAW + n
             k, v = raw_bases(position, n < count, row, q0, a, head, raw, C, 0)
             tail_id, tail = tail_page(raw, row, block, i, True)
-            kept = tail + tail_id * raw[7] + head * raw[8]
-            _copy(kept, raw[9], k, count, C, RAW_TOKENS)
-            _copy(kept + C.D, raw[9], v, count, C, RAW_TOKENS)
+            kept = tail + tail_id * raw.page_stride + head * raw.head_stride
+            _copy(kept, raw.token_stride, k, count, C, RAW_TOKENS)
+            _copy(kept + C.D, raw.token_stride, v, count, C, RAW_TOKENS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -168,18 +168,19 @@ def _store_ring(
     row, i = find_row(query_start_loc, num_rows, tl.program_id(0), 1)
     q0, a, b = row_of(query_start_loc, seq_lens, row)
     s = a + i
-    capacity = raw[12]
-    if (s < b) & (s >= b - capacity):
-        slot = s % capacity
-        page = tl.load(raw[10] + row * raw[11] + slot // C.RAW).to(tl.int64)
-        to = raw[6] + page * raw[7] + slot % C.RAW * raw[9]
+    if (s < b) & (s >= b - raw.capacity):
+        slot = s % raw.capacity
+        page = tl.load(raw.table + row * raw.table_row + slot // C.RAW).to(tl.int64)
+        to = raw.ring + page * raw.page_stride + slot % C.RAW * raw.token_stride
         token = (q0 + i).to(tl.int64)
         h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
         mask = (h < num_heads) & (d < C.D)
-        k = tl.load(raw[0] + token * raw[1] + h * raw[2] + d, mask=mask, other=0)
-        v = tl.load(raw[3] + token * raw[4] + h * raw[5] + d, mask=mask, other=0)
-        tl.store(to + h * raw[8] + d, k, mask=mask)
-        tl.store(to + h * raw[8] + C.D + d, v, mask=mask)
+        k = tl.load(raw.key + token * raw.key_token + h * raw.key_head + d, mask=mask, other=0)
+        v = tl.load(
+            raw.value + token * raw.value_token + h * raw.value_head + d, mask=mask, other=0
+        )
+        tl.store(to + h * raw.head_stride + d, k, mask=mask)
+        tl.store(to + h * raw.head_stride + C.D + d, v, mask=mask)
 
 
 def store_blocks(

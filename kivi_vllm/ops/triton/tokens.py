@@ -8,6 +8,7 @@ the ring, and the tails of the block before.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +18,36 @@ from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.reference import LayerCache
 
 B: tl.constexpr = tl.constexpr(BLOCK_SIZE)
+
+
+class RawTokens(NamedTuple):
+    """An argument of kernels: where full-precision tokens lie; strides in elements.
+
+    Attributes:
+        key, value: the step's own, with their strides of a token and of a head.
+        ring: the ring's pages; the strides of page, head and token are the tails' too.
+        table, table_row: the ring's table and its stride.
+        capacity: tokens of a ring.
+        tails: [n, 2] int64, the addresses of each tail's pages and table.
+        tails_row: stride of those tables.
+
+    """
+
+    key: torch.Tensor
+    key_token: int
+    key_head: int
+    value: torch.Tensor
+    value_token: int
+    value_head: int
+    ring: torch.Tensor
+    page_stride: int
+    head_stride: int
+    token_stride: int
+    table: torch.Tensor
+    table_row: int
+    capacity: int
+    tails: torch.Tensor
+    tails_row: int
 
 
 @triton.jit
@@ -55,42 +86,40 @@ def first_raw(t, R: tl.constexpr):
 @triton.jit
 def tail_page(raw, row, block, i, mask):
     """Page id and cache of the tokens of `block` that tail i keeps; like mask, i is [n] or one."""
-    ring, (tails, tail_row) = raw[6], raw[13:]
-    cache = tl.load(tails + i * 2, mask=mask, other=0).to(tl.pointer_type(ring.dtype.element_ty))
-    table = tl.load(tails + i * 2 + 1, mask=mask, other=0).to(tl.pointer_type(tl.int32))
-    return tl.load(table + row * tail_row + block, mask=mask, other=0).to(tl.int64), cache
+    cache = tl.load(raw.tails + i * 2, mask=mask, other=0).to(raw.ring.dtype)
+    table = tl.load(raw.tails + i * 2 + 1, mask=mask, other=0).to(tl.pointer_type(tl.int32))
+    return tl.load(table + row * raw.tails_row + block, mask=mask, other=0).to(tl.int64), cache
 
 
 @triton.jit
 def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr):
     """Addresses of K and V of the full-precision tokens at positions s [n].
 
-    `raw` is made by `raw_arguments`, C is `page.PageConstants`. Where not `valid`, the
+    `raw` is `RawTokens`, C is `page.PageConstants`. Where not `valid`, the
     addresses must not be read.
     """
-    key, key_token, key_head, value, value_token, value_head = raw[:6]
-    ring, ring_page, ring_head, ring_token, ring_table, ring_row, capacity = raw[6:13]
     own = s >= a
     token = (q0 + s - a).to(tl.int64)
-    slot = s % capacity
-    page = tl.load(ring_table + row * ring_row + slot // C.RAW, mask=valid & (s < a), other=0).to(
-        tl.int64
-    )
-    at = ring + page * ring_page + head * ring_head + slot % C.RAW * ring_token
+    slot = s % raw.capacity
+    where = raw.table + row * raw.table_row + slot // C.RAW
+    page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
+    at = raw.ring + page * raw.page_stride + head * raw.head_stride
+    at += slot % C.RAW * raw.token_stride
     if R > 0:
         start = a // B * B
         old = valid & (s < start)
         i = tl.where(old, s - (start - R), 0)
         page, tail = tail_page(raw, row, start // B - 1, i // C.RAW, old)
-        at = tl.where(old, tail + page * ring_page + head * ring_head + i % C.RAW * ring_token, at)
-    k = tl.where(own, key + token * key_token + head * key_head, at)
-    v = tl.where(own, value + token * value_token + head * value_head, at + C.D)
+        tail += page * raw.page_stride + head * raw.head_stride + i % C.RAW * raw.token_stride
+        at = tl.where(old, tail, at)
+    k = tl.where(own, raw.key + token * raw.key_token + head * raw.key_head, at)
+    v = tl.where(own, raw.value + token * raw.value_token + head * raw.value_head, at + C.D)
     # D is a multiple of 32: with the contract of `operators`, all are multiples of 16 bytes.
     return tl.multiple_of(k, 16), tl.multiple_of(v, 16)
 
 
-def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> tuple:
-    """What `raw_bases` needs: the step's own K and V, the ring, and the tails.
+def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> RawTokens:
+    """Where `raw_bases` finds the step's own K and V, the ring, and the tails.
 
     Raises:
         ValueError: the tails differ from the ring in their strides, or in those of
@@ -101,13 +130,24 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
     rows = {tail.table.stride(0) for tail in cache.tails}
     if len(rows) > 1 or any(t.cache.stride() != ring.cache.stride() for t in cache.tails):
         raise ValueError("ring and tails must have the same strides, and all tails' tables")
-    tails = _addresses(
-        tuple((t.cache.data_ptr(), t.table.data_ptr()) for t in cache.tails), key.device
-    )
-    return (
-        *(key, *key.stride()[:2], value, *value.stride()[:2]),
-        *(ring.cache, *ring.cache.stride()[:3], ring.table, ring.table.stride(0)),
-        *(cache.ring_capacity, tails, rows.pop() if rows else 0),
+    pairs = tuple((t.cache.data_ptr(), t.table.data_ptr()) for t in cache.tails)
+    page, head, token = ring.cache.stride()[:3]
+    return RawTokens(
+        key=key,
+        key_token=key.stride(0),
+        key_head=key.stride(1),
+        value=value,
+        value_token=value.stride(0),
+        value_head=value.stride(1),
+        ring=ring.cache,
+        page_stride=page,
+        head_stride=head,
+        token_stride=token,
+        table=ring.table,
+        table_row=ring.table.stride(0),
+        capacity=cache.ring_capacity,
+        tails=_addresses(pairs, key.device),
+        tails_row=rows.pop() if rows else 0,
     )
 
 
