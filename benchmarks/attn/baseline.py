@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from attn.cases import VLLM_DTYPES, B, Shape
+from attn.check import BATCH, Outputs, truth
 from attn.memory import Ranges, allocate, replicate, shuffled
 
 _STORAGE = {"bf16": torch.bfloat16, "fp8": torch.uint8}
@@ -155,3 +156,22 @@ class VllmPool:
             for side in (0, half):
                 ranges += [(start + side, half * rest // B) for start in starts.tolist()]
         return ranges
+
+
+def checked(
+    shape: Shape,
+    name: str,
+    cached: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> Outputs:
+    """A `check.Variant` of vLLM's attention over the cache `name`."""
+    new, total = query.shape[1], key.shape[1]
+    pool = VllmPool(shape, name, 1, BATCH, -(-total // B))
+    pool.allocate(False)
+    for row in range(BATCH):
+        pool.store(0, row, key[row], value[row])
+    output = torch.full_like(query, float("nan"))
+    pool.attention(0, pool.plan(new, total), query.flatten(0, 1), output.flatten(0, 1))()
+    return output, torch.stack([truth(*row) for row in zip(query, key, value, strict=True)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 
-from attn.baseline import VllmPool
-from attn.cases import KIVI_DTYPES, RESIDUAL, VLLM_DTYPES, B, Shape
-from attn.kivi import KiviPool, rows
+from attn.cases import RESIDUAL, B, Shape
+from attn.kivi import CPU, KiviPool, Place, rows
 from kivi_vllm.errors import UserError
 from kivi_vllm.ops.codec import decode_pages, encode_pages
 
@@ -18,6 +19,13 @@ their cache should hold, but fp8 by the numbers themselves: how vLLM rounds to i
 BATCH = 2
 STEPS = ((2 * B, RESIDUAL, 1), (0, 0, 3 * B - 40), (2 * B, 0, B + 72))
 """Cached tokens in whole blocks, tokens after those, new tokens (of the latter at decode)."""
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""What came out and what it should be, both [BATCH, new, num_heads, head_size]."""
+
+Variant = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
+"""Of cached tokens in whole blocks, query [BATCH, new, num_heads, head_size], key and value
+[BATCH, tokens, num_kv_heads, head_size]."""
 
 
 def truth(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -32,7 +40,8 @@ def truth(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     q = query.double().transpose(0, 1)  # [num_heads, new, D]
     k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
     scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(key) - len(query) + 1)
+    ones = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device)
+    hidden = ones.triu(len(key) - len(query) + 1)
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
@@ -41,7 +50,12 @@ def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.double() - expected).norm() / expected.norm())
 
 
-def check(shape: Shape) -> dict[str, float]:
+def check(
+    shape: Shape,
+    variants: Mapping[str, Variant],
+    device: torch.device,
+    steps: Sequence[tuple[int, int, int]] = STEPS,
+) -> dict[str, float]:
     """The largest relative error of each variant on small steps of this shape.
 
     Raises:
@@ -53,18 +67,14 @@ def check(shape: Shape) -> dict[str, float]:
 
     def random(tokens: int, heads: int) -> torch.Tensor:
         numbers = torch.randn(BATCH, tokens, heads, shape.head_size, generator=generator)
-        return numbers.bfloat16()
+        return numbers.bfloat16().to(device)
 
-    for cached, residual, new in STEPS:
+    for cached, residual, new in steps:
         total = cached + max(residual, new)
         key, value = (random(total, shape.num_kv_heads) for _ in range(2))
         query = random(new, shape.num_heads)
-        for name in VLLM_DTYPES:
-            output, expected = _vllm(shape, name, query, key, value)
-            _note(errors, name, output, expected)
-        for dtype in KIVI_DTYPES:
-            output, expected = _kivi(shape, dtype, cached, query, key, value)
-            _note(errors, dtype, output, expected)
+        for name, variant in variants.items():
+            _note(errors, name, *variant(cached, query, key, value))
     return errors
 
 
@@ -83,31 +93,18 @@ def _note(
     errors[name] = max(errors.get(name, 0.0), error)
 
 
-def _vllm(
-    shape: Shape, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of vLLM and what it should be, both [BATCH, new, num_heads, head_size]."""
-    new, total = query.shape[1], key.shape[1]
-    pool = VllmPool(shape, name, 1, BATCH, -(-total // B))
-    pool.allocate(False)
-    for row in range(BATCH):
-        pool.store(0, row, key[row], value[row])
-    output = torch.full_like(query, float("nan"))
-    pool.attention(0, pool.plan(new, total), query.flatten(0, 1), output.flatten(0, 1))()
-    return output, torch.stack([truth(*row) for row in zip(query, key, value, strict=True)])
-
-
-def _kivi(
+def kivi(
     shape: Shape,
     dtype: str,
     cached: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of ours, through all three operators, and what it should be."""
+    place: Place = CPU,
+) -> Outputs:
+    """A `Variant` of ours, through all three operators."""
     new, total = query.shape[1], key.shape[1]
-    pool = KiviPool(shape, dtype, 1, BATCH, -(-total // B))
+    pool = KiviPool(shape, dtype, 1, BATCH, -(-total // B), place)
     pool.allocate(False)
     old = total - new
     if old:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,7 +21,43 @@ from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
 
 def operators() -> ModuleType:
     """The operators that vLLM would run here."""
-    return dispatch.operators(torch.device("cpu"))
+    return dispatch.operators("cpu")
+
+
+def _prepared(step: Step) -> Step:
+    """The step with all that its layers share computed."""
+    for name, member in vars(Step).items():
+        if isinstance(member, functools.cached_property):
+            getattr(step, name)
+    return step
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pools lie and what computes there.
+
+    Attributes:
+        device: of all tensors.
+        operators: gives the module with `store_blocks`, `attend` and `store_ring`.
+        step: makes what these take of a `reference.Step`.
+        allocate: gives a tensor of so many bytes, on huge pages if asked for.
+        columns: the width of block tables is a multiple of this.
+
+    """
+
+    device: torch.device
+    operators: Callable[[], ModuleType]
+    step: Callable[[Step], Any]
+    allocate: Callable[[int, bool], torch.Tensor]
+    columns: int = 1
+
+    def table(self, ids: torch.Tensor) -> torch.Tensor:
+        """Page ids [..., n] as a table on the device, with zeros up to its width."""
+        more = -ids.shape[-1] % self.columns
+        return torch.nn.functional.pad(ids, (0, more)).to(self.device)
+
+
+CPU = Place(torch.device("cpu"), operators, _prepared, allocate)
 
 
 def rows(batch: int, new: int, end: int) -> list[Row]:
@@ -34,18 +72,21 @@ class KiviPool:
         shape: of the layer.
         dtype: one of `KIVI_DTYPES`.
         sets, batch, blocks: how many batches, sequences each, page blocks each.
+        place: where.
 
     """
 
-    def __init__(self, shape: Shape, dtype: str, sets: int, batch: int, blocks: int) -> None:
+    def __init__(
+        self, shape: Shape, dtype: str, sets: int, batch: int, blocks: int, place: Place = CPU
+    ) -> None:
         self.shape, self.dtype = shape, dtype
-        self.sets, self.batch, self.blocks = sets, batch, blocks
+        self.sets, self.batch, self.blocks, self.place = sets, batch, blocks, place
         self.fmt = PageFormat.of(KiviConfig(dtype), shape.head_size, torch.bfloat16)
         self.ring_pages = -(-B // self.fmt.raw_tokens)
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
         self.nbytes = sets * batch * (blocks + self.ring_pages) * self.block_bytes
-        self.tables = shuffled(sets, batch, blocks, seed=1)
-        self.ring_tables = shuffled(sets, batch, self.ring_pages, seed=2)
+        self.tables = place.table(shuffled(sets, batch, blocks, seed=1))
+        self.ring_tables = shuffled(sets, batch, self.ring_pages, seed=2).to(place.device)
         self.params = AttentionParams(scale=shape.head_size**-0.5)
 
     def read_bytes(self, blocks: int, raw_tokens: int) -> int:
@@ -55,19 +96,21 @@ class KiviPool:
     def allocate(self, huge_pages: bool) -> None:
         """Take the memory."""
         heads = self.shape.num_kv_heads
-        pages = allocate(self.tables.numel() * self.block_bytes, huge_pages)
-        ring = allocate(self.ring_tables.numel() * self.block_bytes, huge_pages)
+        rings = self.sets * self.batch * self.ring_pages * self.block_bytes
+        pages = self.place.allocate(self.nbytes - rings, huge_pages)
+        ring = self.place.allocate(rings, huge_pages)
         self.pages = pages.view(-1, heads, self.fmt.page_bytes)
         per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
         self.ring = ring.view(torch.bfloat16).view(-1, *per_page)
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
-        template = KiviPool(self.shape, self.dtype, 1, 1, len(key) // B)
+        template = KiviPool(self.shape, self.dtype, 1, 1, len(key) // B, self.place)
         template.allocate(False)
-        template.tables = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
+        ids = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
+        template.tables = self.place.table(ids)
         step = template.step(0, rows(1, len(key), len(key)))
-        operators().store_blocks(step, template.cache(0), key, value)
+        self.place.operators().store_blocks(step, template.cache(0), key, value)
         replicate(self.pages, template.pages)
         tokens = torch.cat([key, value], -1)
         whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
@@ -78,19 +121,16 @@ class KiviPool:
         capacity = self.ring_pages * self.fmt.raw_tokens
         return LayerCache(self.fmt, self.pages, Raw(self.ring, self.ring_tables[i]), capacity)
 
-    def step(self, i: int, of: list[Row]) -> Step:
-        """A step over set i, prefill exact, with all that its layers share computed."""
-        step = Step(of, self.tables[i], per_position=False)
-        for name, member in vars(Step).items():
-            if isinstance(member, functools.cached_property):
-                getattr(step, name)
-        return step
+    def step(self, i: int, of: list[Row]) -> Any:
+        """A step over set i, prefill exact, as the operators take it."""
+        return self.place.step(Step(of, self.tables[i], per_position=False))
 
     def store(
         self, name: str, i: int, of: list[Row], key: torch.Tensor, value: torch.Tensor
     ) -> Callable[[], object]:
         """A call of `store_blocks` or `store_ring` on set i."""
-        return partial(getattr(operators(), name), self.step(i, of), self.cache(i), key, value)
+        operator = getattr(self.place.operators(), name)
+        return partial(operator, self.step(i, of), self.cache(i), key, value)
 
     def attention(
         self,
@@ -103,7 +143,8 @@ class KiviPool:
     ) -> Callable[[], object]:
         """A call of `attend` on set i; query and output [tokens, num_heads, head_size]."""
         step, cache = self.step(i, of), self.cache(i)
-        return partial(operators().attend, step, cache, query, key, value, self.params, output)
+        attend = self.place.operators().attend
+        return partial(attend, step, cache, query, key, value, self.params, output)
 
     def ranges(self, i: int, blocks: int, raw_tokens: int) -> Ranges:
         """What attending on set i reads, but for the step's own tokens.

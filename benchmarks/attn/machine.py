@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 GIB = 1 << 30
@@ -79,3 +80,22 @@ def binding(threads: int) -> dict[str, str]:
         env["OMP_PROC_BIND"] = "true"
         env["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores()[:threads])
     return env
+
+
+def gpu_driver() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    return _nvidia_smi("driver_version")
+
+
+def gpu_name() -> str | None:
+    """Name of the first NVIDIA GPU; None without one."""
+    return _nvidia_smi("name")
+
+
+def _nvidia_smi(what: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.stdout.strip().splitlines()), None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from attn.cases import Case
 
 Result = dict[str, Any]
 Cell = Callable[[Result], str]
@@ -19,15 +21,15 @@ def _number(name: str) -> Cell:
 
 
 def _ms(name: str) -> Cell:
-    return lambda row: "–" if row[name] is None else f"{row[name]:.4g}"
+    return lambda row: "–" if row.get(name) is None else f"{row[name]:.4g}"
 
 
 def _times(name: str) -> Cell:
-    return lambda row: "–" if row[name] is None else f"{row[name]:.2f}×"
+    return lambda row: "–" if row.get(name) is None else f"{row[name]:.2f}×"
 
 
 def _share(name: str) -> Cell:
-    return lambda row: "–" if row[name] is None else f"{row[name]:.1%}"
+    return lambda row: "–" if row.get(name) is None else f"{row[name]:.1%}"
 
 
 _HEAD: dict[str, Cell] = {
@@ -71,24 +73,94 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
 }
 
 
-def show(rows: dict[str, list[Result]]) -> None:
-    """Print one table per section that has rows, and why cases were skipped."""
+def _of_gpu() -> dict[str, tuple[str, dict[str, Cell]]]:
+    """The tables of `--device cuda`: of others only the fastest over each cache."""
+    head = {name: cell for name, cell in _HEAD.items() if name != "threads"}
+    others = {
+        "bf16": _ms("bf16_ms"),
+        "which": lambda row: str(row["bf16_is"] or "–").removesuffix("_bf16"),
+    }
+    ratios = {"vs bf16": _times("ratio_bf16"), "vs fp8": _times("ratio_fp8")}
+    fp8 = {
+        "fp8": _ms("fp8_ms"),
+        "which ": lambda row: str(row["fp8_is"] or "–").removesuffix("_fp8"),
+        "turboquant": _ms("turboquant_ms"),
+    }
+    own = {name: _ms(f"{name}_ms") for name in ("kivi2", "kivi_k4v2", "kivi4")}
+    share = {"of bandwidth": _share("share_of_bandwidth")}
+    new = {"new": _number("new")}
+    kivi2 = {"kivi2": _ms("kivi2_ms"), "vs bf16": _times("ratio_bf16")}
+    kivi2["served"] = _ms("kivi2_served_ms")
+    titles = {name: title for name, (title, _) in TABLES.items()}
+    return {
+        "decode": (
+            titles["decode"],
+            head | {"batch": _number("batch")} | others | fp8 | own | ratios | share | _END,
+        ),
+        "prefill": (titles["prefill"], head | new | others | kivi2 | _END),
+        "store": (titles["store"], head | _STORE | _END),
+    }
+
+
+def show(rows: dict[str, list[Result]], device: str, cases: Sequence[Case]) -> None:
+    """Print one table per section that has rows, and why cases were skipped.
+
+    Args:
+        rows: by section.
+        device: cpu or cuda.
+        cases: in the order in which they were measured; shown in that of the shapes.
+
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 180
-    for section, (title, cells) in TABLES.items():
-        if not rows[section]:
+    shapes = list(dict.fromkeys(case.shape for case in cases))
+    tables = TABLES if device == "cpu" else _of_gpu()
+    for section, (title, cells) in tables.items():
+        mine = rows[section]
+        if not mine:
             continue
+        if device != "cpu":  # measured by importance
+            mine = sorted(mine, key=lambda r: (shapes.index(r["shape"]), r["context"], r["batch"]))
         table = Table(title=title, title_justify="left")
         for name in cells:
             table.add_column(name, justify="left" if name == "shape" else "right")
-        for row in rows[section]:
+        for row in mine:
             table.add_row(*_line(row, cells))
         console.print(table)
-        for row in rows[section]:
+        said: dict[str, list[str]] = {}
+        for row in mine:
             if "skipped" in row:
-                what = ", ".join(f"{k} {row[k]}" for k in ("shape", "context", "batch", "threads"))
-                console.print(f"skipped {what}: {row['skipped']}", markup=False, soft_wrap=True)
+                names = ("shape", "context", "batch", "new", "threads")
+                what = ", ".join(f"{name} {row[name]}" for name in names if name in row)
+                said.setdefault(f"skipped: {row['skipped']}", []).append(what)
+            missing = row.get("unavailable", {})
+            if full := [name for name, why in missing.items() if why.startswith("no room")]:
+                what = ", ".join(f"{name} {row[name]}" for name in ("shape", "context", "batch"))
+                said.setdefault(f"no room for {', '.join(full)}", []).append(what)
+            for name, why in missing.items():
+                if name not in full:
+                    said.setdefault(f"without {name}: {why}", [])
+        for reason, where in said.items():
+            console.print(reason, markup=False, soft_wrap=True)
+            for what in where:
+                console.print(f"  {what}", markup=False, soft_wrap=True)
+
+
+def facts(header: Result) -> list[str]:
+    """What else a run on a GPU found, in lines."""
+    lines = []
+    for name, rate in header.get("bandwidth_bytes_per_s", {}).items():
+        lines.append(f"bandwidth of a {name} on {header['gpu']}: {rate / 1e12:.3g} TB/s")
+    for name, found in header.items():
+        if name.startswith("graph_"):
+            how = "CUDA graph" if found["captured"] else f"not captured ({found['why_not']})"
+            same = "the same" if found["caches_equal"] else "other"
+            lines.append(
+                f"{name.removeprefix('graph_')}, captured, then replayed for other lengths: {how}; "
+                f"outputs differ by {found['difference']:.2g}, {same} caches"
+            )
+    return lines
 
 
 def _line(row: Result, cells: dict[str, Cell]) -> list[str]:

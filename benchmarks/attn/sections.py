@@ -14,11 +14,9 @@ from attn.floor import reader
 from attn.kivi import KiviPool, rows
 from attn.machine import GIB
 from attn.memory import cold_sets, huge_page_bytes
-from attn.timing import Cursor, Timed, Times, columns, interleave, once
+from attn.timing import Cursor, Timed, columns, interleave, once, store_columns
+from attn.tokens import TEMPLATE_BLOCKS, Tokens
 from kivi_vllm.ops.reference import Row
-
-TEMPLATE_BLOCKS = 4
-"""Different random blocks of which a pool is made."""
 
 _FLOORS = {"kivi2": "floor", "bf16": "bf16_floor"}
 """Whose bytes are also read raw, and the name of that column."""
@@ -44,21 +42,6 @@ class Settings:
     memory: int
     llc: int
     huge_pages: bool
-
-
-class Tokens:
-    """Random queries, keys and values of one step, bf16, and room for the output."""
-
-    def __init__(self, shape: Shape, tokens: int) -> None:
-        generator = torch.Generator().manual_seed(3)
-
-        def random(heads: int) -> torch.Tensor:
-            numbers = torch.randn(tokens, heads, shape.head_size, generator=generator)
-            return numbers.bfloat16()
-
-        self.query = random(shape.num_heads)
-        self.key, self.value = random(shape.num_kv_heads), random(shape.num_kv_heads)
-        self.output = torch.zeros_like(self.query)
 
 
 def measure(case: Case, settings: Settings) -> Result:
@@ -210,9 +193,7 @@ def _store_decode(case: Case, settings: Settings) -> Result:
         },
         settings.budget,
     )
-    # A sequence completes a block once in B steps.
-    per_step = times["store_ring"].ms + times["store_blocks_idle"].ms + times["store_blocks"].ms / B
-    return _store_row(times, per_step) | _huge_share(pools)
+    return store_columns(times) | _huge_share(pools)
 
 
 def _store_prefill(case: Case, settings: Settings) -> Result:
@@ -234,13 +215,4 @@ def _store_prefill(case: Case, settings: Settings) -> Result:
         },
         settings.budget,
     )
-    store = times["store_ring"].ms + times["store_blocks"].ms
-    return _store_row(times, store) | _huge_share(pools)
-
-
-def _store_row(times: dict[str, Times], store_ms: float) -> Result:
-    row: Result = columns(times)
-    row["iterations"] = len(times["attend"].seconds)
-    row["store_ms"] = round(store_ms, 5)
-    row["share_of_attend"] = round(store_ms / times["attend"].ms, 5)
-    return row
+    return store_columns(times) | _huge_share(pools)

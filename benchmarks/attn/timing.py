@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from attn.cases import B
+
 AT_LEAST, AT_MOST = 3, 2000
 """Rounds, whatever the budget."""
 
@@ -68,8 +70,19 @@ class Times:
         return self.quartiles_ms[1]
 
 
+def wall(call: Callable[[], object]) -> float:
+    """Seconds of one call, by the clock of the processor."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def interleave(
-    things: Mapping[str, Timed], budget: float, warm_up: bool = True, seed: int = 0
+    things: Mapping[str, Timed],
+    budget: float,
+    warm_up: bool = True,
+    seed: int = 0,
+    stopwatch: Callable[[Callable[[], object]], float] = wall,
 ) -> dict[str, Times]:
     """Time each thing once a round, in random order, until `budget` seconds have gone.
 
@@ -78,6 +91,7 @@ def interleave(
         budget: seconds of all rounds together; at least `AT_LEAST` rounds are made.
         warm_up: call everything once before.
         seed: of the order.
+        stopwatch: makes a call and says how many seconds it took.
 
     """
     shuffle = random.Random(seed).shuffle
@@ -96,10 +110,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                call = things[name].next()
-                start = time.perf_counter()
-                call()
-                times[name].seconds.append(time.perf_counter() - start)
+                times[name].seconds.append(stopwatch(things[name].next()))
     finally:
         if collecting:
             gc.enable()
@@ -117,3 +128,21 @@ def columns(times: Mapping[str, Times]) -> dict[str, float]:
             f"{name}_q3": round(high, 5),
         }
     return row
+
+
+def store_columns(times: Mapping[str, Times]) -> dict[str, float]:
+    """Columns of what storing costs, `store_ms`, beside the step's attention, `attend`.
+
+    At decode `store_blocks` was timed twice: where it finds nothing to do (`_idle`), and
+    where every sequence completes a block, which it does once in `B` steps.
+    """
+    store = times["store_ring"].ms
+    if "store_blocks_idle" in times:
+        store += times["store_blocks_idle"].ms + times["store_blocks"].ms / B
+    else:
+        store += times["store_blocks"].ms
+    return columns(times) | {
+        "iterations": len(times["attend"].seconds),
+        "store_ms": round(store, 5),
+        "share_of_attend": round(store / times["attend"].ms, 5),
+    }

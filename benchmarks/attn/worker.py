@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,13 @@ import torch
 import vllm  # noqa: F401  (loads the plugins)
 
 from attn import baseline
-from attn.cases import SHAPES, Case
-from attn.check import check
+from attn.cases import KIVI_DTYPES, SHAPES, VLLM_DTYPES, Case, Shape
+from attn.check import Variant, check, kivi
+from attn.events import reporting
 from attn.floor import library
-from attn.kivi import operators
+from attn.kivi import CPU, operators
 from attn.machine import version_of
 from attn.sections import Settings, measure
-from kivi_vllm.errors import UserError
-
-
-def main(request: dict[str, Any], events: Path) -> None:
-    """Measure all cases of a request."""
-    with events.open("w", buffering=1) as file:
-
-        def say(kind: str, what: Any) -> None:
-            file.write(json.dumps({kind: what}) + "\n")
-
-        try:
-            _measure(request, say)
-        except UserError as error:
-            say("error", [str(error), error.remedy])
-            sys.exit(1)
 
 
 def _measure(request: dict[str, Any], say: Any) -> None:
@@ -51,13 +38,22 @@ def _measure(request: dict[str, Any], say: Any) -> None:
         case = Case(**fields)
         if case.shape not in errors:
             say("now", f"checking {case.shape} against float64")
-            errors[case.shape] = check(SHAPES[case.shape])
+            errors[case.shape] = _errors(SHAPES[case.shape])
         say("now", str(case))
         row = measure(case, settings)
         row["threads"] = threads
         row["rel_error"] = errors[case.shape]["kivi2"]
         row["rel_errors"] = errors[case.shape]
         say("row", row)
+
+
+def _errors(shape: Shape) -> dict[str, float]:
+    """The relative errors of both sides, by cache."""
+    variants: dict[str, Variant] = {
+        name: partial(baseline.checked, shape, name) for name in VLLM_DTYPES
+    }
+    variants |= {dtype: partial(kivi, shape, dtype) for dtype in KIVI_DTYPES}
+    return check(shape, variants, CPU.device)
 
 
 def _header(threads: int) -> dict[str, Any]:
@@ -83,4 +79,4 @@ def _header(threads: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    reporting(_measure, json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
