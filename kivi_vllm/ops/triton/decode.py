@@ -185,7 +185,7 @@ def _combine(
         used = 1 + tl.cdiv(tl.maximum(end - first, 0), per_split)
         base = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (1 + splits)
         d = tl.arange(0, C.DP)
-        total, mass, m = tl.zeros((C.DP,), tl.float32), 0.0, float("-inf")
+        total, mass, m = tl.zeros(d.shape, tl.float32), 0.0, float("-inf")
         for start in range(0, used, STEP):
             k = start + tl.arange(0, STEP)
             at = (base + k) * N + tl.program_id(2)
@@ -249,6 +249,7 @@ def decode(
         N=n,
         MASKED=step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0,
         num_warps=_num_warps(constants, n),
+        num_stages=2,  # a page ahead: more takes more registers than there are
         maxnreg=255,  # else ptxas would rather spill than pass 128
     )
     _combine[(rows, num_kv_heads * tiles, n)](

@@ -104,7 +104,7 @@ def _prefill(
         q = query + token * query_token + query_of * query_head
         q = tl.load(q[:, None] + d, mask=live[:, None] & (d < C.D), other=0)
         state = (
-            tl.zeros((M, C.DP), tl.float32),
+            tl.zeros(q.shape, tl.float32),
             tl.zeros((M,), tl.float32),
             tl.full((M,), float("-inf"), tl.float32),
         )
