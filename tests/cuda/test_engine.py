@@ -1,0 +1,179 @@
+"""Whole engines on vLLM 0.33's CUDA code path, with the Triton operators interpreted.
+
+There is no GPU (see `fake_device`): what is tested is what vLLM's GPU worker asks of the
+backend, and what the operators make of it. How they compile and how fast they are is not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda.child import GRAPHS, results_in_child
+from tests.engine import Answer, random_prompt, tiny_model
+from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
+
+PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
+"""Of the last, a first step computes 256 tokens at most, less what the others take."""
+
+TOKENS = 6
+DRAFTED_TOKENS = 8
+
+RETURNING = (random_prompt(40, seed=1) * 8)[:290]
+"""A prompt in which n-grams come again, so that there is something to propose."""
+
+BATCHES = [[RETURNING, PROMPTS[1]], [RETURNING]]
+"""The last one finds its first 256 tokens in the prefix cache."""
+
+QUANTIZED: dict[str, Any] = dict(
+    kv_cache_dtype="kivi2",
+    additional_config={"kivi": {"residual_length": 32}},
+    speculative_config=dict(
+        method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3
+    ),
+)
+
+# Multiples of the 4 tokens of a row with drafts; a batch of two is padded to three.
+DRAFT_GRAPHS: dict[str, Any] = {
+    **GRAPHS,
+    "compilation_config": {**GRAPHS["compilation_config"], "cudagraph_capture_sizes": [4, 12]},
+}
+
+SAME = 1e-3
+"""Largest difference of log-probabilities; one sees 2e-6, and 1e-4 where codes are read."""
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    # Weights at which some drafts come true and some do not, while no token is chosen by
+    # less than 0.07 in log-probability over the next best, in any of the cases here.
+    return tiny_model(head_dim=64, tie_word_embeddings=True, initializer_range=0.085)
+
+
+@pytest.fixture(scope="module")
+def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All of it in one process, which must import vLLM first."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if torch.version.cuda is not None:
+        pytest.skip("a PyTorch with CUDA cannot pretend to have another GPU")
+    try:
+        sources = vllm_033_sources()
+    except SourcesUnavailable as reason:
+        pytest.skip(str(reason))
+    raw = dict(model=model, kv_cache_dtype="kivi_raw")
+    quantized = dict(model=model, **QUANTIZED)
+    kivi2 = dict(model=model, kv_cache_dtype="kivi2")
+    tasks: dict[str, dict[str, Any]] = {
+        "raw": dict(engine_args=raw, batches=[PROMPTS], max_tokens=TOKENS),
+        "raw, graphs": dict(engine_args={**raw, **GRAPHS}, batches=[PROMPTS], max_tokens=TOKENS),
+        "kivi2, graphs": dict(
+            engine_args={**quantized, **DRAFT_GRAPHS}, batches=BATCHES, max_tokens=DRAFTED_TOKENS
+        ),
+        "kivi2, reference": dict(
+            engine_args=quantized,
+            batches=BATCHES,
+            max_tokens=DRAFTED_TOKENS,
+            operators="reference",
+        ),
+        "Turing": dict(engine_args=dict(kivi2, dtype="float16"), capability=[7, 5]),
+        "Ampere": dict(engine_args=dict(kivi2, dtype="bfloat16"), capability=[8, 0]),
+        "float32": dict(engine_args=kivi2, capability=[9, 0]),
+    }
+    return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[Answer]:
+    """What transformers answers to `PROMPTS`."""
+    return [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
+
+
+def greedy(model: str, prompt: Sequence[int], max_tokens: int) -> Answer:
+    """The answer of transformers, all in float32."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids, logprobs = torch.tensor([prompt]), []
+    with torch.inference_mode():
+        for _ in range(max_tokens):
+            best = network(ids).logits[0, -1].log_softmax(-1).max(-1)
+            ids = torch.cat([ids, best.indices.view(1, 1)], 1)
+            logprobs.append(best.values.item())
+    return Answer(tuple(ids[0, len(prompt) :].tolist()), tuple(logprobs))
+
+
+def result(results: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of one task."""
+    assert "error" not in results[name], results[name]["error"]
+    return results[name]
+
+
+def answers(found: dict[str, Any]) -> list[Answer]:
+    """Of all batches."""
+    return [
+        Answer(tuple(a["tokens"]), tuple(a["logprobs"]), a["num_cached_tokens"])
+        for batch in found["answers"]
+        for a in batch
+    ]
+
+
+def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        assert one.difference(other) < SAME
+
+
+def test_eager(results: dict[str, Any], expected: list[Answer]) -> None:
+    found = result(results, "raw")
+    assert found["runner"] == "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
+    assert found["captured"] == found["replayed"] == 0
+    assert_same(answers(found), expected)
+
+
+def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
+    found = result(results, "raw, graphs")
+    assert found["captured"] == 2
+    assert found["replayed"] > 0
+    assert found["steps"]["padding"] > 0
+    assert_same(answers(found), expected)
+
+
+def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
+    found, reference = result(results, "kivi2, graphs"), result(results, "kivi2, reference")
+    assert found["captured"] == 2
+    assert found["replayed"] > 0
+    assert found["steps"]["padding"] > 0
+    assert found["reference_calls"] == 0
+    assert reference["reference_calls"] > 0
+    for steps in (found["steps"], reference["steps"]):
+        assert steps["with_drafts"] > 0
+        # 4 chunks of prompts and a step for each further token, were no draft accepted;
+        # with all accepted, a step for 4 tokens.
+        assert 4 + 3 * 2 < steps["rows"] < 4 + 3 * (DRAFTED_TOKENS - 1)
+    one, other = answers(found), answers(reference)
+    assert [a.num_cached_tokens for a in one] == [0, 0, 256]
+    assert [a.num_cached_tokens for a in other] == [0, 0, 256]
+    assert_same(one, other)
+    # What quantization does is far larger than the tolerance.
+    assert one[0].difference(greedy(model, RETURNING, DRAFTED_TOKENS)) > 50 * SAME
+
+
+def test_compute_capability(results: dict[str, Any]) -> None:
+    refused = result(results, "Turing")
+    assert refused["type"] == "KiviConfigError"
+    assert "compute capability 7.5" in refused["message"]
+    assert "8.0 or newer" in refused["message"]
+    assert "use --kv-cache-dtype auto or fp8" in refused["message"]
+    assert result(results, "Ampere")["type"] is None
+
+
+def test_float32(results: dict[str, Any]) -> None:
+    refused = result(results, "float32")
+    assert refused["type"] == "KiviConfigError"
+    assert "float32 is not supported on GPUs" in refused["message"]
+    assert "use --dtype bfloat16" in refused["message"]
