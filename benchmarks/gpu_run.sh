@@ -93,7 +93,8 @@ if wanted tests; then
     else
         parallel=()
         if has xdist; then parallel=(-n 4); fi # most of the time goes into compiling
-        part tests "$TESTS_S" "$PYTHON" -m pytest -q -p no:cacheprovider \
+        # Without addopts, plugins that pyproject.toml counts on may be missing.
+        part tests "$TESTS_S" "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= \
             ${parallel[@]+"${parallel[@]}"} "${folders[@]}"
     fi
 fi

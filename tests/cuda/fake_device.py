@@ -77,10 +77,6 @@ class OnTheCpu(TorchFunctionMode):
         if OnTheCpu.before_each is not None:
             OnTheCpu.before_each(function)
         kwargs = dict(kwargs or {})
-        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if function is torch.Tensor.record_stream:
-            return None
         if function is torch.Tensor.is_pinned:
             return True
         kwargs.pop("pin_memory", None)
@@ -131,60 +127,36 @@ def _answer_for_cuda() -> None:
     import torch.distributed.tensor
 
     stream = _Stream()
-    state = torch.zeros(16, dtype=torch.uint8)
-    device = torch.device("cuda")
     both: dict[str, Any] = dict(
-        is_available=True,
-        device_count=1,
-        synchronize=None,
         empty_cache=None,
-        memory_allocated=1 << 20,
         memory_reserved=1 << 20,
         max_memory_allocated=1 << 20,
-        reset_peak_memory_stats=None,
-        current_stream=stream,
-        set_stream=None,
     )
     cuda = dict(
         both,
         _is_compiled=True,
-        _lazy_init=None,
-        init=None,
-        is_initialized=True,
-        is_current_stream_capturing=False,
-        current_device=0,
-        set_device=None,
+        is_available=True,
         get_device_name=PROPERTIES.name,
         get_device_properties=PROPERTIES,
-        mem_get_info=(MEMORY, MEMORY),
-        default_stream=stream,
+        reset_peak_memory_stats=None,
+        current_stream=stream,
+        set_stream=None,
         stream=stream,
-        manual_seed=None,
         manual_seed_all=None,
-        get_rng_state=state,
-        set_rng_state=None,
     )
     accelerator = dict(
         both,
-        current_accelerator=device,
+        current_accelerator=torch.device("cuda"),
         current_device_index=0,
         set_device_index=None,
+        device_count=1,
         get_memory_info=(MEMORY, MEMORY),
+        synchronize=None,
         empty_host_cache=None,
     )
-    binding = dict(
-        _cuda_getDeviceCount=1,
-        _cuda_getDevice=0,
-        _cuda_setDevice=None,
-        _cuda_maybeExchangeDevice=0,
-        _cuda_exchangeDevice=0,
-        _cuda_getAllocatorBackend="none",
-        _accelerator_setAllocatorSettings=None,
-    )
     _answer(torch.cuda, cuda)
-    _answer(torch.cuda.random, dict(get_rng_state=state, set_rng_state=None))
     _answer(torch.accelerator, accelerator)
-    _answer(torch._C, binding)
+    _answer(torch._C, dict(_cuda_getAllocatorBackend="none"))
     for module in (torch.cuda, torch.cuda.memory, torch.accelerator):
         module.memory_stats = lambda *a, **k: collections.defaultdict(int)
     torch.version.cuda = "13.0"

@@ -44,7 +44,7 @@ DRAFT_GRAPHS: dict[str, Any] = {
 }
 
 SAME = 1e-3
-"""Largest difference of log-probabilities; one sees 2e-6, and 1e-4 where codes are read."""
+"""Largest difference of log-probabilities; one sees 2e-6, and 2e-5 for `kivi2`."""
 
 
 @pytest.fixture(scope="module")
