@@ -99,9 +99,11 @@ def test_nan_spoils_its_group_only() -> None:
 def _page(ops: Any, dtype: str, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The pool after storing one block of k, v [128, num_kv_heads, 64] in page 1."""
     fmt = Case(dtype).fmt
-    pool = torch.full((8, 2, fmt.page_bytes), 255, dtype=torch.uint8, device=DEVICE)
+    ring_pages = -(-128 // fmt.raw_tokens)
+    shape = (2 + ring_pages, 2, fmt.page_bytes)
+    pool = torch.full(shape, 255, dtype=torch.uint8, device=DEVICE)
     raw = pool[2:].unflatten(2, (fmt.raw_tokens, -1)).view(torch.float32)
-    table = torch.arange(6, dtype=torch.int32, device=DEVICE)[None]
+    table = torch.arange(ring_pages, dtype=torch.int32, device=DEVICE)[None]
     cache = LayerCache(fmt, pool, Raw(raw, table), 128)
     step = Step([Row(0, 0, 128, 0, 128)], torch.tensor([[1]], dtype=torch.int32, device=DEVICE))
     ops.store_blocks(step, cache, k, v)
