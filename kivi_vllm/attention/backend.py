@@ -192,7 +192,7 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return capability is None or capability.major >= MIN_CAPABILITY[0]
+        return capability is None or tuple(capability)[:2] >= MIN_CAPABILITY
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -156,11 +156,13 @@ def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
     """What the kernels for NVIDIA GPUs do not serve."""
     from vllm.platforms import current_platform
 
+    from kivi_vllm.attention.backend import KiviAttentionBackend
+
     line, remedy = describe("cuda")
     if line.startswith("none"):
         yield f"the GPU kernels cannot be loaded: {line}; {remedy}"
     capability = current_platform.get_device_capability()
-    if capability is not None and tuple(capability)[:2] < MIN_CAPABILITY:
+    if not KiviAttentionBackend.supports_compute_capability(capability):
         yield (
             f"{current_platform.get_device_name()} has compute capability "
             f"{capability.major}.{capability.minor}, and the kernels need "

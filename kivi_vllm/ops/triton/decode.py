@@ -34,6 +34,16 @@ def _add(state, p, m, alpha, parts):
 
 
 @triton.jit
+def _add_raw(state, q, k, v, valid, seen, s, t, slope, scale, C: tl.constexpr, RULES: tl.constexpr):
+    """`state` with raw tokens at positions s [n], K and V at addresses k, v; `seen` [n, N]."""
+    scores = raw_scores(k, valid, q, C) * scale
+    scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+    seen &= visible(s[:, None], t[None], RULES)
+    p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
+    return _add(state, p, m, alpha, raw_values(v, valid, p.to(q.dtype), C))
+
+
+@triton.jit
 def split_of(a, b, splits, RULES: tl.constexpr):
     """(first page, end, pages of a split) of a row's history."""
     first = 0
@@ -96,12 +106,8 @@ def _decode(
                 s = s0 + tl.arange(0, RAW_STEP)
                 valid = s < b
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
-                scores = raw_scores(k, valid, whole, C) * scale
-                scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
-                seen = visible(s[:, None], t[None], RULES) & (s[:, None] >= seen_from[None])
-                p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
-                parts = raw_values(v, valid, p.to(whole.dtype), C)
-                state = _add(state, p, m, alpha, parts)
+                seen = s[:, None] >= seen_from[None]
+                state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
         elif C.K_BITS == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
             for n in range(first, tl.minimum(first + per_split, end)):
@@ -111,13 +117,9 @@ def _decode(
                     token = part * RAW_STEP + tl.arange(0, RAW_STEP)
                     s = n * B + token
                     k = (page + C.K[2]).to(raw.key.dtype) + token * C.D
-                    scores = raw_scores(k, s >= 0, whole, C) * scale
-                    scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
-                    seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
-                    p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
                     v = (page + C.V[2]).to(raw.key.dtype) + token * C.D
-                    parts = raw_values(v, s >= 0, p.to(whole.dtype), C)
-                    state = _add(state, p, m, alpha, parts)
+                    seen, valid = s[:, None] < seen_from[None], s >= 0
+                    state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
         else:
             T: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
             x = _query(q, live, 0, 2, C.DP // 2, C).to(tl.float32)
