@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""
 
+GOOD: set[tuple] = set()
+"""Forms of tensors (shapes, strides and the like) that have passed; operators look here first."""
+
+MOST_KNOWN = 4096
+
+
+def remember(form: tuple) -> None:
+    """Tensors of this form are good."""
+    if len(GOOD) >= MOST_KNOWN:
+        GOOD.clear()
+    GOOD.add(form)
+
 
 def check_pages(cache: LayerCache, device: torch.device) -> None:
     """Raise ValueError unless the pages are of the cache's format, and the kernels have that."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kivi_vllm.ops import checks
-from kivi_vllm.ops.checks import DTYPES
+from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
@@ -32,9 +32,7 @@ RAW = struct.Struct("=8q")  # KiviRaw
 
 _CPU = torch.device("cpu")
 
-_checked: set[tuple[Any, ...]] = set()
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
-MOST_KNOWN = 4096
 
 
 def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -64,9 +62,9 @@ def attend(
     common = _common(step, cache, key, value)
     slopes = params.alibi_slopes
     form = (*_form(query), *_form(output), cache.fmt, cache.pages.shape[1], step.num_tokens)
-    if slopes is not None or form not in _checked:
+    if slopes is not None or form not in GOOD:
         checks.check_query(step, cache, query, params, output)
-        _remember(form)
+        remember(form)
     _run(
         load().attend,
         common
@@ -92,10 +90,10 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     fmt, pages = cache.fmt, cache.pages
     form = (*_form(key), *_form(value), fmt, pages.shape[1], step.num_tokens)
     checks.check_numbers(cache)
-    if form not in _checked:
+    if form not in GOOD:
         for name, x in (("key", key), ("value", value)):
             checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
-        _remember(form)
+        remember(form)
     where = _known(pages, (fmt,), lambda: _pages(cache))
     tails = ctypes.create_string_buffer(
         b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
@@ -169,12 +167,6 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
 
 def _form(x: torch.Tensor) -> tuple[Any, ...]:
     return x.dtype, x.shape, x.stride(), x.is_cpu
-
-
-def _remember(form: tuple[Any, ...]) -> None:
-    if len(_checked) >= MOST_KNOWN:
-        _checked.clear()
-    _checked.add(form)
 
 
 def _tensor(x: torch.Tensor) -> tuple[int, int, int]:

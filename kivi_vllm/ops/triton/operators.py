@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.ops import checks
+from kivi_vllm.ops.checks import GOOD, remember
 from kivi_vllm.ops.reference import AttentionParams, LayerCache
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
@@ -27,7 +28,6 @@ CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
 """Look at all page ids before every step: slow, and not in CUDA graphs."""
 
 _compiled: set[tuple] = set()
-_checked: set[tuple] = set()
 
 
 def store_blocks(
@@ -47,7 +47,7 @@ def store_blocks(
     tokens = {"key": key, "value": value}
     form = (cache.fmt, cache.residual_length, cache.ring_capacity, step.num_reqs, step.num_tokens)
     form += tuple(map(_form, (*tables.values(), *data.values(), *tokens.values())))
-    if form not in _checked:
+    if form not in GOOD:
         device = cache.pages.device
         checks.check_numbers(cache)
         checks.check_pages(cache, device)
@@ -59,7 +59,7 @@ def store_blocks(
             checks.check_tokens(name, x, step, cache, cache.pages.shape[1], cache.fmt.raw_dtype)
         for name, x in {**data, **tokens}.items():
             _check_alignment(name, x)
-        _remember(form)
+        remember(form)
     if CHECKED:
         checks.check_page_ids(step, cache)
     store.store_blocks(step, cache, key, value)
@@ -90,11 +90,11 @@ def attend(
 
     """
     form = (cache.fmt, step.num_tokens, params.alibi_slopes is None, _form(query), _form(output))
-    if form not in _checked:
+    if form not in GOOD:
         checks.check_query(step, cache, query, params, output)
         _check_alignment("query", query)
         _check_alignment("output", output)
-        _remember(form)
+        remember(form)
     if step.num_decodes:
         decode(step, cache, query, key, value, params, output)
     if not step.num_prefills:
@@ -116,13 +116,6 @@ def attend(
 def _form(x: torch.Tensor) -> tuple:
     """What a check of `x` depends on."""
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
-
-
-def _remember(form: tuple) -> None:
-    """Tensors of this form are good."""
-    if len(_checked) >= 4096:
-        _checked.clear()
-    _checked.add(form)
 
 
 def _check_alignment(name: str, x: torch.Tensor) -> None:

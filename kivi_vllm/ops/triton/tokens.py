@@ -126,13 +126,16 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
             their tables from each other.
 
     """
-    ring = cache.ring
+    ring, given = cache.ring, (key, value, cache.ring, cache.tails)
+    made, of = cache.native.get("raw", (None, ()))  # all launches of a step need the same
+    if made and all(x is y for x, y in zip(of, given, strict=True)):
+        return made
     rows = {tail.table.stride(0) for tail in cache.tails}
     if len(rows) > 1 or any(t.cache.stride() != ring.cache.stride() for t in cache.tails):
         raise ValueError("ring and tails must have the same strides, and all tails' tables")
     pairs = tuple((t.cache.data_ptr(), t.table.data_ptr()) for t in cache.tails)
     page, head, token = ring.cache.stride()[:3]
-    return RawTokens(
+    made = RawTokens(
         key=key,
         key_token=key.stride(0),
         key_head=key.stride(1),
@@ -149,6 +152,8 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
         tails=_addresses(pairs, key.device),
         tails_row=rows.pop() if rows else 0,
     )
+    cache.native["raw"] = made, given
+    return made
 
 
 @functools.cache
