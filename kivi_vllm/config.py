@@ -49,6 +49,16 @@ CUDA_HEAD_SIZES = (64, 96, 128, 256)
 
 PrefillMode = Literal["exact", "cached"]
 
+SINK_TOKENS = (0, 4, 8, 16)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"sink_tokens": 0, "rotate_values": False, "clip": False},
+    "best": {"sink_tokens": 4, "rotate_values": True, "clip": True},
+}
+"""What a `recipe` sets, where an option of its own does not."""
+
+DEFAULT_RECIPE = "best"
+
 
 class KiviConfigError(ValueError):
     """A setting that the KIVI cache cannot serve; the message names the remedy."""
@@ -67,6 +77,13 @@ class KiviConfig:
         prefill: `"exact"`: the tokens of one prefill step see each other at full
             precision, as in the KIVI paper; `"cached"`: every position sees what
             it would see at decode, whatever the chunks.
+        sink_tokens: first tokens of a sequence that always stay at full precision,
+            and out of the ranges of their groups.
+        rotate_values: values are quantized after a Hadamard rotation of their
+            channels, which the attention's output undoes.
+        clip: ranges minimize the squared error instead of spanning their group.
+
+    The defaults here are KIVI as published; users get a `recipe` (`from_options`).
 
     """
 
@@ -74,12 +91,30 @@ class KiviConfig:
     group_size: int = 32
     residual_length: int = 0
     prefill: PrefillMode = "exact"
+    sink_tokens: int = 0
+    rotate_values: bool = False
+    clip: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--kv-cache-dtype", self.dtype, tuple(DTYPES))
         _one_of("kivi.group_size", self.group_size, GROUP_SIZES)
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
+        _one_of("kivi.sink_tokens", self.sink_tokens, SINK_TOKENS)
+        _one_of("kivi.rotate_values", self.rotate_values, (False, True))
+        _one_of("kivi.clip", self.clip, (False, True))
+        if self.clip and not self.sink_tokens:
+            raise KiviConfigError(
+                "kivi.clip needs kivi.sink_tokens: a range of least squared error gives up the "
+                "first token's outliers, on which attention rests; set kivi.sink_tokens to 4, or "
+                "kivi.clip to false"
+            )
+        for name in ("rotate_values", "clip"):
+            if self.k_bits == RAW_BITS and getattr(self, name):
+                raise KiviConfigError(
+                    f"kivi.{name} changes how numbers are quantized, and {self.dtype} does not "
+                    "quantize; leave it out, or use another --kv-cache-dtype"
+                )
 
     @property
     def k_bits(self) -> int:
@@ -105,14 +140,19 @@ class KiviConfig:
                 f"the 'kivi' entry of --additional-config must be an object, got {options!r}; "
                 'for example: --additional-config \'{"kivi": {"group_size": 32}}\''
             )
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "dtype"]
+        known = ["recipe", *(f.name for f in dataclasses.fields(cls) if f.name != "dtype")]
         for name in options:
             if name not in known:
                 raise KiviConfigError(
                     f"unknown option {name!r} in the 'kivi' entry of --additional-config; "
                     f"the options are: {', '.join(known)}"
                 )
-        return cls(dtype, **options)
+        options = dict(options)
+        recipe = options.pop("recipe", DEFAULT_RECIPE)
+        _one_of("kivi.recipe", recipe, tuple(RECIPES))
+        if DTYPES.get(dtype) == (RAW_BITS, RAW_BITS):  # nothing is quantized
+            recipe = "paper"
+        return cls(dtype, **{**RECIPES[recipe], **options})
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> KiviConfig:

@@ -1,4 +1,4 @@
-"""Where the cache lives in vLLM: page, ring and tail groups of one block pool.
+"""Where the cache lives in vLLM: page, ring, tail and sink groups of one block pool.
 
 Every attention layer has, besides its quantized **pages** (a `FullAttentionSpec`
 whose bytes a token are ours), caches of full-precision tokens, made of pages of
@@ -8,7 +8,9 @@ the same byte size, drawn from the same pool, admitted and freed by vLLM:
   pages a request, claimed as it grows, never shared;
 - with `residual_length` R > 0, the **tails**, the last R tokens of each completed
   block: to vLLM a sliding window of one block, so that only the newest is held
-  by a request, while prefix caching finds the older ones.
+  by a request, while prefix caching finds the older ones;
+- with `sink_tokens` S > 0, the **sinks**, the first S tokens of a sequence: one
+  page, from its first whole block on, which prefix caching finds with that block.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import (
+    CircularBufferManager,
+    SingleTypeKVCacheManager,
+)
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     CircularBufferSpec,
@@ -114,6 +120,82 @@ class RingManager(CircularBufferManager):
         """Nothing: `allocate_new_blocks` follows in the same call."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SinkSpec(AttentionSpec):
+    """The first tokens of a sequence, of one layer: one page, shared like its first block."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What one request can take."""
+        return self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Length of a block table row; see `RingSpec`."""
+        return cdiv(max_len, self.block_size)
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """Whether the model runner need compute where tokens go."""
+        return False
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Sinks group with sinks of the same size only."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
+class SinkManager(SingleTypeKVCacheManager):
+    """Gives a request one page with its first whole block, and finds that of a prefix."""
+
+    def _missing(self, request_id: str, num_tokens: int) -> int:
+        return int(num_tokens >= self.block_size and not self.req_to_blocks.get(request_id))
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Pages that `num_tokens` tokens still lack, or take out of the free ones by a hit."""
+        if new_computed_blocks:
+            return self._get_num_evictable_blocks(new_computed_blocks)
+        return self._missing(request_id, num_tokens)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Claim them."""
+        new = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
+        self.req_to_blocks[request_id].extend(new)
+        return new
+
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: there are no connectors (`support`)."""
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Make the page findable by the hash of the request's first block."""
+        super().cache_blocks(request, min(num_tokens, self.block_size), *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The page of the first block, which serves a prefix of any length; else nothing."""
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        found = max_length >= size and block_pool.get_cached_block(hashes[0], kv_cache_group_ids)
+        if not found:
+            return tuple([] for _ in kv_cache_group_ids), 0
+        return tuple([block] for block in found), max_length // size * size
+
+
 def page_spec(num_kv_heads: int, fmt: PageFormat) -> FullAttentionSpec:
     """The quantized pages of a layer.
 
@@ -147,6 +229,11 @@ def tail_spec(num_kv_heads: int, fmt: PageFormat) -> SlidingWindowSpec:
     return SlidingWindowSpec(**_raw_fields(num_kv_heads, fmt), sliding_window=BLOCK_SIZE + 1)
 
 
+def sink_spec(num_kv_heads: int, fmt: PageFormat) -> SinkSpec:
+    """One page of the first tokens of a sequence."""
+    return SinkSpec(**_raw_fields(num_kv_heads, fmt))
+
+
 def _raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
     """Pages of the same byte size as `page_spec`'s, of `fmt.raw_tokens` tokens each."""
     return dict(
@@ -163,11 +250,12 @@ def _raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
 def residual_specs(
     num_kv_heads: int, fmt: PageFormat, config: KiviConfig, num_drafts: int
 ) -> dict[str, AttentionSpec]:
-    """The full-precision caches of one layer by name: the ring first, then the tails."""
+    """The full-precision caches of one layer by name: the ring, the tails, the sinks."""
     num_tails = cdiv(config.residual_length, fmt.raw_tokens)
     return {
         "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts),
         **{f"kivi_tail{i}": tail_spec(num_kv_heads, fmt) for i in range(num_tails)},
+        **({"kivi_sinks": sink_spec(num_kv_heads, fmt)} if fmt.sink_tokens else {}),
     }
 
 
@@ -178,7 +266,7 @@ def num_draft_tokens(vllm_config: VllmConfig) -> int:
 
 
 class RawBackend(AttentionBackend):
-    """What vLLM must know of the ring and tail groups: their metadata, no kernels."""
+    """What vLLM must know of the ring, tail and sink groups: their metadata, no kernels."""
 
     @staticmethod
     def get_name() -> str:
@@ -186,7 +274,7 @@ class RawBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        raise NotImplementedError("ring and tails are read by the layer's own KIVI backend")
+        raise NotImplementedError("rings, tails and sinks are read by the layer's own KIVI backend")
 
     @staticmethod
     def get_builder_cls() -> Any:
@@ -223,7 +311,7 @@ class RawCache(AttentionLayerBase):
 
 
 def attach(attn: Attention, config: KiviConfig) -> None:
-    """Give an attention layer its ring and tails, named after it.
+    """Give an attention layer its ring, tails and sinks, named after it.
 
     Raises:
         KiviConfigError: values of another head size than keys.
@@ -238,11 +326,11 @@ def attach(attn: Attention, config: KiviConfig) -> None:
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
     num_drafts = num_draft_tokens(vllm_config)
     context = vllm_config.compilation_config.static_forward_context
-    caches = []
+    caches = {}
     for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, num_drafts).items():
         cache = RawCache(f"{attn.layer_name}.{suffix}", spec)
         if cache.name in context:
             raise ValueError(f"Duplicate layer name: {cache.name}")
-        context[cache.name] = cache
-        caches.append(cache)
-    attn.impl.bind_residual(fmt=fmt, ring=caches[0], tails=caches[1:])
+        context[cache.name] = caches[suffix] = cache
+    ring, sinks = caches.pop("kivi_ring"), caches.pop("kivi_sinks", None)
+    attn.impl.bind_residual(fmt=fmt, ring=ring, tails=[*caches.values()], sinks=sinks)

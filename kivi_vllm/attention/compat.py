@@ -105,15 +105,16 @@ def register_backend_name() -> None:
 
 
 def register_cache_specs() -> None:
-    """Register the ring, after vLLM's own specs: it skips those when any are there."""
+    """Register ring and sinks, after vLLM's own specs: it skips those when any are there."""
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 
-    from kivi_vllm.attention.cache import RingManager, RingSpec
+    from kivi_vllm.attention.cache import RingManager, RingSpec, SinkManager, SinkSpec
 
     if not _REGISTRY_KVCACHESPEC_LIST:
         register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(RingSpec, RingManager, uniform_type_base_spec=RingSpec)
+    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
 
 
 def select_backend_by_dtype() -> None:
@@ -138,7 +139,7 @@ def select_backend_by_dtype() -> None:
 
 
 def attach_residual_to_layers() -> None:
-    """Give every layer with one of our dtypes its ring and tails as it is made.
+    """Give every layer with one of our dtypes its ring, tails and sinks as it is made.
 
     The implementation never learns its layer's name, so this is the place.
     """

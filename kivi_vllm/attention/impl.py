@@ -84,11 +84,14 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             device=device,
         )
 
-    def bind_residual(self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache]) -> None:
+    def bind_residual(
+        self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None
+    ) -> None:
         """Take the layer's full-precision caches (called once, by `cache.attach`)."""
         self.fmt = fmt
         self.ring = ring
         self.tails = tails
+        self.sinks = sinks
         self._bound: torch.Tensor | None = None
 
     def forward(
@@ -139,7 +142,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
 
     def _layer_cache(self, kv_cache: torch.Tensor) -> LayerCache:
         """The layer's caches as the operators see them, with this step's tables."""
-        raws = (self.ring, *self.tails)
+        raws = (self.ring, *self.tails, *([self.sinks] if self.sinks else []))
         if self._bound is not kv_cache:  # views that live as long as what they show
             self._pages = kv_cache.flatten(2)
             self._raws = [raw.kv_cache.view(self.fmt.raw_dtype) for raw in raws]
@@ -149,6 +152,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             metadata = metadata[0]
         tables = [metadata[raw.name].block_table for raw in raws]
         ring, *tails = map(Raw, self._raws, tables)
+        sinks = tails.pop() if self.sinks else None
         return LayerCache(
             fmt=self.fmt,
             pages=self._pages,
@@ -156,4 +160,5 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             ring_capacity=self.ring.spec.num_pages * self.fmt.raw_tokens,
             tails=tuple(tails),
             residual_length=self.config.residual_length,
+            sinks=sinks,
         )

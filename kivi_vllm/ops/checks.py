@@ -50,7 +50,7 @@ def check_pages(cache: LayerCache, device: torch.device) -> None:
 
 
 def check_numbers(cache: LayerCache) -> None:
-    """Raise ValueError unless the ring and the tails are as long as the kernels count on."""
+    """Raise ValueError unless ring, tails and sinks are what the kernels count on."""
     residual, capacity = cache.residual_length, cache.ring_capacity
     if not 0 <= residual <= BLOCK_SIZE:
         raise ValueError(f"residual_length is {residual}, but must be 0 to {BLOCK_SIZE}")
@@ -58,6 +58,12 @@ def check_numbers(cache: LayerCache) -> None:
         raise ValueError(
             f"{len(cache.tails)} tails of {cache.fmt.raw_tokens} tokens cannot hold "
             f"residual_length {residual}"
+        )
+    if (cache.sinks is None) != (cache.fmt.sink_tokens == 0):
+        given = "no page" if cache.sinks is None else "a page"
+        raise ValueError(
+            f"sinks: {given} for sink_tokens {cache.fmt.sink_tokens} of the format; there must be "
+            "one where there are sink tokens, and none otherwise"
         )
     if capacity < BLOCK_SIZE:
         raise ValueError(f"ring_capacity is {capacity}, but must be {BLOCK_SIZE} at least")

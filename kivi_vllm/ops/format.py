@@ -31,6 +31,12 @@ more, so that one AND gives a vector of codes:
 
 `code_index` is this rule in code.
 
+**Rotated values.** With `rotate_values`, what v_scale, v_zero and v_codes stand for are
+the values after `codec.rotate`; a sum of values over tokens is rotated back.
+
+**Sinks.** With `sink_tokens` = S, the codes of the first S tokens of a sequence's first
+block stand for nothing: those tokens are read at full precision from elsewhere.
+
 `kivi_raw` has two fields instead, `k_codes` and `v_codes`, which are [128, D] in
 the model's dtype.
 
@@ -48,7 +54,14 @@ from typing import Literal
 
 import torch
 
-from kivi_vllm.config import BLOCK_SIZE, HEAD_SIZES, RAW_BITS, KiviConfig, KiviConfigError
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    HEAD_SIZES,
+    RAW_BITS,
+    SINK_TOKENS,
+    KiviConfig,
+    KiviConfigError,
+)
 
 Side = Literal["k", "v"]
 
@@ -111,10 +124,12 @@ class PageFormat:
         group_size: G, dividing head_size and `BLOCK_SIZE`.
         head_size: D, of keys and of values.
         raw_dtype: the model's dtype.
+        sink_tokens, rotate_values: see above.
+        clip: how scales and zeros are chosen; does not change what they mean.
 
     Raises:
-        KiviConfigError: a head size or dtype that is not supported, or a group
-            size that does not divide the head size.
+        KiviConfigError: a head size or dtype that is not supported, a group size
+            that does not divide the head size, or sinks that do not fit a page.
 
     """
 
@@ -123,6 +138,9 @@ class PageFormat:
     group_size: int
     head_size: int
     raw_dtype: torch.dtype
+    sink_tokens: int = 0
+    rotate_values: bool = False
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.head_size not in HEAD_SIZES:
@@ -142,11 +160,26 @@ class PageFormat:
                 f"the KIVI cache needs a bfloat16, float16 or float32 model, not "
                 f"{self.raw_dtype}; set --dtype"
             )
+        if self.sink_tokens > self.raw_tokens:
+            raise KiviConfigError(
+                f"kivi.sink_tokens is {self.sink_tokens}, but a page holds {self.raw_tokens} "
+                f"tokens of {str(self.raw_dtype).removeprefix('torch.')}; use "
+                f"{max(n for n in SINK_TOKENS if n <= self.raw_tokens)} at most"
+            )
 
     @classmethod
     def of(cls, config: KiviConfig, head_size: int, raw_dtype: torch.dtype) -> PageFormat:
         """The format that `config` asks for in a layer of this head size and dtype."""
-        return cls(config.k_bits, config.v_bits, config.group_size, head_size, raw_dtype)
+        return cls(
+            config.k_bits,
+            config.v_bits,
+            config.group_size,
+            head_size,
+            raw_dtype,
+            config.sink_tokens,
+            config.rotate_values,
+            config.clip,
+        )
 
     @property
     def is_raw(self) -> bool:

@@ -9,11 +9,12 @@ One attention layer's step is three calls, in this order:
    `attend` may still have needed.
 
 What a query sees (B = 128, R = residual_length): **position t sees position s at
-full precision iff s >= F(t) = max(0, B * floor(t / B) - R), and dequantized from
-its page otherwise**; keys and values alike. So a query sees its own block and
-the R tokens before it as they were. The step's own tokens come from `key` and
-`value`; older ones of the current block from the ring; the R tokens before it
-from the tail pages of the block before.
+full precision iff s >= F(t) = max(0, B * floor(t / B) - R) or s < sink_tokens, and
+dequantized from its page otherwise**; keys and values alike. So a query sees its own
+block, the R tokens before it and the sequence's first tokens as they were. The step's
+own tokens come from `key` and `value`; older ones of the current block from the ring;
+the R tokens before it from the tail pages of the block before; the sinks from a page of
+their own.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class LayerCache:
         tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
             table finds (a part of) the last R tokens of block j.
         residual_length: R.
+        sinks: with `fmt.sink_tokens`: entry 0 of a table finds the first tokens of the
+            sequence, from its first whole block on.
         native: what a compiled implementation keeps between the calls of a step.
 
     """
@@ -120,6 +123,7 @@ class LayerCache:
     ring_capacity: int
     tails: tuple[Raw, ...] = ()
     residual_length: int = 0
+    sinks: Raw | None = None
     native: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -149,7 +153,7 @@ def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.
 
     Args:
         step: the step.
-        cache: written: `pages` and `tails`.
+        cache: written: `pages`, `tails` and `sinks`.
         key, value: [num_tokens, num_kv_heads, head_size], the step's own.
 
     """
@@ -164,9 +168,17 @@ def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.
         cache.pages[blocks] = encode_pages(k, v, cache.fmt)
         for i, tail in enumerate(cache.tails):
             kept = slice(B - residual + i * per_page, min(B, B - residual + (i + 1) * per_page))
-            kv = torch.cat([k[:, :, kept], v[:, :, kept]], -1)
-            pages = tail.table[row.index, first:last].long()
-            tail.cache[pages, :, : kv.shape[2], : kv.shape[3]] = kv
+            _keep(tail, row.index, slice(first, last), k[:, :, kept], v[:, :, kept])
+        if cache.sinks is not None and first == 0:
+            sinks = cache.fmt.sink_tokens
+            cache.pages[blocks[:1]] = encode_pages(k[:1], v[:1], cache.fmt, sinks)
+            _keep(cache.sinks, row.index, slice(0, 1), k[:1, :, :sinks], v[:1, :, :sinks])
+
+
+def _keep(raw: Raw, index: int, entries: slice, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write k, v [pages, num_kv_heads, tokens, D] into the pages of a request's entries."""
+    kv = torch.cat([k, v], -1)
+    raw.cache[raw.table[index, entries].long(), :, : kv.shape[2], : kv.shape[3]] = kv
 
 
 def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -271,9 +283,16 @@ def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]
 def _page_history(
     row: Row, end: int, step: Step, cache: LayerCache
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dequantized K and V [num_kv_heads, n * B, head_size] of the blocks up to `end`."""
+    """Dequantized K and V [num_kv_heads, n * B, head_size] of the blocks up to `end`.
+
+    The sinks' are as they were.
+    """
     blocks = step.block_table[row.index, : -(-end // B)].long()
     k, v = decode_pages(cache.pages[blocks], cache.fmt)  # [n, H, B, D]
+    if cache.sinks is not None and end > 0:
+        n, d = cache.fmt.sink_tokens, cache.fmt.head_size
+        kv = cache.sinks.cache[cache.sinks.table[row.index, 0].long(), :, :n].float()
+        k[0, :, :n], v[0, :, :n] = kv[..., :d], kv[..., d : 2 * d]
     return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
 
 

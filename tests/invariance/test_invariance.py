@@ -1,8 +1,8 @@
 """In `cached` mode an answer depends on its prompt and on nothing else.
 
 Not on the chunks of the prefill, on prefix hits, on who else is in the batch, on
-preemption, or on drafts that were rejected. Each for `residual_length` 0 and 32,
-on pages that are poisoned whenever they change hands.
+preemption, or on drafts that were rejected. Each with the ring alone, and with tails
+and sinks too, on pages that are poisoned whenever they change hands.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ TOLERANCE = 1e-4
 PROMPTS = [random_prompt(n, seed=n) for n in (700, 129, 40, 384, 255)]
 MAX_TOKENS = 20
 
-residuals = pytest.mark.parametrize("residual", [0, 32], ids=lambda r: f"R{r}")
+residuals = pytest.mark.parametrize("residual", [0, 32], ids=["R0", "R32-sinks8"])
 
 
 def _options(residual: int) -> dict[str, Any]:
-    return {"prefill": "cached", "residual_length": residual}
+    sinks = 8 if residual else 0
+    return {"prefill": "cached", "residual_length": residual, "sink_tokens": sinks}
 
 
 def _alone(llm: Any) -> list:
@@ -97,7 +98,7 @@ def test_preemption(residual: int, smooth_codec: None, poison: Any, monkeypatch:
             "kivi_raw",
             kivi=options,
             enable_prefix_caching=caching,
-            num_gpu_blocks_override=27 if residual == 0 else 34,
+            num_gpu_blocks_override=27 if residual == 0 else 37,
             max_num_batched_tokens=512,
             max_model_len=512,
         ) as llm:
@@ -183,7 +184,7 @@ def test_rejected_drafts(
         assert any(start // 128 != (start + 11) // 128 for start, _ in rejected)
 
 
-@pytest.mark.parametrize("fault", ["ring", "rule", "pages"])
+@pytest.mark.parametrize("fault", ["ring", "rule", "pages", "sinks"])
 def test_a_fault_is_seen(
     fault: str,
     operators: Any,
@@ -206,6 +207,14 @@ def test_a_fault_is_seen(
                 return ((s, e, min(s, f + 32)) for s, e, f in tiles(*args))
 
             monkeypatch.setattr(reference, "_tiles", late)
+        elif fault == "sinks":  # sinks that are never written
+            keep = reference._keep
+
+            def forgetful(raw: Any, index: int, entries: slice, *kv: Any) -> None:
+                if kv[0].shape[2] != 8:
+                    keep(raw, index, entries, *kv)
+
+            monkeypatch.setattr(reference, "_keep", forgetful)
         else:  # pages of the block before
             history = reference._page_history
 

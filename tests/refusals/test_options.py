@@ -24,6 +24,16 @@ from tests.refusals.configs import config_only, engine_config, refusal
             "kivi.residual_length is False, but must be one of: 0, 32, 64, 128",
         ),
         ({"prefill": "fast"}, "kivi.prefill is 'fast', but must be one of: exact, cached"),
+        ({"recipe": "great"}, "kivi.recipe is 'great', but must be one of: paper, best"),
+        ({"sink_tokens": 5}, "kivi.sink_tokens is 5, but must be one of: 0, 4, 8, 16"),
+        ({"rotate_values": 1}, "kivi.rotate_values is 1, but must be one of: False, True"),
+        ({"clip": "yes"}, "kivi.clip is 'yes', but must be one of: False, True"),
+        (
+            {"sink_tokens": 0},
+            "kivi.clip needs kivi.sink_tokens: a range of least squared error gives up the first "
+            "token's outliers, on which attention rests; set kivi.sink_tokens to 4, or kivi.clip "
+            "to false",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -35,7 +45,24 @@ def test_unknown_option() -> None:
     message = refusal(additional_config={"kivi": {"bits": 2}})
     assert "unknown option 'bits'" in message
     assert "--additional-config" in message
-    assert "group_size, residual_length, prefill" in message
+    known = "recipe, group_size, residual_length, prefill, sink_tokens, rotate_values, clip"
+    assert message.endswith(known)
+
+
+def test_recipes_are_for_what_is_quantized() -> None:
+    message = refusal(kv_cache_dtype="kivi_raw", additional_config={"kivi": {"clip": True}})
+    assert "kivi.clip" in message
+    options = {"kivi": {"rotate_values": True}}
+    message = refusal(kv_cache_dtype="kivi_raw", additional_config=options)
+    assert "kivi.rotate_values changes how numbers are quantized, and kivi_raw does not" in message
+
+
+def test_sinks_that_a_page_cannot_hold() -> None:
+    options = {"kivi": {"sink_tokens": 16}}
+    message = refusal(config_only(head_dim=64), dtype="float32", additional_config=options)
+    assert message == (
+        "kivi.sink_tokens is 16, but a page holds 12 tokens of float32; use 8 at most"
+    )
 
 
 @pytest.mark.parametrize("options", [3, [1], "group_size=64", None], ids=repr)
@@ -62,7 +89,16 @@ def test_group_size_that_does_not_divide_the_head_size(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"group_size": 64}, {"residual_length": 128}, {"prefill": "cached"}],
+    [
+        {},
+        {"group_size": 64},
+        {"residual_length": 128},
+        {"prefill": "cached"},
+        {"recipe": "paper"},
+        {"recipe": "best", "sink_tokens": 8},
+        {"recipe": "paper", "rotate_values": True},
+        {"clip": False, "sink_tokens": 0},
+    ],
     ids=str,
 )
 def test_good_options_are_taken(options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from kivi_vllm.config import DTYPES
 from kivi_vllm.ops import reference
+from kivi_vllm.ops.codec import FIT_ROUNDS
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
@@ -48,6 +49,9 @@ class Case:
     alibi: bool = False
     window: int = 0
     tokens: int = 300
+    sinks: int = 0
+    rotate: bool = False
+    clip: bool = False
 
     def __str__(self) -> str:
         """For example kivi2-G32-R0-H4x2-D64-T300."""
@@ -56,12 +60,14 @@ class Case:
         short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
         more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
         more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
+        more |= {"sinks": self.sinks, "rotate": self.rotate, "clip": self.clip}
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
         return "-".join([name + short, *words])
 
     @property
     def fmt(self) -> PageFormat:
-        return PageFormat(*DTYPES[self.dtype], self.group, self.head_size, self.model)
+        bits, recipe = DTYPES[self.dtype], (self.sinks, self.rotate, self.clip)
+        return PageFormat(*bits, self.group, self.head_size, self.model, *recipe)
 
     @property
     def params(self) -> AttentionParams:
@@ -83,6 +89,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     ring: list[int] = field(default_factory=list)
     tails: dict[int, list[int]] = field(default_factory=dict)
+    sinks: list[int] = field(default_factory=list)
     quantized: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -137,6 +144,7 @@ class Simulator:
                 mine[: new.computed] = theirs[: new.computed]
             new.blocks = like.blocks[:hit_blocks]
             new.tails = {hit_blocks - 1: like.tails[hit_blocks - 1]}
+            new.sinks = like.sinks
         self.requests.append(new)
         return new
 
@@ -157,7 +165,7 @@ class Simulator:
                 return
             used = {0}
             for r in self.requests:
-                used |= {*r.blocks, *r.ring}.union(*r.tails.values())
+                used |= {*r.blocks, *r.ring, *r.sinks}.union(*r.tails.values())
             free = sorted(set(range(len(self.pool))) - used)
             held += self.rng.permutation(free)[: wanted - len(held)].tolist()
             assert len(held) == wanted, "the simulator's pool is too small"
@@ -167,6 +175,7 @@ class Simulator:
         more(request.ring, min(self.ring_pages, -(-upto // self.fmt.raw_tokens)))
         for block in range(request.computed // B, upto // B):
             more(request.tails.setdefault(block, []), self.num_tails)
+        more(request.sinks, int(upto >= B and self.case.sinks > 0))
 
     # ---------------------------------------------------------------- steps
 
@@ -234,7 +243,8 @@ class Simulator:
             tails.append(Raw(raw, self._table(ids)))
         ring = Raw(raw, self._table([r.ring for r in order]))
         capacity, residual = self.ring_capacity, self.case.residual
-        return LayerCache(self.fmt, pages, ring, capacity, tuple(tails), residual)
+        sinks = Raw(raw, self._table([r.sinks for r in order])) if self.case.sinks else None
+        return LayerCache(self.fmt, pages, ring, capacity, tuple(tails), residual, sinks)
 
     # ---------------------------------------------------------------- truth
 
@@ -260,16 +270,23 @@ class Simulator:
         assert (self.pool[:, 0] == POISON).all()
 
 
-def quantized(k: torch.Tensor, v: torch.Tensor, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """One block [128, num_kv_heads, D] as its pages give it back."""
+def quantized(
+    k: torch.Tensor, v: torch.Tensor, case: Case, sinks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back."""
     k_bits, v_bits = DTYPES[case.dtype]
     out = k.double().numpy().copy(), v.double().numpy().copy()
     for h in range(case.heads[1] if k_bits else 0):
         heads = k[:, h].float().numpy(), v[:, h].float().numpy()
-        page = kivi_numpy.encode_page(*heads, k_bits, v_bits, case.group)
-        out[0][:, h], out[1][:, h] = kivi_numpy.decode_page(
-            page, k_bits, v_bits, case.group, case.head_size
+        rounds = FIT_ROUNDS if case.clip else 0
+        page = kivi_numpy.encode_page(
+            *heads, k_bits, v_bits, case.group, sinks=sinks, rotate=case.rotate, rounds=rounds
         )
+        lossy = kivi_numpy.decode_page(
+            page, k_bits, v_bits, case.group, case.head_size, rotate=case.rotate
+        )
+        for x, y in zip(out, lossy, strict=True):
+            x[sinks:, h] = y[sinks:]
     return out
 
 
@@ -279,7 +296,8 @@ def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.n
     for s in range(0, max(seen), B):
         if s not in request.quantized:
             block = slice(s, s + B)
-            request.quantized[s] = quantized(request.k[block], request.v[block], case)
+            sinks = 0 if s else case.sinks
+            request.quantized[s] = quantized(request.k[block], request.v[block], case, sinks)
     out = np.empty((b - a, case.heads[0], case.head_size))
     for f in set(seen):
         at = np.array([t for t in range(a, b) if seen[t - a] == f])

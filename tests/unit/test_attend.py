@@ -47,6 +47,20 @@ CASES = [
     # Drafts.
     Case(drafts=1, residual=64),
     Case(drafts=5, exact=True, dtype="kivi4"),
+    # Recipes.
+    *(
+        Case(sinks=s, rotate=rotate, clip=clip, model=BF16, residual=residual, head_size=d)
+        for s, rotate, clip, residual, d in (
+            (4, True, True, 0, 64),
+            (16, False, False, 32, 64),
+            (0, True, False, 0, 96),
+            (8, True, True, 128, 128),
+        )
+    ),
+    Case(sinks=8, rotate=True, clip=True, dtype="kivi4", exact=True, head_size=160, tokens=517),
+    *(Case(sinks=8, rotate=True, window=w, tokens=400) for w in (130, 250, 300)),
+    Case(sinks=8, alibi=True, soft_cap=20.0, dtype="kivi_k4v2", heads=MQA),
+    Case(sinks=4, clip=True, drafts=5, residual=32, heads=MHA),
 ]
 
 

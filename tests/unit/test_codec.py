@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,11 +26,26 @@ SPECIAL += [1e5, -1e5, 1e30, -1e30, 2e38, 3e38, -3e38, float("inf"), -float("inf
 shapes = st.tuples(
     st.sampled_from([*DTYPES]), st.sampled_from([32, 64, 128]), st.sampled_from(HEAD_SIZES)
 )
-formats = st.builds(
-    lambda shape, raw: PageFormat.of(KiviConfig(shape[0], group_size=shape[1]), shape[2], raw),
-    shapes.filter(lambda shape: shape[2] % shape[1] == 0),
-    st.sampled_from(MODEL_DTYPES),
+
+
+def formats_of(recipes: st.SearchStrategy[dict]) -> st.SearchStrategy[PageFormat]:
+    """Formats with one of these options each."""
+    return st.builds(
+        lambda shape, raw, recipe: PageFormat.of(
+            KiviConfig(shape[0], group_size=shape[1], **recipe), shape[2], raw
+        ),
+        shapes.filter(lambda shape: shape[2] % shape[1] == 0),
+        st.sampled_from(MODEL_DTYPES),
+        recipes,
+    )
+
+
+recipes = st.sampled_from(
+    [{}, {"rotate_values": True}, {"sink_tokens": 8}, {"sink_tokens": 4, "clip": True}]
+    + [{"sink_tokens": 4, "clip": True, "rotate_values": True}] * 2
 )
+formats = formats_of(recipes)
+plain_formats = formats_of(st.just({}))
 
 
 @st.composite
@@ -54,12 +72,22 @@ def blocks(draw: st.DrawFn, fmt: PageFormat, *, ordinary: bool = False) -> torch
     return torch.from_numpy(x).to(fmt.raw_dtype)
 
 
-def both(fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def both(
+    fmt: PageFormat, k: torch.Tensor, v: torch.Tensor, sinks: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Page bytes of the reference and of NumPy, with the NaN and zeros that are one alike."""
     bits = (fmt.k_bits, fmt.v_bits)
-    page = codec.encode_pages(k, v, fmt)
+    page = codec.encode_pages(k, v, fmt, sinks)
     ours = kivi_numpy.canonical(page.numpy(), *bits, fmt.group_size, fmt.head_size)
-    theirs = kivi_numpy.encode_page(k.float().numpy(), v.float().numpy(), *bits, fmt.group_size)
+    theirs = kivi_numpy.encode_page(
+        k.float().numpy(),
+        v.float().numpy(),
+        *bits,
+        fmt.group_size,
+        sinks=sinks,
+        rotate=fmt.rotate_values,
+        rounds=codec.FIT_ROUNDS if fmt.clip else 0,
+    )
     theirs = kivi_numpy.canonical(theirs, *bits, fmt.group_size, fmt.head_size)
     return torch.from_numpy(ours), torch.from_numpy(theirs)
 
@@ -174,17 +202,18 @@ def test_literal_order_of_codes(row: tuple) -> None:
 @settings(max_examples=120, deadline=None)
 def test_pages_equal_numpy(data: st.DataObject, fmt: PageFormat) -> None:
     k, v = data.draw(blocks(fmt)), data.draw(blocks(fmt))
-    ours, theirs = both(fmt, k, v)
+    ours, theirs = both(fmt, k, v, sinks=fmt.sink_tokens)
     assert torch.equal(ours, theirs)
     # Dequantized, exactly, and from bytes that NumPy wrote.
+    plain = replace(fmt, rotate_values=False)
     wanted = kivi_numpy.decode_page(
         theirs.numpy(), fmt.k_bits, fmt.v_bits, fmt.group_size, fmt.head_size
     )
-    for got, want in zip(codec.decode_pages(theirs, fmt), wanted, strict=True):
+    for got, want in zip(codec.decode_pages(theirs, plain), wanted, strict=True):
         assert same(got, torch.from_numpy(want))
 
 
-@given(st.data(), formats)
+@given(st.data(), plain_formats)
 @settings(max_examples=20, deadline=None)
 def test_any_bytes_decode_alike(data: st.DataObject, fmt: PageFormat) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -195,7 +224,7 @@ def test_any_bytes_decode_alike(data: st.DataObject, fmt: PageFormat) -> None:
         assert same(got, torch.from_numpy(want))
 
 
-@given(st.data(), formats)
+@given(st.data(), plain_formats)
 @settings(max_examples=40, deadline=None)
 def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
     x = [data.draw(blocks(fmt, ordinary=True)) for _ in range(2)]
@@ -234,7 +263,7 @@ def test_every_byte_is_unpacked_and_packed_again(bits: int, side: Side) -> None:
     assert torch.equal(codec.pack(codes, bits, side), every)
 
 
-@given(st.data(), formats, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
+@given(st.data(), plain_formats, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
 @settings(max_examples=40, deadline=None)
 def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison: float) -> None:
     g, d = fmt.group_size, fmt.head_size
@@ -263,6 +292,61 @@ def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison:
         assert b[~group].isfinite().all()
         # Within the group: NaN is told, infinities saturate.
         assert b[group].isnan().all() if poison != poison else b[group].isfinite().all()
+
+
+# ------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("d", HEAD_SIZES)
+def test_rotation_is_hadamards(d: int) -> None:
+    x = torch.randn(5, d)
+    y = codec.rotate(x)
+    n = d & -d
+    signs = functools.reduce(np.kron, [np.array([[1, 1], [1, -1]])] * int(np.log2(n)))
+    wanted = (x.unflatten(-1, (-1, n)) @ torch.from_numpy(signs).float()).flatten(-2) * 2.0 ** -(
+        int(np.log2(n)) // 2
+    )
+    assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(codec.rotate(y, inverse=True), x, rtol=1e-5, atol=1e-5)
+    exact = torch.randint(-999, 999, (5, d)).float()  # sums below 2^24
+    assert torch.equal(codec.rotate(codec.rotate(exact), inverse=True), exact)
+
+
+@given(st.data(), formats_of(st.just({"sink_tokens": 4, "clip": True})))
+@settings(max_examples=30, deadline=None)
+def test_fitted_ranges_have_less_error(data: st.DataObject, fmt: PageFormat) -> None:
+    """Less, but for the rounding of the range, for each group on its own."""
+    x = data.draw(blocks(fmt, ordinary=True))
+    g = fmt.group_size
+    spans = [x.float().unflatten(0, (-1, g)), x.float().unflatten(1, (-1, g))]
+    for groups, dim, bits in ((spans[0], 1, fmt.k_bits), (spans[1], 2, fmt.v_bits)):
+        errors = []
+        for clip in (False, True):
+            codes, scale, zero = codec.quantize(groups, bits, dim, clip)
+            got = codec.dequantize(codes, scale, zero).double()
+            errors.append((got - groups).square().sum(dim))
+        size = groups.abs().amax(dim).double() + 1e-3
+        assert (errors[1] <= errors[0] * 1.02 + g * (size * 2.0**-10).square()).all()
+
+
+def test_fitting_gives_up_outliers_and_spares_the_rest() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 31), torch.tensor([8.0])])
+    errors = []
+    for clip in (False, True):
+        codes, scale, zero = codec.quantize(x, 2, 0, clip)
+        errors.append((codec.dequantize(codes, scale, zero) - x).abs())
+    assert errors[1].square().sum() < 0.8 * errors[0].square().sum()
+
+
+@pytest.mark.parametrize("sinks", [4, 8, 16])
+def test_sinks_do_not_touch_the_ranges_of_others(sinks: int) -> None:
+    fmt = PageFormat(2, 2, 32, 64, torch.float16, sinks, True, True)
+    k, v = torch.randn(2, 128, 64).half()
+    loud = k.clone()
+    loud[:sinks] *= 100
+    a, b = (codec.encode_pages(x, v, fmt, sinks) for x in (k, loud))
+    assert torch.equal(a, b)
+    assert not torch.equal(codec.encode_pages(loud, v, fmt), a)  # the negative control
 
 
 @pytest.mark.parametrize("raw", MODEL_DTYPES, ids=str)

@@ -67,7 +67,8 @@ def test_options_must_be_an_object(options: Any) -> None:
 @pytest.mark.parametrize("dtype", BITS)
 def test_defaults(dtype: str) -> None:
     config = KiviConfig.from_options(dtype, {})
-    assert config == KiviConfig(dtype, group_size=32, residual_length=0, prefill="exact")
+    recipe = (0, False, False) if dtype == "kivi_raw" else (4, True, True)
+    assert config == KiviConfig(dtype, 32, 0, "exact", *recipe)
     assert (config.k_bits, config.v_bits) == BITS[dtype]
 
 
@@ -106,7 +107,33 @@ def test_from_vllm(additional: Any, group_size: int) -> None:
     vllm_config: Any = SimpleNamespace(
         additional_config=additional, cache_config=SimpleNamespace(cache_dtype="kivi_k4v2")
     )
-    assert KiviConfig.from_vllm(vllm_config) == KiviConfig("kivi_k4v2", group_size=group_size)
+    best: dict[str, Any] = {"sink_tokens": 4, "rotate_values": True, "clip": True}
+    wanted = KiviConfig("kivi_k4v2", group_size=group_size, **best)
+    assert KiviConfig.from_vllm(vllm_config) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, (4, True, True)),
+        ({"recipe": "best"}, (4, True, True)),
+        ({"recipe": "paper"}, (0, False, False)),
+        ({"recipe": "paper", "sink_tokens": 8, "clip": True}, (8, False, True)),
+        ({"rotate_values": False}, (4, False, True)),
+        ({"sink_tokens": 0, "clip": False}, (0, True, False)),
+    ],
+    ids=str,
+)
+def test_recipes(options: dict[str, Any], wanted: tuple) -> None:
+    config = KiviConfig.from_options("kivi2", options)
+    assert (config.sink_tokens, config.rotate_values, config.clip) == wanted
+
+
+def test_nothing_is_done_to_what_is_not_quantized() -> None:
+    assert KiviConfig.from_options("kivi_raw", {}) == KiviConfig("kivi_raw")
+    assert KiviConfig.from_options("kivi_raw", {"sink_tokens": 8}).sink_tokens == 8
+    with pytest.raises(KiviConfigError, match=r"kivi\.clip changes .* kivi_raw does not quantize"):
+        KiviConfig.from_options("kivi_raw", {"sink_tokens": 8, "clip": True})
 
 
 def test_from_vllm_refuses_too() -> None:

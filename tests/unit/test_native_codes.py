@@ -28,7 +28,9 @@ def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch
     shape = (capacity // fmt.raw_tokens, 1, fmt.raw_tokens, 2 * fmt.head_size)
     ring = torch.full(shape, torch.nan).to(fmt.raw_dtype)
     table = torch.arange(len(ring), dtype=torch.int32)[None]
-    cache = LayerCache(fmt, pages, Raw(ring, table), capacity)
+    kept = torch.full((1, *shape[1:]), torch.nan).to(fmt.raw_dtype)
+    sinks = Raw(kept, torch.zeros(1, 1, dtype=torch.int32)) if fmt.sink_tokens else None
+    cache = LayerCache(fmt, pages, Raw(ring, table), capacity, sinks=sinks)
     key, value = k[:, None], v[:, None]
     block_table = torch.tensor([[1]], dtype=torch.int32)
     for a, b in ((0, 100), (100, 128)):
@@ -36,6 +38,10 @@ def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch
         ops.store_blocks(step, cache, key[a:b], value[a:b])
         ops.store_ring(step, cache, key[a:b], value[a:b])
     assert (pages[0] == 255).all() and (pages[2] == 255).all()
+    if sinks:
+        wanted = torch.cat([k, v], -1)[: fmt.sink_tokens]
+        same = [x.contiguous().view(torch.uint8) for x in (kept[0, 0, : fmt.sink_tokens], wanted)]
+        assert torch.equal(*same) and kept[0, 0, fmt.sink_tokens :].isnan().all()
     return pages[1, 0]
 
 
@@ -58,11 +64,15 @@ def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageForm
 
 @pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi_raw"])
 @pytest.mark.parametrize("residual", [0, 32, 128])
-def test_pools_equal_the_reference(isa: str, dtype: str, residual: int) -> None:
-    """Pages, ring and tails of many requests, chunks and block boundaries."""
+@pytest.mark.parametrize("best", [False, True], ids=["paper", "best"])
+def test_pools_equal_the_reference(isa: str, dtype: str, residual: int, best: bool) -> None:
+    """Pages, ring, tails and sinks of many requests, chunks and block boundaries."""
+    if best and dtype == "kivi_raw":
+        pytest.skip("nothing is quantized")
+    recipe: dict[str, Any] = {"sinks": 8, "rotate": True, "clip": True} if best else {}
     pools = []
     for ops in (operators, reference):
-        case = Case(dtype=dtype, residual=residual, model=BF16, head_size=96)
+        case = Case(dtype=dtype, residual=residual, model=BF16, head_size=96, **recipe)
         quiet = SimpleNamespace(
             store_blocks=ops.store_blocks, store_ring=ops.store_ring, attend=reference.attend
         )

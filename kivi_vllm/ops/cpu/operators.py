@@ -26,9 +26,10 @@ from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
 # KiviCall of csrc/abi.h: up to `threads`, and the rest.
-COMMON, QUERY = struct.Struct("=38q"), struct.Struct("=8q2d2q")
+COMMON, QUERY = struct.Struct("=48q"), struct.Struct("=8q2d2q")
 NO_QUERY = bytes(QUERY.size)
 RAW = struct.Struct("=8q")  # KiviRaw
+NO_RAW = (0,) * 8
 
 _CPU = torch.device("cpu")
 
@@ -108,7 +109,6 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         fmt.group_size,
         fmt.head_size,
         fmt.raw_tokens,
-        fmt.page_bytes,
         DTYPES[fmt.raw_dtype],
         pages.shape[1],
         *where,
@@ -118,6 +118,10 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         ctypes.addressof(tails),
         len(cache.tails),
         cache.residual_length,
+        *(NO_RAW if cache.sinks is None else _raw("sinks", cache.sinks, step, cache)),
+        fmt.sink_tokens,
+        fmt.rotate_values,
+        fmt.clip,
         *_tensor(key),
         *_tensor(value),
         torch.get_num_threads(),
@@ -182,8 +186,8 @@ def _run(function: Any, call: bytes, cache: LayerCache) -> None:
         return
     if status == BAD_PAGE:
         raise ValueError(
-            "a page id in block_table or in the table of the ring or of a tail is outside of its "
-            f"cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the table "
+            "a page id in block_table or in the table of the ring, a tail or the sinks is outside "
+            f"of its cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the table "
             "has too few columns for a row's positions, or a row's positions and tokens do not fit"
         )
     if status == NO_MEMORY:

@@ -30,8 +30,8 @@ struct KiviCall {
   const KiviRow *rows;
   int64_t num_rows;
   int64_t per_position, decode_len;
-  int64_t k_bits, v_bits, group_size, head_size, raw_tokens, page_bytes;  // PageFormat
-  int64_t dtype;                                                          // KiviDtype
+  int64_t k_bits, v_bits, group_size, head_size, raw_tokens;  // PageFormat
+  int64_t dtype;                                              // KiviDtype
   int64_t num_kv_heads;
   uint8_t *pages;  // [num_blocks, num_kv_heads, page_bytes]
   int64_t page_block_stride, page_head_stride, num_blocks;
@@ -41,6 +41,8 @@ struct KiviCall {
   int64_t ring_capacity;
   const KiviRaw *tails;
   int64_t num_tails, residual_length;
+  KiviRaw sinks;  // entry 0 of a table: the first tokens of the sequence
+  int64_t sink_tokens, rotate_values, clip;
   KiviTensor key, value;
   int64_t threads;
 

@@ -1,85 +1,138 @@
 // Quantize and pack one block: the numbers of codec.py bit for bit, in the order of format.py.
+//
+// Keys are taken as [128 tokens][channels] and values as [channels][128 tokens], so that the groups
+// of both are runs of rows, and a vector has as many groups as lanes.
 
 struct EncodeScratch {
-  float x[kBlock * kMaxHead];                  // [128][head_size]
-  float zero[kMaxHead], scale[kMaxHead];       // of one group, as fp32
-  uint8_t codes[kBlock * kMaxHead];            // [128][head_size]
-  uint8_t turned[kMaxHead * kBlock];           // [head_size][128]
+  float x[kBlock * kMaxHead];
+  uint8_t codes[kBlock * kMaxHead];  // like x
 };
 
-// zero and scale of a group with the given extremes; NaN if one of its numbers is.
-static INLINE void scale_of(float low, float high, bool nan, float top, uint16_t *zero,
-                            uint16_t *scale) {
+typedef double vd __attribute__((vector_size(W * 8)));
+#define WIDE(x) __builtin_convertvector(x, vd)
+#define NARROW(x) __builtin_convertvector(x, vf)
+
+static INLINE vf half_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // 0 <= x < 2^22
+static INLINE vf either(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+// As one comparison each: a product that is clamped before it is rounded cannot be fused with the
+// addition that rounds it.
+static INLINE vf clamp(vf x, vf top) {
+  x = x > 0.0f ? x : vf{};  // NaN too, before it meets the integers
+  return x < top ? x : top;
+}
+
+// codec.fit: scale and zero of less squared error, of W groups of n numbers in rows `columns` apart.
+// All sums and products are of whole numbers, so nothing is rounded before the quotients.
+static INLINE void fit(const float *x, int n, int columns, float top, vf low, vf spread, vf *scale,
+                       vf *zero) {
+  const float kSteps = 1023.0f;
+  vf u[kBlock], weight[kBlock];
+  const vi good = (spread > 1e-6f) & (spread < 65504.0f);
+  const vf span = either(good, spread, all(1.0f));
+  const vf to_steps = kSteps / span;
+  vf total = {}, count = {};
+  for (int t = 0; t < n; t++) {
+    u[t] = half_even(clamp((load(x + t * columns) - low) * to_steps, all(kSteps)));
+    const vf off = 2.0f * u[t] - kSteps;  // its square is below 2^20
+    weight[t] = 1.0f + half_even(off * off * (1.0f / (1 << 18)));
+    count += weight[t];
+    total += weight[t] * u[t];
+  }
+  vf slope = all(kSteps) / top, start = {};
+  for (int round = 0; round < kFitRounds; round++) {
+    const vf inverse = 1.0f / slope;
+    vf c1 = {}, c2 = {}, cu = {};
+    for (int t = 0; t < n; t++) {
+      const vf c = half_even(clamp((u[t] - start) * inverse, all(top)));
+      const vf wc = weight[t] * c;
+      c1 += wc;
+      c2 += wc * c;
+      cu += wc * u[t];
+    }
+    const vd n0 = WIDE(count), n1 = WIDE(c1), n2 = WIDE(c2), nu = WIDE(cu), all_u = WIDE(total);
+    const vd d = n0 * n2 - n1 * n1;
+    const vi several = NARROW(d) > 0.0f;
+    const vd divisor = WIDE(either(several, NARROW(d), all(1.0f)));
+    slope = either(several, NARROW((n0 * nu - n1 * all_u) / divisor), slope);
+    start = either(several, NARROW((all_u * n2 - n1 * nu) / divisor), start);
+  }
+  const vf step = span / kSteps;
+  *scale = either(good, slope * step, *scale);
+  *zero = either(good, NARROW(WIDE(low) + WIDE(start) * WIDE(step)), low);
+}
+#undef WIDE
+#undef NARROW
+
+// Codes, scales and zeros of `rows` of `columns` numbers, `group` rows a group.
+static void quantize(EncodeScratch &s, int rows, int columns, int group, float top, bool clip,
+                     uint16_t *scale, uint16_t *zero) {
   const float kMax = 65504.0f, kNan = __builtin_nanf("");
-  const float spread = high == low ? 0.0f : high - low;
-  const float s = min_of(spread / top, kMax), z = low < -kMax ? -kMax : low > kMax ? kMax : low;
-  *zero = float_to_half(nan ? kNan : z);
-  *scale = float_to_half(nan ? kNan : s);
-}
-
-// Codes of n numbers with their own or (step 0) one common zero and scale.
-static INLINE void codes_of(const float *x, const float *zero, const float *scale, int step, int n,
-                            float top, uint8_t *codes) {
-  for (int i = 0; i < n; i += W) {
-    const vf z = step ? load(zero + i) : all(*zero), s = step ? load(scale + i) : all(*scale);
-    const vi positive = s > 0.0f;  // not 0, not NaN
-    const vf divisor = (vf)(((vi)s & positive) | ((vi)all(1.0f) & ~positive));
-    vf y = (load(x + i) - z) / divisor;
-    y = y > 0.0f ? y : vf{};  // NaN too, before it meets the integers
-    y = y < top ? y : all(top);
-    y = (y + 12582912.0f) - 12582912.0f;  // half to even
-    const vi code = __builtin_convertvector(y, vi) & positive;
-    for (int j = 0; j < W; j++) codes[i + j] = (uint8_t)code[j];
-  }
-}
-
-static void quantize_keys(EncodeScratch &s, int d, int group, float top, uint8_t *page,
-                          const Layout &at) {
-  for (int g = 0; g < kBlock / group; g++) {
-    const float *x = s.x + g * group * d;
-    uint16_t *scale = (uint16_t *)(page + at.k_scale) + g * d;
-    uint16_t *zero = (uint16_t *)(page + at.k_zero) + g * d;
-    for (int i = 0; i < d; i += W) {
-      vf low = load(x + i), high = low;
-      vi nan = low != low;
-      for (int t = 1; t < group; t++) {
-        const vf y = load(x + t * d + i);
-        nan |= y != y;
-        low = y < low ? y : low;
-        high = y > high ? y : high;
-      }
-      for (int j = 0; j < W; j++) scale_of(low[j], high[j], nan[j], top, zero + i + j, scale + i + j);
-    }
-    for (int i = 0; i < d; i++) {
-      s.scale[i] = half_to_float(scale[i]);
-      s.zero[i] = half_to_float(zero[i]);
-    }
-    for (int t = 0; t < group; t++)
-      codes_of(x + t * d, s.zero, s.scale, 1, d, top, s.codes + (g * group + t) * d);
-  }
-}
-
-static void quantize_values(EncodeScratch &s, int d, int group, float top, uint8_t *page,
-                            const Layout &at) {
-  for (int t = 0; t < kBlock; t++)
-    for (int g = 0; g < d / group; g++) {
-      const float *x = s.x + t * d + g * group;
-      uint16_t *scale = (uint16_t *)(page + at.v_scale) + g * kBlock + t;
-      uint16_t *zero = (uint16_t *)(page + at.v_zero) + g * kBlock + t;
+  for (int g = 0; g < rows; g += group, scale += columns, zero += columns)
+    for (int i = 0; i < columns; i += W) {
+      const float *x = s.x + g * columns + i;
       vf low = load(x), high = low;
       vi nan = low != low;
-      for (int i = W; i < group; i += W) {
-        const vf y = load(x + i);
+      for (int t = 1; t < group; t++) {
+        const vf y = load(x + t * columns);
         nan |= y != y;
         low = y < low ? y : low;
         high = y > high ? y : high;
       }
-      const float largest_of = largest(high), smallest = -largest(-low);
-      bool bad = false;
-      for (int j = 0; j < W; j++) bad |= nan[j] != 0;
-      scale_of(smallest, largest_of, bad, top, zero, scale);
-      const float fs = half_to_float(*scale), fz = half_to_float(*zero);
-      codes_of(x, &fz, &fs, 0, group, top, s.codes + t * d + g * group);
+      const vf spread = either(high == low, vf{}, high - low);
+      vf step = spread / top, from = low;
+      if (clip) fit(x, group, columns, top, low, spread, &step, &from);
+      step = either(nan, all(kNan), step < kMax ? step : all(kMax));
+      from = from < -kMax ? all(-kMax) : from;
+      from = either(nan, all(kNan), from > kMax ? all(kMax) : from);
+      for (int j = 0; j < W; j++) {
+        scale[i + j] = float_to_half(step[j]);
+        zero[i + j] = float_to_half(from[j]);
+      }
+      step = load_half(scale + i);
+      from = load_half(zero + i);
+      const vi positive = step > 0.0f;  // not 0, not NaN
+      const vf divisor = either(positive, step, all(1.0f));
+      uint8_t *codes = s.codes + g * columns + i;
+      for (int t = 0; t < group; t++) {
+        const vf y = half_even(clamp((load(x + t * columns) - from) / divisor, all(top)));
+        const vi code = __builtin_convertvector(y, vi) & positive;
+        for (int j = 0; j < W; j++) codes[t * columns + j] = (uint8_t)code[j];
+      }
+    }
+}
+
+// codec.rotate of the channels, which are the rows of x [d][128].
+static void rotate_rows(float *x, int d) {
+  const int n = d & -d;
+  for (int h = 1; h < n; h *= 2)
+    for (int r = 0; r < d; r++) {
+      if (r & h) continue;
+      float *a = x + r * kBlock, *b = a + h * kBlock;
+      for (int i = 0; i < kBlock; i += W) {
+        const vf sum = load(a + i) + load(b + i), difference = load(a + i) - load(b + i);
+        store(a + i, sum);
+        store(b + i, difference);
+      }
+    }
+  const float factor = 1.0f / (float)(1 << __builtin_ctz(n) / 2);
+  for (int i = 0; i < d * kBlock; i += W) store(x + i, load(x + i) * factor);
+}
+
+// fp32 copies of 128 tokens, [128][d].
+static void load_keys(int64_t dtype, const uint8_t *const *k, int d, float *x) {
+  for (int t = 0; t < kBlock; t++)
+    for (int i = 0; i < d; i += W)
+      store(x + t * d + i, load_any(dtype, k[t] + i * dtype_bytes(dtype)));
+}
+
+// The same, transposed: [d][128].
+static void load_values(int64_t dtype, const uint8_t *const *v, int d, float *x) {
+  for (int t = 0; t < kBlock; t += W)
+    for (int i = 0; i < d; i += W) {
+      vf y[W];
+      for (int l = 0; l < W; l++) y[l] = load_any(dtype, v[t + l] + i * dtype_bytes(dtype));
+      transpose(y);
+      for (int l = 0; l < W; l++) store(x + (i + l) * kBlock + t, y[l]);
     }
 }
 
@@ -107,16 +160,14 @@ static void pack_keys(const uint8_t *codes, int d, int bits, uint8_t *out) {
 }
 
 // V: byte (tile, token / 4, lane, token % 4); tiles of 32 channels, at 2 bits tokens 64 apart share
-// a byte.
-static void pack_values(const uint8_t *codes, int d, int bits, uint8_t *turned, uint8_t *out) {
-  for (int t = 0; t < kBlock; t++)
-    for (int i = 0; i < d; i++) turned[i * kBlock + t] = codes[t * d + i];
+// a byte. Codes are [d][128].
+static void pack_values(const uint8_t *codes, int d, int bits, uint8_t *out) {
   uint32_t *word = (uint32_t *)out;
   const int quads = bits == 2 ? 16 : 32;
   for (int tile = 0; tile < d / 32; tile++)
     for (int q = 0; q < quads; q++)
       for (int lane = 0; lane < 16; lane++, word++) {
-        const uint8_t *x = turned + (32 * tile + lane) * kBlock + 4 * q, *y = x + 16 * kBlock;
+        const uint8_t *x = codes + (32 * tile + lane) * kBlock + 4 * q, *y = x + 16 * kBlock;
         *word = bits == 2 ? four(x) | four(y) << 2 | four(x + 64) << 4 | four(y + 64) << 6
                           : four(x) | four(y) << 4;
       }
@@ -127,39 +178,39 @@ static void copy(const uint8_t *from, int64_t n, uint8_t *to) { __builtin_memcpy
 static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, int64_t head,
                          EncodeScratch &s) {
   const int d = (int)c.head_size, group = (int)c.group_size;
-  const int64_t first = block * kBlock;
   const Source source(c, row, head, 0);
   const uint8_t *k[kBlock], *v[kBlock];
-  source.find(first, kBlock, k, v);
+  source.find(block * kBlock, kBlock, k, v);
   uint8_t *page = page_of(c, row, head, block);
   const int64_t bytes = source.bytes;
+  const auto keep = [&](int64_t t, uint8_t *to) {
+    copy(k[t], bytes, to);
+    copy(v[t], bytes, to + bytes);
+  };
+  for (int64_t t = kBlock - c.residual_length; t < kBlock; t++) {
+    const int64_t at = t - (kBlock - c.residual_length);
+    keep(t, Source::token(c.tails[at / c.raw_tokens], row.index, block, head, at % c.raw_tokens));
+  }
+  if (block == 0)
+    for (int64_t t = 0; t < c.sink_tokens; t++) {
+      keep(t, Source::token(c.sinks, row.index, 0, head, t));
+      k[t] = k[c.sink_tokens + t];  // stands in for it in its group
+    }
   if (c.k_bits == 0) {
     for (int t = 0; t < kBlock; t++) {
       copy(k[t], bytes, page + t * bytes);
       copy(v[t], bytes, page + (kBlock + t) * bytes);
     }
-  } else {
-    const Layout at(c);
-    for (int side = 0; side < 2; side++) {
-      const int bits = (int)(side ? c.v_bits : c.k_bits);
-      const float top = (float)((1 << bits) - 1);
-      for (int t = 0; t < kBlock; t++)
-        for (int i = 0; i < d; i += W)
-          store(s.x + t * d + i, load_any(c.dtype, (side ? v : k)[t] + i * dtype_bytes(c.dtype)));
-      if (side == 0) {
-        quantize_keys(s, d, group, top, page, at);
-        pack_keys(s.codes, d, bits, page + at.k_codes);
-      } else {
-        quantize_values(s, d, group, top, page, at);
-        pack_values(s.codes, d, bits, s.turned, page + at.v_codes);
-      }
-    }
+    return;
   }
-  for (int64_t t = kBlock - c.residual_length; t < kBlock; t++) {
-    const int64_t at = t - (kBlock - c.residual_length);
-    uint8_t *to =
-        Source::token(c.tails[at / c.raw_tokens], row.index, block, head, at % c.raw_tokens);
-    copy(k[t], bytes, to);
-    copy(v[t], bytes, to + bytes);
-  }
+  const Layout at(c);
+  const auto half = [&](int offset) { return (uint16_t *)(page + offset); };
+  const auto top = [](int64_t bits) { return (float)((1 << bits) - 1); };
+  load_keys(c.dtype, k, d, s.x);
+  quantize(s, kBlock, d, group, top(c.k_bits), c.clip, half(at.k_scale), half(at.k_zero));
+  pack_keys(s.codes, d, (int)c.k_bits, page + at.k_codes);
+  load_values(c.dtype, v, d, s.x);
+  if (c.rotate_values) rotate_rows(s.x, d);
+  quantize(s, d, kBlock, group, top(c.v_bits), c.clip, half(at.v_scale), half(at.v_zero));
+  pack_values(s.codes, d, (int)c.v_bits, page + at.v_codes);
 }

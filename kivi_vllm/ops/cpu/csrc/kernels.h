@@ -90,8 +90,10 @@ static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
       attend_pages<4, 2>(c, u, q, s.page, state);
     else
       attend_pages<4, 4>(c, u, q, s.page, state);
+    if (c.rotate_values) rotate_back(s.acc, q.rows, (int)d);
   }
-  attend_raw(c, u, q, s.raw, state);
+  attend_raw(c, u, u.sink_lo, u.sink_hi, q, s.raw, state);
+  attend_raw(c, u, u.raw_lo, u.raw_hi, q, s.raw, state);
   if (!u.partial) return write_output(c, u, state, q.rows);
   float *out = u.partial;
   __builtin_memcpy(out, state.max, sizeof(float) * q.rows);

@@ -127,7 +127,7 @@ bool pages_within(const KiviCall &c, const KiviRow &row) {
   if (!raw_within(c.ring, row.index, 0, (tokens + c.raw_tokens - 1) / c.raw_tokens)) return false;
   for (int64_t i = 0; i < c.num_tails; i++)
     if (!raw_within(c.tails[i], row.index, start ? start - 1 : 0, blocks)) return false;
-  return true;
+  return !c.sink_tokens || blocks == 0 || raw_within(c.sinks, row.index, 0, 1);
 }
 
 bool all_within(const KiviCall &c) {

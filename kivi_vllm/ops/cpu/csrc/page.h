@@ -53,10 +53,10 @@ static INLINE void zero_sums(const float *zeros, int groups, const float *x, int
   }
 }
 
-// R rows, from row `r0` on, over the page of tokens [first, first + 128), of which row r sees those
-// in [low[r], high) (relative to `first`). `stream` is the next page.
+// R rows, from row `r0` on, over the page of tokens [first, first + 128), of which those in
+// [low, high) (relative to `first`) count. `stream` is the next page.
 template <int KB, int VB, int R, int AHEAD>
-static void attend_page(const Queries &queries, int r0, int64_t first, int high, bool plain,
+static void attend_page(const Queries &queries, int r0, int64_t first, int low, int high, bool plain,
                         const uint8_t *page, Stream &stream, const Layout &at, PageScratch &s,
                         State &state) {
   const int d = at.head_size;
@@ -89,8 +89,8 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
     for (int r = 0; r < R; r++) {
       modify_scores(queries, r0 + r, first, kBlock, s.scores[r]);
       const int64_t t = queries.position(r0 + r);
-      const int64_t low = queries.window ? t + 1 - queries.window - first : 0;
-      hide((int)max_of<int64_t>(0, min_of<int64_t>(low, kBlock)), high, kBlock, s.scores[r]);
+      const int64_t seen = queries.window ? t + 1 - queries.window - first : 0;
+      hide((int)max_of<int64_t>(low, min_of<int64_t>(seen, kBlock)), high, kBlock, s.scores[r]);
     }
 
   // Probabilities, relative to the block's largest.
@@ -148,6 +148,34 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int high,
   }
 }
 
+// codec.rotate's inverse of each row of x [rows][d]: sums of values over tokens become those of the
+// values as they were.
+static void rotate_back(float *x, int rows, int d) {
+  const int n = d & -d, log_n = __builtin_ctz(n);
+  const float factor = 1.0f / (float)(1 << (log_n - log_n / 2));
+  for (int64_t i = 0; i < (int64_t)rows * d; i += W) {  // inside a vector
+    vf y = load(x + i) * factor;
+#pragma GCC unroll 4
+    for (int h = 1; h < W; h *= 2) {
+      vf other, sign;
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j++) {
+        other[j] = y[j ^ h];
+        sign[j] = j & h ? -1.0f : 1.0f;
+      }
+      y = other + sign * y;
+    }
+    store(x + i, y);
+  }
+  for (int h = W; h < n; h *= 2)  // vectors of a row with each other
+    for (int64_t i = 0; i < (int64_t)rows * d; i += W) {
+      if (i % d & h) continue;
+      const vf a = load(x + i), b = load(x + i + h);
+      store(x + i, a + b);
+      store(x + i + h, a - b);
+    }
+}
+
 template <int R>
 struct Rows {
   static constexpr int value = R;
@@ -168,8 +196,9 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
     const uint8_t *next =
         block + 1 < u.block_hi ? page_of(c, *u.row, u.kv_head, block + 1) : residual;
     const int64_t first = block * kBlock;
+    const int low = block ? 0 : (int)c.sink_tokens;  // those are read at full precision
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
-    const bool plain = !modified && high == kBlock;
+    const bool plain = !modified && low == 0 && high == kBlock;
     Stream stream{(const char *)next};
     prepare_page(page, s.balance, at, s.prepared);
     for (int r0 = 0; r0 < queries.rows;) {
@@ -178,10 +207,10 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
       const int n = (left + turns - 1) / turns;  // 5 rows as 3 and 2, not 4 and 1
       const auto attend = [&](auto rows) __attribute__((always_inline)) {
         if (r0 == 0)
-          attend_page<KB, VB, rows.value, kAhead>(queries, r0, first, high, plain, page, stream, at,
+          attend_page<KB, VB, rows.value, kAhead>(queries, r0, first, low, high, plain, page, stream, at,
                                                   s, state);
         else
-          attend_page<KB, VB, rows.value, 0>(queries, r0, first, high, plain, page, stream, at, s,
+          attend_page<KB, VB, rows.value, 0>(queries, r0, first, low, high, plain, page, stream, at, s,
                                              state);
       };
       switch (n) {

@@ -14,7 +14,7 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 // Work of a unit, in full-precision tokens times rows.
 int64_t cost_of(const Unit &u) {
   const int64_t rows = rows_of(u);
-  return (u.block_hi - u.block_lo) * kBlock * (rows + 1) / 2 + (u.raw_hi - u.raw_lo) * (rows + 4) +
+  return (u.block_hi - u.block_lo) * kBlock * (rows + 1) / 2 + (u.raw_hi - u.raw_lo + u.sink_hi - u.sink_lo) * (rows + 4) +
          64;
 }
 
@@ -48,6 +48,8 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
       u.block_lo = oldest / kBlock;
       u.block_hi = max_of(u.block_lo, (u.raw_from + kBlock - 1) / kBlock);
       u.raw_lo = max_of(u.raw_from, oldest);
+      u.sink_lo = oldest;
+      u.sink_hi = u.raw_from > 0 ? max_of(oldest, c.sink_tokens) : oldest;
     } else {  // pages of raw tokens are read like raw tokens
       u.raw_lo = oldest;
     }
@@ -84,7 +86,10 @@ void make_plan(const KiviCall &c, Plan &plan) {
       Unit part = u;
       part.block_lo = u.block_lo + blocks * p / parts;
       part.block_hi = u.block_lo + blocks * (p + 1) / parts;
-      if (p + 1 < parts) part.raw_hi = part.raw_lo;  // the last part reads the raw tokens
+      if (p + 1 < parts) {  // the last part reads the raw tokens
+        part.raw_hi = part.raw_lo;
+        part.sink_hi = part.sink_lo;
+      }
       plan.units.push_back(part);
     }
     floats += parts * partial_floats(u, c.head_size);

@@ -110,12 +110,13 @@ static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
   state.sum[row] += sum_of(sum);
 }
 
-static void attend_raw(const KiviCall &c, const Unit &u, const Queries &q, RawScratch &s,
-                       State &state) {
+// The tokens at [low, high).
+static void attend_raw(const KiviCall &c, const Unit &u, int64_t low, int64_t high,
+                       const Queries &q, RawScratch &s, State &state) {
   const int d = (int)c.head_size;
   const Source source(c, *u.row, u.kv_head, u.raw_from);
-  for (int64_t first = u.raw_lo; first < u.raw_hi; first += kKeys) {
-    const int n = (int)min_of<int64_t>(kKeys, u.raw_hi - first);
+  for (int64_t first = low; first < high; first += kKeys) {
+    const int n = (int)min_of<int64_t>(kKeys, high - first);
     source.find(first, n, s.k, s.v);
     if (c.dtype == KIVI_FP32)
       convert<KIVI_FP32>(s.k, s.v, n, d, s.rows, s.keys, s.values);
@@ -133,8 +134,8 @@ static void attend_raw(const KiviCall &c, const Unit &u, const Queries &q, RawSc
       float *x = scores + r * kKeys;
       const int64_t t = q.position(r0 + r);
       if (q.soft_cap > 0 || q.slopes) modify_scores(q, r0 + r, first, columns, x);
-      const int64_t low = q.window ? max_of<int64_t>(0, t + 1 - q.window - first) : 0;
-      hide((int)min_of<int64_t>(low, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
+      const int64_t oldest = q.window ? max_of<int64_t>(0, t + 1 - q.window - first) : 0;
+      hide((int)min_of<int64_t>(oldest, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
       softmax_row(state, r0 + r, d, x, columns);
     }
     multiply(scores, kKeys, s.values, d, rows, n, d, state.acc + (int64_t)r0 * d, d, true);

@@ -5,9 +5,11 @@ struct Source {
   const KiviRow &row;
   int64_t head, bytes, block_start;
   int64_t from_pages;  // positions below are read from pages: kivi_raw's, which hold tokens verbatim
+  int64_t from_sinks;  // positions below are read from the sinks' page
   Source(const KiviCall &call, const KiviRow &r, int64_t kv_head, int64_t raw_from)
       : c(call), row(r), head(kv_head), bytes(call.head_size * dtype_bytes(call.dtype)),
-        block_start(r.a / kBlock * kBlock), from_pages(call.k_bits ? 0 : raw_from) {}
+        block_start(r.a / kBlock * kBlock), from_pages(call.k_bits ? 0 : raw_from),
+        from_sinks(raw_from > 0 ? call.sink_tokens : 0) {}
 
   // Tokens that lie one after the other.
   struct Run {
@@ -23,6 +25,10 @@ struct Source {
 
   // The tokens from position `s` on.
   INLINE Run find(int64_t s) const {
+    if (s < from_sinks) {
+      const uint8_t *k = token(c.sinks, row.index, 0, head, s);
+      return {k, k + bytes, c.sinks.token_stride, c.sinks.token_stride, from_sinks - s};
+    }
     if (s < from_pages) {  // [K, V][128][head_size]
       const int64_t in = s % kBlock;
       const uint8_t *page = page_of(c, row, head, s / kBlock);

@@ -6,10 +6,11 @@ namespace kivi {
 
 constexpr int kBlock = 128;    // tokens of a page (BLOCK_SIZE)
 constexpr int kMaxRows = 128;  // query rows (tokens x heads) of a unit
+constexpr int kFitRounds = 2;  // FIT_ROUNDS of codec.py
 constexpr int kKeys = 64;      // full-precision tokens of one step of the online softmax
 
 // A piece of attention: some query tokens of one request, for the query heads [g0, g1) of one kv
-// head, over whole pages [block_lo, block_hi) and full-precision tokens [raw_lo, raw_hi).
+// head, over whole pages [block_lo, block_hi) and full-precision tokens [raw_lo, raw_hi) and [sink_lo, sink_hi).
 struct Unit {
   const KiviRow *row;
   int kv_head, g0, g1;
@@ -17,6 +18,7 @@ struct Unit {
   int64_t raw_from;             // F: positions below are read from pages
   int64_t block_lo, block_hi;
   int64_t raw_lo, raw_hi;
+  int64_t sink_lo, sink_hi;     // of the sinks, which are full-precision tokens too
   float *partial;               // where to leave (max, sum, accumulator) of a part; null: output
 };
 
