@@ -1,0 +1,1 @@
+"""What a quantized cache costs in quality: perplexity, divergence, retrieval, generation, tasks."""

@@ -1,0 +1,183 @@
+"""`benchmarks/quality.py`: mistakes show before any engine starts; pictures of a result."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from kivi_vllm.errors import UserError
+from kivi_vllm.evaluation import quality_report, run
+from kivi_vllm.evaluation.sections import Result, Workload
+from tests.engine import tiny_model
+from tests.evaluation.tokenizers import bytes_tokenizer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("quality")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    bytes_tokenizer(folder)
+    (folder / "config.json").write_bytes((Path(tiny_model()) / "config.json").read_bytes())
+    return str(folder)
+
+
+DEFAULTS: dict[str, Any] = dict(
+    cache=["auto", "kivi2"],
+    text=None,
+    section=None,
+    fact=None,
+    lengths="1024",
+    fraction=0.1,
+    dtype="auto",
+    kv_cache_memory_bytes=None,
+    seed=0,
+    json_path=None,
+    plots=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(cache=["auto", "kivi3"]), "no cache dtype 'kivi3'"),
+        (dict(cache=["simulated:kivi2"]), "cannot be the reference"),
+        (dict(text=["nothing.txt"]), "no such text"),
+        (dict(section=["perplexety"]), "--section perplexety"),
+        (dict(fact=["needles"]), "--fact needles"),
+        (dict(lengths="1k"), "--lengths 1k"),
+        (dict(lengths="8"), "--lengths 8"),
+        (dict(lengths="1024,8192"), "--lengths 8192: the model's limit is 4096"),
+        (dict(lengths="4096", fraction=30), "less than 240 windows of 4,096"),
+        (dict(fraction=0), "--fraction 0"),
+        (dict(dtype="int8"), "--dtype int8"),
+        (dict(json_path=Path("/no/such/folder/a.json")), "no folder"),
+        (dict(plots="/no/such/folder/a"), "no folder"),
+        (dict(model="/no/such/model"), "no folder of a decoder model"),
+    ],
+)
+def test_mistakes_show_before_any_engine_starts(
+    quality: ModuleType,
+    model: str,
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run.Engine, "_start", lambda self: pytest.fail("an engine was started"))
+    with pytest.raises(UserError, match=message) as found:
+        quality.quality(**{"model": model, **DEFAULTS, **changes})
+    assert found.value.remedy
+
+
+def test_workload(model: str) -> None:
+    work = Workload.make(
+        model,
+        ("perplexity", "passkey", "generation"),
+        texts=["pydoc"],
+        lengths=[600, 512],
+        kinds=["passkey"],
+        fraction=0.25,
+        limit=4096,
+        seed=0,
+    )
+    assert work.lengths == (512, 600)
+    assert [len(window) for window in work.windows["pydoc"]] == [600] * 2
+    assert len(work.cases) == 2 * 5 * 2
+    assert [len(prompt) for prompt in work.prompts["pydoc"]] == [512] * 4
+    assert work.max_model_len == 1024, "the long answers are longer than the lengths"
+
+
+def _result(name: str, size: float, kl: float) -> Result:
+    def estimate(value: float) -> dict[str, float]:
+        return dict(value=value, low=value * 0.9, high=value * 1.1)
+
+    return Result(
+        cache=dict(name=name, kv_bytes_per_token=size),
+        perplexity=[
+            dict(
+                cache=name,
+                text="pydoc",
+                length=length,
+                tokens=100,
+                perplexity=9.0 + kl,
+                perplexity_reference=9.0,
+                ratio=estimate(1 + kl),
+                kl=estimate(kl * length / 1024),
+                top1=estimate(1 - kl),
+            )
+            for length in (1024, 2048)
+        ],
+        passkey=[
+            dict(cache=name, text="pydoc", length=1024, depth=d, kind="passkey", correct=d < 0.6)
+            for d in (0.1, 0.5, 0.9)
+        ],
+        generation=[
+            dict(
+                cache=name,
+                text="pydoc",
+                prompts=2,
+                tokens=512,
+                median_divergence=37.5,
+                mean_agreement=0.25,
+                identical=1,
+            )
+        ],
+    )
+
+
+RESULTS = [_result("auto", 46080, 0.0), _result("kivi2", 4320, 0.2)]
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    quality_report.show(RESULTS)
+    said = capsys.readouterr().out
+    for piece in ("512–1,024", "1,024–2,048", "4,320", "1.200 (1.080–1.320)", "80.0%", "1/1"):
+        assert piece in said
+    for piece in ("0/1", "2/3", "25.0%", "1/2"):
+        assert piece in said
+
+
+def test_the_file_is_whole_and_flat(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    quality_report.write(path, {"dtype": "float32"}, RESULTS)
+    data = json.loads(path.read_text())
+    assert [len(data[name]) for name in ("caches", "perplexity", "passkey", "generation")] == [
+        2,
+        4,
+        6,
+        2,
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pictures(quality: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_quality = sys.modules["plot_quality"]
+    header = {"model": {"name": "m"}, "dtype": "float32"}
+    path = tmp_path / "q.json"
+    quality_report.write(path, header, RESULTS)
+    plot_quality.plot(path, tmp_path / "p")
+    names = {f"p-pydoc-{what}.{ending}" for what in ("kl", "size") for ending in ("png", "svg")}
+    assert {one.name for one in tmp_path.iterdir()} == {"q.json", *names}
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+    with pytest.raises(UserError, match="no two rows"):
+        quality_report.write(path, header, RESULTS[:1])
+        plot_quality.plot(path, tmp_path / "p")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"no result of quality\.py"):
+        plot_quality.plot(path, tmp_path / "p")

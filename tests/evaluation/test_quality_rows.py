@@ -1,0 +1,87 @@
+"""Rows as users write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kivi_vllm.config import DTYPES
+from kivi_vllm.errors import UserError
+from kivi_vllm.evaluation.perplexity import HISTORY_CHUNK, chunk
+from kivi_vllm.evaluation.rows import CacheRow, vllm_dtypes
+from kivi_vllm.evaluation.run import Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "options", "kind"),
+    [
+        ("auto", "auto", {}, "vllm"),
+        (" fp8 ", "fp8", {}, "vllm"),
+        (
+            "kivi2:residual_length=32,prefill=cached",
+            "kivi2",
+            {"residual_length": 32, "prefill": "cached"},
+            "vllm",
+        ),
+        ("simulated:kivi4:group_size=64", "kivi4", {"group_size": 64}, "simulated"),
+        ("transformers:kv2:backend=hqq", "kv2", {"backend": "hqq"}, "transformers"),
+    ],
+)
+def test_rows_are_read(text: str, dtype: str, options: dict, kind: str) -> None:
+    row = CacheRow.parse(text)
+    assert (row.name, row.dtype, row.options, row.kind) == (text.strip(), dtype, options, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no cache dtype ''"),
+        ("fp9", "no cache dtype 'fp9'"),
+        ("kivi3", "no cache dtype 'kivi3'"),
+        ("auto:group_size=32", "auto has no options"),
+        ("kivi2:residual_length=33", "kivi.residual_length is 33"),
+        ("kivi2:residual_length=32.0", "kivi.residual_length is 32.0"),
+        ("kivi2:group=32", "unknown option 'group'"),
+        ("kivi2:group_size", "'group_size' is not option=value"),
+        ("kivi2:group_size=32,", "'' is not option=value"),
+        ("kivi2:group_size=32,group_size=64", "given twice"),
+        ("simulated:auto", "only the KIVI dtypes can be simulated"),
+        ("transformers:kv3", "no transformers row 'kv3'"),
+        ("transformers:kv2:backend=gptq", "bad option backend=gptq"),
+    ],
+)
+def test_mistakes_show_at_once(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as found:
+        CacheRow.parse(text)
+    assert found.value.remedy
+
+
+def test_values_have_types() -> None:
+    row = CacheRow.parse("kivi2:group_size=64,prefill=exact")
+    assert row.options == {"group_size": 64, "prefill": "exact"}
+    assert type(row.options["group_size"]) is int
+
+
+def test_dtypes_are_those_of_the_installed_vllm() -> None:
+    from typing import get_args
+
+    from vllm.config.cache import CacheDType
+
+    # The plugin may have been registered in this process.
+    assert set(vllm_dtypes()) == set(get_args(CacheDType)) - set(DTYPES)
+
+
+def test_engine_arguments() -> None:
+    settings = Settings("m", 512, prefill="cached", extra={"seed": 7})
+    kivi = settings.for_row(CacheRow.parse("kivi2:residual_length=32"))
+    assert kivi["additional_config"] == {"kivi": {"prefill": "cached", "residual_length": 32}}
+    exact = settings.for_row(CacheRow.parse("kivi2:prefill=exact"))
+    assert exact["additional_config"] == {"kivi": {"prefill": "exact"}}, "the row's own wins"
+    auto = settings.for_row(CacheRow.parse("auto"))
+    assert "additional_config" not in auto
+    assert "max_num_batched_tokens" not in auto and auto["seed"] == 7
+
+
+def test_only_foreign_quantized_caches_take_small_steps() -> None:
+    rows = ("auto", "fp8", "kivi2", "simulated:kivi2", "transformers:kv2")
+    chunks = [chunk(CacheRow.parse(name)) for name in rows]
+    assert chunks == [None, HISTORY_CHUNK, None, None, None]

@@ -1,0 +1,91 @@
+"""The simulation's attention against its rule, position by position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+from kivi_vllm.evaluation import quantized_cache, simulation
+from kivi_vllm.evaluation.rows import CacheRow
+from tests.unit import kivi_numpy
+
+HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 32, 300
+
+
+def _expected(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, residual: int, bits: tuple[int, int]
+) -> np.ndarray:
+    """Each position alone, float64; q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D]."""
+    kd, vd = k.copy(), v.copy()
+    for head in range(KV_HEADS):
+        for at in range(0, TOKENS // BLOCK_SIZE * BLOCK_SIZE, BLOCK_SIZE):
+            block = np.s_[head, at : at + BLOCK_SIZE]
+            page = kivi_numpy.encode_page(
+                k[block].astype(np.float32), v[block].astype(np.float32), *bits, 32
+            )
+            kd[block], vd[block] = kivi_numpy.decode_page(page, *bits, 32, SIZE)
+    out = np.empty((TOKENS, HEADS, SIZE))
+    for t in range(TOKENS):
+        first_raw = max(0, BLOCK_SIZE * (t // BLOCK_SIZE) - residual)
+        raw = (np.arange(t + 1) >= first_raw)[:, None]
+        for h in range(HEADS):
+            g = h * KV_HEADS // HEADS
+            keys = np.where(raw, k[g, : t + 1], kd[g, : t + 1])
+            values = np.where(raw, v[g, : t + 1], vd[g, : t + 1])
+            scores = keys @ q[h, t] * 0.2
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("residual", [0, 32, 128])
+@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi_raw"])
+def test_every_position_sees_what_the_rule_says(dtype: str, residual: int) -> None:
+    config = KiviConfig(dtype, residual_length=residual)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, TOKENS, SIZE, generator=generator)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    out, _ = simulation.attention(config)(None, q, k, v, None, scaling=0.2)
+    bits = (config.k_bits, config.v_bits)
+    arrays = [x[0].double().numpy() for x in (q, k, v)]
+    if dtype == "kivi_raw":
+        residual, bits = TOKENS, (2, 2)  # nothing is seen dequantized
+    expected = _expected(*arrays, residual, bits)
+    np.testing.assert_allclose(out[0].numpy(), expected, atol=2e-5)
+    if dtype != "kivi_raw":
+        wrong = _expected(*arrays, 128 - residual, bits)
+        assert np.abs(wrong - expected).max() > 0.01, "the residual makes a difference"
+
+
+def test_first_tokens_can_stay_as_they_are() -> None:
+    if "sink_tokens" not in KiviConfig.__dataclass_fields__:
+        pytest.skip("no such option")
+    k, v = torch.randn(2, 1, 1, 200, SIZE, generator=torch.Generator().manual_seed(1))
+    q = torch.zeros(1, 1, 200, SIZE)  # the mean of what is seen
+    config = KiviConfig("kivi2", sink_tokens=4)
+    out, _ = simulation.attention(config)(None, q, k, v, None)
+    _, vd = simulation.as_cached(k[0, :, :128], v[0, :, :128], config)
+    seen = torch.cat([v[0, 0, :4], vd[0, 4:128], v[0, 0, 128:151]])
+    torch.testing.assert_close(out[0, 150, 0], seen.mean(0), atol=1e-5, rtol=0)
+
+
+def test_soft_cap() -> None:
+    q, k, v = torch.randn(3, 1, 1, 8, SIZE, generator=torch.Generator().manual_seed(2))
+    out, _ = simulation.attention(KiviConfig("kivi2"))(
+        None, q, k, v, None, scaling=3.0, softcap=2.0
+    )
+    scores = 2.0 * torch.tanh(q[0, 0] @ k[0, 0].T * 3.0 / 2.0)
+    scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(out[0, :, 0], scores.softmax(-1) @ v[0, 0])
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("no_such.module", "its-name"))
+    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) == "pip install its-name"
+    assert quantized_cache.missing(CacheRow.parse("kivi2")) is None
+    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("json", "its-name"))
+    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) is None
