@@ -33,7 +33,7 @@ with open(pids, "a") as file:
 if mode == "die":
     print("(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] ValueError: no such model")
     sys.exit(3)
-tokens = "11,648" if dtype == "auto" else "52,277"
+tokens = "11,648" if dtype == "auto" else "50,937"
 print(f"INFO 01-01 00:00:00 [kv_cache_utils.py:1] CPU KV cache size: {tokens} tokens, Maximum "
       "concurrency for 4,096 tokens per request: 12.76x", flush=True)
 if mode == "hang":
@@ -130,8 +130,8 @@ def test_demo_prints_the_result_as_its_last_line(fake: FakeDemo) -> None:
     assert json.loads(out.splitlines()[-1]) == {
         "answer": "You asked: [why]?",
         "kv_tokens_bf16": 11648,
-        "kv_tokens_kivi2": 52277,
-        "ratio": 4.49,
+        "kv_tokens_kivi2": 50937,
+        "ratio": 4.37,
     }, err
     assert "A: You asked: [why]?" in out
     assert len(fake.children()) == 2
@@ -182,9 +182,9 @@ def test_stop_ends_what_ignores_sigterm(tmp_path: Path) -> None:
 
 def test_log_of_vllm_is_understood() -> None:
     prefix = "(EngineCore pid=62) INFO 11-21 19:43:53 [kv_cache_utils.py:2327] "
-    line = prefix + "GPU KV cache size: 1,052,277 tokens, Maximum concurrency for 4,096 tokens"
+    line = prefix + "GPU KV cache size: 1,050,937 tokens, Maximum concurrency for 4,096 tokens"
     assert kv_tokens("nothing yet\n") is None
-    assert kv_tokens(f"x\n{line}\ny") == 1052277
+    assert kv_tokens(f"x\n{line}\ny") == 1050937
     waiting = "No available shared memory broadcast block found in 60 seconds."
     assert latest(f"{prefix}Warming up\n{prefix}{waiting}\n\n") == "Warming up"
     log = "(W pid=1) ERROR 11-21 19:43:53 [a.py:1] TypeError: the cause\nRuntimeError: it failed"

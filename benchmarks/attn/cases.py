@@ -11,7 +11,14 @@ from kivi_vllm.config import BLOCK_SIZE as B
 RESIDUAL = B // 2
 """Tokens past the last whole block at decode, the step's own included: the average."""
 
-KIVI_DTYPES = ("kivi2", "kivi_k4v2", "kivi4")
+KIVI_DTYPES = {
+    "kivi2": ("kivi2", "best"),
+    "kivi2_paper": ("kivi2", "paper"),
+    "kivi_k4v2": ("kivi_k4v2", "best"),
+    "kivi4": ("kivi4", "best"),
+}
+"""Our names of the project's caches to their `--kv-cache-dtype` and recipe."""
+
 VLLM_DTYPES = {"bf16": "auto", "fp8": "fp8"}
 """Our names of vLLM's caches to its own `--kv-cache-dtype`."""
 

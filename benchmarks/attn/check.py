@@ -10,6 +10,7 @@ from attn.cases import RESIDUAL, B, Shape
 from attn.kivi import CPU, KiviPool, Place, rows
 from kivi_vllm.errors import UserError
 from kivi_vllm.ops.codec import decode_pages, encode_pages
+from kivi_vllm.ops.format import PageFormat
 
 LIMITS = {"fp8": 0.15}
 LIMIT = 0.01
@@ -123,8 +124,20 @@ def kivi(
             for x in (key, value)
         ]
         if cached:
-            pages = decode_pages(encode_pages(blocks[0], blocks[1], pool.fmt), pool.fmt)
+            pages = _as_read(blocks[0], blocks[1], pool.fmt)
             seen_k[row, :cached], seen_v[row, :cached] = (
                 x.transpose(1, 2).flatten(0, 1) for x in pages
             )
     return output, torch.stack([truth(*row) for row in zip(query, seen_k, seen_v, strict=True)])
+
+
+def _as_read(
+    k: torch.Tensor, v: torch.Tensor, fmt: PageFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks [n, num_kv_heads, 128, D] of a sequence from its first, as attention reads them."""
+    read = decode_pages(encode_pages(k, v, fmt), fmt)
+    n = fmt.sink_tokens
+    first = decode_pages(encode_pages(k[0], v[0], fmt, n), fmt)
+    for x, y, raw in zip(read, first, (k, v), strict=True):
+        x[0, :, n:], x[0, :, :n] = y[:, n:], raw[0, :, :n]
+    return read

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attn.cases import B, Shape
+from attn.cases import KIVI_DTYPES, B, Shape
 from attn.memory import Ranges, allocate, replicate, shuffled
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
@@ -70,42 +70,48 @@ class KiviPool:
 
     Args:
         shape: of the layer.
-        dtype: one of `KIVI_DTYPES`.
+        name: one of `KIVI_DTYPES`.
         sets, batch, blocks: how many batches, sequences each, page blocks each.
         place: where.
 
     """
 
     def __init__(
-        self, shape: Shape, dtype: str, sets: int, batch: int, blocks: int, place: Place = CPU
+        self, shape: Shape, name: str, sets: int, batch: int, blocks: int, place: Place = CPU
     ) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.name = shape, name
         self.sets, self.batch, self.blocks, self.place = sets, batch, blocks, place
-        self.fmt = PageFormat.of(KiviConfig(dtype), shape.head_size, torch.bfloat16)
+        dtype, recipe = KIVI_DTYPES[name]
+        config = KiviConfig.from_options(dtype, {"recipe": recipe})
+        self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)
         self.ring_pages = -(-B // self.fmt.raw_tokens)
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
-        self.nbytes = sets * batch * (blocks + self.ring_pages) * self.block_bytes
+        raw_pages = self.ring_pages + (self.fmt.sink_tokens > 0)
+        self.nbytes = sets * batch * (blocks + raw_pages) * self.block_bytes
         self.tables = place.table(shuffled(sets, batch, blocks, seed=1))
         self.ring_tables = shuffled(sets, batch, self.ring_pages, seed=2).to(place.device)
+        self.sink_tables = shuffled(sets, batch, 1, seed=3).to(place.device)
         self.params = AttentionParams(scale=shape.head_size**-0.5)
 
     def read_bytes(self, blocks: int, raw_tokens: int) -> int:
-        """Bytes that attending of one batch reads: packed blocks and raw tokens."""
+        """Bytes that attending of one batch reads: packed blocks, raw tokens, sinks."""
+        raw_tokens += self.fmt.sink_tokens
         return self.batch * (blocks * self.block_bytes + raw_tokens * self.shape.token_bytes)
 
     def allocate(self, huge_pages: bool) -> None:
         """Take the memory."""
         heads = self.shape.num_kv_heads
-        rings = self.sets * self.batch * self.ring_pages * self.block_bytes
-        pages = self.place.allocate(self.nbytes - rings, huge_pages)
-        ring = self.place.allocate(rings, huge_pages)
+        packed = self.sets * self.batch * self.blocks * self.block_bytes
+        pages = self.place.allocate(packed, huge_pages)
+        raw = self.place.allocate(self.nbytes - packed, huge_pages)
         self.pages = pages.view(-1, heads, self.fmt.page_bytes)
         per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
-        self.ring = ring.view(torch.bfloat16).view(-1, *per_page)
+        tokens = raw.view(torch.bfloat16).view(-1, *per_page)
+        self.ring, self.sinks = tokens.tensor_split([self.ring_tables.numel()])
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
-        template = KiviPool(self.shape, self.dtype, 1, 1, len(key) // B, self.place)
+        template = KiviPool(self.shape, self.name, 1, 1, len(key) // B, self.place)
         template.allocate(False)
         ids = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
         template.tables = self.place.table(ids)
@@ -115,11 +121,15 @@ class KiviPool:
         tokens = torch.cat([key, value], -1)
         whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
         replicate(self.ring, tokens[:whole].unflatten(0, (-1, self.fmt.raw_tokens)).transpose(1, 2))
+        if len(self.sinks):
+            replicate(self.sinks, template.sinks)
 
     def cache(self, i: int) -> LayerCache:
         """The layer's caches as a step over set i sees them."""
         capacity = self.ring_pages * self.fmt.raw_tokens
-        return LayerCache(self.fmt, self.pages, Raw(self.ring, self.ring_tables[i]), capacity)
+        sinks = Raw(self.sinks, self.sink_tables[i]) if self.fmt.sink_tokens else None
+        ring = Raw(self.ring, self.ring_tables[i])
+        return LayerCache(self.fmt, self.pages, ring, capacity, sinks=sinks)
 
     def step(self, i: int, of: list[Row]) -> Any:
         """A step over set i, prefill exact, as the operators take it."""
@@ -170,4 +180,7 @@ class KiviPool:
             starts = rings[:, page, None] + slot * token + heads
             ranges += [(start, count * token) for start in starts.flatten().tolist()]
             at += count
+        if self.fmt.sink_tokens and blocks:
+            starts = self.sinks.data_ptr() + self.sink_tables[i].long() * self.block_bytes + heads
+            ranges += [(start, self.fmt.sink_tokens * token) for start in starts.flatten().tolist()]
         return ranges

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from attn.cases import Case
+from attn.cases import KIVI_DTYPES, Case
 
 Result = dict[str, Any]
 Cell = Callable[[Result], str]
@@ -56,7 +56,7 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
         "Decode: one token per sequence (median, ms)",
         _HEAD
         | {"batch": _number("batch"), "bf16": _ms("bf16_ms"), "fp8": _ms("fp8_ms")}
-        | {name: _ms(f"{name}_ms") for name in ("kivi2", "kivi_k4v2", "kivi4")}
+        | {name: _ms(f"{name}_ms") for name in KIVI_DTYPES}
         | {"floor": _ms("floor_ms"), "bf16 floor": _ms("bf16_floor_ms")}
         | {"vs bf16": _times("ratio_bf16"), "vs fp8": _times("ratio_fp8")}
         | {"of floor": _share("share_of_floor")}
@@ -86,7 +86,7 @@ def _of_gpu() -> dict[str, tuple[str, dict[str, Cell]]]:
         "which ": lambda row: str(row["fp8_is"] or "–").removesuffix("_fp8"),
         "turboquant": _ms("turboquant_ms"),
     }
-    own = {name: _ms(f"{name}_ms") for name in ("kivi2", "kivi_k4v2", "kivi4")}
+    own = {name: _ms(f"{name}_ms") for name in KIVI_DTYPES}
     share = {"of bandwidth": _share("share_of_bandwidth")}
     new = {"new": _number("new")}
     kivi2 = {"kivi2": _ms("kivi2_ms"), "vs bf16": _times("ratio_bf16")}

@@ -24,9 +24,10 @@ class Codec(NamedTuple):
     dtype: str
     group_size: int
     error: tuple[float, float]
+    recipe: str = "paper"
 
     def __str__(self) -> str:
-        return f"{self.dtype} G={self.group_size}"
+        return f"{self.dtype} G={self.group_size} {self.recipe}"
 
 
 CODECS = [
@@ -35,6 +36,8 @@ CODECS = [
     Codec("kivi2", 128, (1.0, 1.8)),
     Codec("kivi_k4v2", 32, (0.6, 1.0)),
     Codec("kivi4", 32, (0.25, 0.5)),
+    Codec("kivi2", 32, (0.9, 1.6), "best"),
+    Codec("kivi4", 32, (0.2, 0.45), "best"),
 ]
 
 
@@ -47,7 +50,7 @@ def unquantized() -> list[float]:
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_codec(codec: Codec, unquantized: list[float]) -> None:
     expected = own_attention(_model(), _SHORT)
-    options = dict(group_size=codec.group_size, prefill="cached")
+    options = dict(group_size=codec.group_size, prefill="cached", recipe=codec.recipe)
     with engine(_model(), codec.dtype, kivi=options) as llm:
         # 100 + 20 tokens: the first block is never completed.
         assert worst(generate(llm, _SHORT, 20), expected) < LOSSLESS

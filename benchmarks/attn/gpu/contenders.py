@@ -257,6 +257,7 @@ CONTENDERS: dict[str, Contender] = {
     "sdpa_bf16": Contender("bf16", sdpa, 0.02, prefill=True, in_order=True),
     "kivi4": Contender("kivi4", kivi, OURS),
     "kivi_k4v2": Contender("kivi_k4v2", kivi, OURS),
+    "kivi2_paper": Contender("kivi2_paper", kivi, OURS),
     "flash128_bf16": Contender("bf16", partial(flash, 128), 0.02, prefill=True),
     "flash128_fp8": Contender("fp8", partial(flash, 128), 0.2),
     "triton_bf16": Contender("bf16", unified, 0.02),

@@ -114,7 +114,6 @@ class QuantizedPool(KiviPool):
         self, shape: Shape, name: str, sets: int, batch: int, blocks: int, gpu: Gpu
     ) -> None:
         super().__init__(shape, name, sets, batch, blocks, place(gpu))
-        self.name = name
 
     def allocate(self, huge_pages: bool = False) -> None:
         """Take the memory."""
@@ -140,6 +139,9 @@ class QuantizedPool(KiviPool):
         def tokens(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = self.tables[0, row, start // B : min(end, packed) // B].long()
             k, v = decode_pages(self.pages[blocks], self.fmt)  # [n, num_kv_heads, 128, D]
+            if start == 0 and len(k) and (n := self.fmt.sink_tokens):
+                kept = self.sinks[self.sink_tables[0, row].long(), :, :n].float()
+                k[:1, :, :n], v[:1, :, :n] = kept[..., :d], kept[..., d:]
             raw = slice(max(start, packed) - packed, max(end, packed) - packed)
             return (
                 torch.cat([k.transpose(1, 2).flatten(0, 1), raw_k[raw].float()]),

@@ -92,8 +92,12 @@ static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
       attend_pages<4, 4>(c, u, q, s.page, state);
     if (c.rotate_values) rotate_back(s.acc, q.rows, (int)d);
   }
-  attend_raw(c, u, u.sink_lo, u.sink_hi, q, s.raw, state);
-  attend_raw(c, u, u.raw_lo, u.raw_hi, q, s.raw, state);
+  if (q.window || q.slopes) {  // positions count
+    attend_raw(c, u, 0, u.sink_lo, u.sink_hi, q, s.raw, state);
+    attend_raw(c, u, 0, u.raw_lo, u.raw_hi, q, s.raw, state);
+  } else {
+    attend_raw(c, u, (int)(u.sink_hi - u.sink_lo), u.raw_lo, u.raw_hi, q, s.raw, state);
+  }
   if (!u.partial) return write_output(c, u, state, q.rows);
   float *out = u.partial;
   __builtin_memcpy(out, state.max, sizeof(float) * q.rows);

@@ -110,14 +110,15 @@ static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
   state.sum[row] += sum_of(sum);
 }
 
-// The tokens at [low, high).
-static void attend_raw(const KiviCall &c, const Unit &u, int64_t low, int64_t high,
+// The tokens at [low, high), and before them, as if they were their neighbours, at [0, lead).
+static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, int64_t high,
                        const Queries &q, RawScratch &s, State &state) {
   const int d = (int)c.head_size;
   const Source source(c, *u.row, u.kv_head, u.raw_from);
-  for (int64_t first = low; first < high; first += kKeys) {
-    const int n = (int)min_of<int64_t>(kKeys, high - first);
-    source.find(first, n, s.k, s.v);
+  for (int64_t first = low - lead; first < high; first += kKeys) {
+    const int n = (int)min_of<int64_t>(kKeys, high - first), led = first < low ? lead : 0;
+    source.find(0, led, s.k, s.v);
+    source.find(first + led, n - led, s.k + led, s.v + led);
     if (c.dtype == KIVI_FP32)
       convert<KIVI_FP32>(s.k, s.v, n, d, s.rows, s.keys, s.values);
     else if (c.dtype == KIVI_FP16)
