@@ -42,10 +42,13 @@ def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("isa", library.load().available)
 @pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4"])
-def test_error_on_real_keys_and_values(dtype: str, isa: str, captured: list) -> None:
+@pytest.mark.parametrize("best", [False, True], ids=["paper", "best"])
+def test_error_on_real_keys_and_values(dtype: str, best: bool, isa: str, captured: list) -> None:
     library.load().select(isa)
+    recipe: dict[str, Any] = dict(sinks=4, rotate=True, clip=True) if best else {}
     for layer in (0, 1, 7, 15, 29):
-        sim = simulator(Case(dtype=dtype, heads=(9, 3), model=torch.bfloat16, tokens=TOKENS))
+        case = Case(dtype=dtype, heads=(9, 3), model=torch.bfloat16, tokens=TOKENS, **recipe)
+        sim = simulator(case)
         request = sim.add(TOKENS)
         for mine, real in zip((request.q, request.k, request.v), captured[layer], strict=True):
             mine[:] = real
