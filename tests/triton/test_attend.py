@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.triton.device import BF16, FP16, simulator
+from tests.triton.device import BEST, BF16, FP16, simulator
 from tests.unit.simulator import Case
 
 CASES = [
@@ -17,6 +19,12 @@ CASES = [
     Case(soft_cap=5, alibi=True, window=150),
     Case("kivi4", window=20, model=FP16, heads=(20, 1)),
     Case(group=128, head_size=256, model=BF16, heads=(2, 2)),
+    Case(**BEST, model=BF16, heads=(8, 2), head_size=128, exact=True),
+    Case("kivi4", **BEST, residual=32, head_size=96, model=FP16, heads=(3, 1)),
+    Case("kivi_k4v2", **BEST, residual=128, alibi=True, soft_cap=5),
+    Case(sinks=16, window=150, residual=32, heads=(2, 1), model=BF16),
+    Case(sinks=8, window=20, rotate=True, exact=True, heads=(2, 1)),
+    Case(rotate=True, group=64, head_size=192, model=BF16, heads=(1, 1)),
 ]
 
 
@@ -29,10 +37,11 @@ def test_ragged_batches_of_random_chunks(case: Case) -> None:
     sim.check_untouched()
 
 
+@pytest.mark.parametrize("recipe", [{}, BEST], ids=["paper", "best"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_prefix_of_another_request(exact: bool) -> None:
+def test_a_prefix_of_another_request(exact: bool, recipe: dict[str, Any]) -> None:
     """Pages are shared, the same step completes them and reads them."""
-    sim = simulator(Case(model=BF16, residual=32, exact=exact))
+    sim = simulator(Case(model=BF16, residual=32, exact=exact, **recipe))
     first = sim.add(300)
     second = sim.add(290, like=first, hit_blocks=2)
     sim.step({first: 270, second: 20})

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kivi_vllm.ops.triton import decode
-from tests.triton.device import BF16, FP16, Decodes, Triton, simulator
+from tests.triton.device import BEST, BF16, FP16, Decodes, Triton, simulator
 from tests.unit.simulator import Case
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 257, 4097])
-@pytest.mark.parametrize("dtype", ["kivi2", "kivi4"])
-def test_lengths(dtype: str, tokens: int) -> None:
-    sim = simulator(Case(dtype, model=BF16, heads=(3, 1), tokens=tokens), Decodes)
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [("kivi2", {}), ("kivi4", {}), ("kivi2", BEST)],
+    ids=["kivi2", "kivi4", "kivi2-best"],
+)
+def test_lengths(dtype: str, recipe: dict[str, Any], tokens: int) -> None:
+    case = Case(dtype, model=BF16, heads=(3, 1), tokens=tokens, **recipe)
+    sim = simulator(case, Decodes)
     request, other = sim.add(tokens + 2), sim.add(40)
     if tokens > 1:
         sim.step({request: tokens - 1, other: 30})
@@ -27,6 +34,8 @@ def test_lengths(dtype: str, tokens: int) -> None:
         Case(drafts=4, residual=64, model=FP16, heads=(9, 3)),
         Case(drafts=12, dtype="kivi4", window=16),
         Case(drafts=5, dtype="kivi_k4v2", exact=True, model=BF16, heads=(8, 1)),
+        Case(drafts=4, **BEST, model=BF16, heads=(3, 1)),
+        Case(drafts=7, **BEST, residual=32, window=100, heads=(3, 1)),
     ],
     ids=str,
 )
@@ -44,12 +53,15 @@ def test_rejected_drafts(case: Case) -> None:
     sim.check_untouched()
 
 
+@pytest.mark.parametrize("recipe", [{}, BEST], ids=["paper", "best"])
 @pytest.mark.parametrize("window", [0, 700])
-def test_splits_do_not_matter(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_do_not_matter(
+    window: int, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs = []
     for splits in (1, 3, 100):
         monkeypatch.setattr(decode, "num_splits", lambda *_, splits=splits: splits)
-        sim = simulator(Case(window=window), Decodes)
+        sim = simulator(Case(window=window, **recipe), Decodes)
         long, short = sim.add(1300), sim.add(10)
         sim.step({long: 1298, short: 8})
         for _ in range(2):
@@ -59,10 +71,20 @@ def test_splits_do_not_matter(window: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert (other - outputs[0]).abs().max() <= 1e-3 * outputs[0].abs().max()
 
 
+@pytest.mark.parametrize("window", range(396, 404))
+def test_windows_that_reach_some_of_the_sinks(window: int) -> None:
+    sim = simulator(Case(**BEST, window=window, heads=(2, 1), drafts=1), Decodes)
+    request = sim.add(404)
+    sim.step({request: 400})
+    for n in (1, 2, 1):
+        sim.step({request: n})
+
+
+@pytest.mark.parametrize("recipe", [{}, BEST], ids=["paper", "best"])
 @pytest.mark.parametrize("where", ["k", "q", "v", "small v"])
-def test_magnitudes(where: str) -> None:
+def test_magnitudes(where: str, recipe: dict[str, Any]) -> None:
     """Outlier channels of K, large queries, outlier tokens of V, and values near fp16's least."""
-    sim = simulator(Case(model=BF16, heads=(8, 2), head_size=128), Decodes)
+    sim = simulator(Case(model=BF16, heads=(8, 2), head_size=128, **recipe), Decodes)
     request = sim.add(403)
     if where == "k":
         request.k[..., [5, 17]] *= 20

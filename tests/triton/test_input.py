@@ -22,7 +22,8 @@ def placed(x: Any) -> Any:
         return Raw(placed(x.cache), placed(x.table))
     if isinstance(x, LayerCache):
         tails = tuple(map(placed, x.tails))
-        return replace(x, pages=placed(x.pages), ring=placed(x.ring), tails=tails)
+        pages, ring, sinks = placed(x.pages), placed(x.ring), placed(x.sinks)
+        return replace(x, pages=pages, ring=ring, tails=tails, sinks=sinks)
     if hasattr(x, "block_table"):
         return replace(x, block_table=placed(x.block_table))
     return x
@@ -90,3 +91,35 @@ def test_page_ids_out_of_range(name: str, bad: int) -> None:
 
     with pytest.raises(ValueError, match=f"has page {bad} for request 0, of 8 pages"):
         call(change(name, spoil))
+
+
+def with_sinks(**other: Any) -> dict[str, Any]:
+    """Good input for the recipe "best", but for what `other` replaces of its sinks."""
+
+    def best(cache: LayerCache) -> LayerCache:
+        fmt = replace(cache.fmt, sink_tokens=4, rotate_values=True, clip=True)
+        sinks = Raw(cache.ring.cache.clone(), cache.ring.table.clone())
+        return replace(cache, fmt=fmt, sinks=replace(sinks, **other))
+
+    return change("cache", best)
+
+
+def test_wrong_sinks_are_named() -> None:
+    call(with_sinks())
+    good = with_sinks()["cache"]
+    for name, bad in (
+        ("cache", good.sinks.cache.float()),
+        ("cache", good.sinks.cache[:, :1]),
+        ("table", good.sinks.table.long()),
+        ("table", good.sinks.table[:0]),
+    ):
+        with pytest.raises(ValueError, match=rf"sinks.{name} is"):
+            call(with_sinks(**{name: bad}))
+    with pytest.raises(ValueError, match="sinks"):
+        call({**with_sinks(), "cache": replace(good, sinks=None)})
+    apart = torch.cat([good.sinks.cache] * 2, -1)[..., :128]
+    with pytest.raises(ValueError, match="ring, tails and sinks must have the same strides"):
+        call(with_sinks(cache=apart))
+    for page in (-1, 8):
+        with pytest.raises(ValueError, match=f"sinks.table has page {page} for request 0, of 8"):
+            call(with_sinks(table=torch.full((1, 2), page, dtype=torch.int32)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kivi_vllm.config import DTYPES
+from kivi_vllm.config import DTYPES, RECIPES
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
 from kivi_vllm.ops.triton import operators
@@ -35,22 +35,25 @@ class Layer:
     tokens: int = 1
     residual: int = 0
     rows: int = 4
+    best: bool = False
 
     def __str__(self) -> str:
         hq, hkv = self.heads
         name = f"{self.dtype}-H{hq}x{hkv}-D{self.head_size}-G{self.group}-T{self.tokens}"
-        return name + (f"-R{self.residual}" if self.residual else "")
+        return name + (f"-R{self.residual}" if self.residual else "") + "-best" * self.best
 
     def arguments(self, *, decode: bool) -> tuple[Any, ...]:
         """Of the operators, as a model would call them."""
         (hq, hkv), d = self.heads, self.head_size
-        fmt = PageFormat(*DTYPES[self.dtype], self.group, d, self.model)
+        recipe = RECIPES["best"] if self.best else {}
+        fmt = PageFormat(*DTYPES[self.dtype], self.group, d, self.model, **recipe)
         pool = torch.zeros(2, hkv, fmt.page_bytes, dtype=torch.uint8)
         raw = pool[..., : fmt.raw_tokens * 2 * d * self.model.itemsize]
         raw = raw.unflatten(2, (fmt.raw_tokens, -1)).view(self.model)
         table = torch.zeros(self.rows, 64, dtype=torch.int32)
         tails = tuple(Raw(raw, table) for _ in range(-(-self.residual // fmt.raw_tokens)))
-        cache = LayerCache(fmt, pool, Raw(raw, table), 144, tails, self.residual)
+        sinks = Raw(raw, table) if self.best else None
+        cache = LayerCache(fmt, pool, Raw(raw, table), 144, tails, self.residual, sinks)
         n = self.rows * self.tokens
         q, k, v = torch.zeros(n, hq + 2 * hkv, d, dtype=self.model).split([hq, hkv, hkv], 1)
         lens = torch.zeros(self.rows, dtype=torch.int32)
@@ -79,6 +82,11 @@ LAYERS = [
     Layer("kivi4", head_size=64, group=64),
     Layer(head_size=256, heads=(8, 4), model=torch.float16),
     Layer("kivi_raw"),
+    Layer(best=True),
+    Layer(heads=(9, 3), head_size=64, best=True),
+    Layer("kivi_k4v2", tokens=4, head_size=96, heads=(8, 8), residual=32, best=True),
+    Layer(head_size=256, heads=(8, 4), model=torch.float16, best=True),
+    Layer("kivi4", best=True),
 ]
 
 
@@ -108,6 +116,9 @@ def test_decode_neither_spills_nor_overflows(layer: Layer, capability: int) -> N
         Layer(tokens=64),
         Layer("kivi4", heads=(9, 3), head_size=64, tokens=64, residual=32),
         Layer(head_size=256, heads=(8, 4), tokens=64),
+        Layer(tokens=64, best=True),
+        Layer("kivi4", head_size=96, heads=(8, 8), tokens=64, residual=32, best=True),
+        Layer(head_size=256, heads=(8, 4), group=128, tokens=64, best=True),
     ],
     ids=str,
 )

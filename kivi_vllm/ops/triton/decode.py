@@ -14,11 +14,21 @@ import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
 from kivi_vllm.ops.triton.step import DeviceStep
-from kivi_vllm.ops.triton.tokens import B, first_raw, raw_arguments, raw_bases, row_of
+from kivi_vllm.ops.triton.tokens import (
+    B,
+    at_full_precision,
+    first_raw,
+    raw_arguments,
+    raw_bases,
+    raw_position,
+    raw_start,
+    row_of,
+)
 from kivi_vllm.ops.triton.workspace import columns, num_splits, workspace
 
 # Tokens that the split of the raw ones takes at a time.
@@ -99,14 +109,15 @@ def _decode(
         state = (zeros, zeros, tl.zeros((N,), tl.float32), lowest)
         if split == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
-            start = first_raw(a, RULES.R)
+            oldest = 0
             if RULES.WINDOW > 0:
-                start = tl.maximum(start, a + 1 - RULES.WINDOW)
+                oldest = tl.maximum(a + 1 - RULES.WINDOW, 0)
+            start, lead = raw_start(first_raw(a, RULES.R), oldest, C)
             for s0 in range(start, b, RAW_STEP):
-                s = s0 + tl.arange(0, RAW_STEP)
+                s = raw_position(s0 + tl.arange(0, RAW_STEP), start, lead, C)
                 valid = s < b
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
-                seen = s[:, None] >= seen_from[None]
+                seen = at_full_precision(s[:, None], seen_from[None], C)
                 state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
         elif C.K_BITS == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
@@ -118,7 +129,7 @@ def _decode(
                     s = n * B + token
                     k = (page + C.K[2]).to(raw.key.dtype) + token * C.D
                     v = (page + C.V[2]).to(raw.key.dtype) + token * C.D
-                    seen, valid = s[:, None] < seen_from[None], s >= 0
+                    seen, valid = ~at_full_precision(s[:, None], seen_from[None], C), s >= 0
                     state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
         else:
             T: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
@@ -137,6 +148,10 @@ def _decode(
                 if MASKED:  # else all columns see all of these pages
                     seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
                     scores = tl.where(seen, scores, float("-inf"))
+                if C.SINKS > 0:  # noqa: SIM102 - known when it is compiled
+                    if n == 0:  # not on every page: that would cost registers
+                        token = tl.arange(0, B)[:, None]
+                        scores = tl.where(token < C.SINKS, float("-inf"), scores)
                 p, m, alpha = weigh(scores, state[3], 0)
                 state = _add(state, p, m, alpha, packed_values(page, p.to(T), C))
         at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
@@ -154,6 +169,19 @@ def _query(q, live, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr
     """Queries at addresses q [N]: COUNT of their channels, from FIRST on: [COUNT, N]."""
     d = FIRST + STEP * tl.arange(0, COUNT)[:, None]
     return tl.load(q[None] + d, mask=live[None] & (d < C.D), other=0)
+
+
+@triton.jit
+def _put(state, partial, statistics, base, k, used, C: tl.constexpr, N: tl.constexpr):
+    """The running (sums [DP], mass, m) of a column with those of its splits k that are `used`."""
+    total, mass, m = state
+    d, at, good = tl.arange(0, C.DP), (base + k) * N + tl.program_id(2), k < used
+    maximum = tl.load(statistics + 2 * at, mask=good, other=float("-inf"))
+    weight, m, alpha = weigh(maximum, m, 0)
+    mass = mass * alpha + tl.sum(weight * tl.load(statistics + 2 * at + 1, mask=good, other=0), 0)
+    mask = good[:, None] & (d < C.D)[None]
+    part = tl.load(partial + at[:, None] * C.D + d[None], mask=mask, other=0)
+    return total * alpha + tl.sum(part * weight[:, None], 0), mass, m
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -187,18 +215,14 @@ def _combine(
         used = 1 + tl.cdiv(tl.maximum(end - first, 0), per_split)
         base = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (1 + splits)
         d = tl.arange(0, C.DP)
-        total, mass, m = tl.zeros(d.shape, tl.float32), 0.0, float("-inf")
-        for start in range(0, used, STEP):
+        state = (tl.zeros(d.shape, tl.float32), 0.0, float("-inf"))
+        for start in range(1 if C.RUN > 0 else 0, used, STEP):
             k = start + tl.arange(0, STEP)
-            at = (base + k) * N + tl.program_id(2)
-            maximum = tl.load(statistics + 2 * at, mask=k < used, other=float("-inf"))
-            weight, m, alpha = weigh(maximum, m, 0)
-            mass = mass * alpha + tl.sum(
-                weight * tl.load(statistics + 2 * at + 1, mask=k < used, other=0), 0
-            )
-            mask = (k < used)[:, None] & (d < C.D)[None]
-            part = tl.load(partial + at[:, None] * C.D + d[None], mask=mask, other=0)
-            total = total * alpha + tl.sum(part * weight[:, None], 0)
+            state = _put(state, partial, statistics, base, k, used, C, N)
+        if C.RUN > 0:  # the sums over pages are of rotated values, those of the raw split not
+            state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
+            state = _put(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
+        total, mass, _ = state
         to = (
             output
             + (q0 + i).to(tl.int64) * output_token

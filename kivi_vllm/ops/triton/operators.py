@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import GOOD, remember
-from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.prefill import prefill
@@ -42,11 +43,13 @@ def store_blocks(
 
     """
     raws = {"ring": cache.ring, **{f"tails[{i}]": t for i, t in enumerate(cache.tails)}}
+    if cache.sinks is not None:
+        raws["sinks"] = cache.sinks
     tables = {"block_table": step.block_table, **{f"{n}.table": r.table for n, r in raws.items()}}
     data = {"pages": cache.pages, **{f"{n}.cache": r.cache for n, r in raws.items()}}
     tokens = {"key": key, "value": value}
     form = (cache.fmt, cache.residual_length, cache.ring_capacity, step.num_reqs, step.num_tokens)
-    form += tuple(map(_form, (*tables.values(), *data.values(), *tokens.values())))
+    form += (*raws, *map(_form, (*tables.values(), *data.values(), *tokens.values())))
     if form not in GOOD:
         device = cache.pages.device
         checks.check_numbers(cache)
@@ -62,6 +65,8 @@ def store_blocks(
         remember(form)
     if CHECKED:
         checks.check_page_ids(step, cache)
+        if cache.sinks is not None:
+            _check_sink_ids(step, cache.sinks)
     store.store_blocks(step, cache, key, value)
 
 
@@ -111,6 +116,16 @@ def attend(
         q, k, v, out = (x[own] for x in (query, key, value, output))
         starts = step.query_start_loc[step.num_decodes :] - first
         first_chunk(q, k, v, out, starts, step.prefill_lens, params)
+
+
+def _check_sink_ids(step: DeviceStep, sinks: Raw) -> None:
+    """As `checks.check_page_ids`: the sinks' pages of requests that have whole blocks."""
+    live = (step.query_start_loc.diff() > 0) & (step.seq_lens >= BLOCK_SIZE)
+    pages = len(sinks.cache)
+    for row in live.nonzero().flatten().tolist():
+        page = int(sinks.table[row, 0]) if sinks.table.shape[1] else -1
+        if not 0 <= page < pages:
+            raise ValueError(f"sinks.table has page {page} for request {row}, of {pages} pages")
 
 
 def _form(x: torch.Tensor) -> tuple:

@@ -28,6 +28,9 @@ class PageConstants(NamedTuple):
         K_BITS, V_BITS: as in `PageFormat`.
         K, V: byte offsets of scale, zero and codes; of `kivi_raw`, (0, 0, codes).
         RAW: tokens that a page of the ring or a tail holds.
+        SINKS: first tokens of a sequence that are read at full precision.
+        RUN: channels that a rotation of values takes together, or 0: they are as they were.
+        CLIP: as in `PageFormat`.
 
     """
 
@@ -39,6 +42,9 @@ class PageConstants(NamedTuple):
     K: tuple[int, int, int]
     V: tuple[int, int, int]
     RAW: int
+    SINKS: int
+    RUN: int
+    CLIP: bool
 
 
 @functools.cache
@@ -50,8 +56,20 @@ def page_constants(fmt: PageFormat) -> PageConstants:
         for x in "kv"
     )
     power = triton.next_power_of_2(fmt.head_size)
-    bits = (fmt.k_bits, fmt.v_bits)
-    return PageConstants(fmt.head_size, power, fmt.group_size, *bits, k, v, fmt.raw_tokens)
+    run = fmt.head_size & -fmt.head_size if fmt.rotate_values else 0
+    return PageConstants(
+        D=fmt.head_size,
+        DP=power,
+        G=fmt.group_size,
+        K_BITS=fmt.k_bits,
+        V_BITS=fmt.v_bits,
+        K=k,
+        V=v,
+        RAW=fmt.raw_tokens,
+        SINKS=fmt.sink_tokens,
+        RUN=run,
+        CLIP=fmt.clip,
+    )
 
 
 PRECISION: tl.constexpr = tl.constexpr("tf32x3")

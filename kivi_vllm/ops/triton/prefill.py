@@ -13,15 +13,19 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PRECISION, keys_of, page_constants, values_of
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
 from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import (
     B,
+    at_full_precision,
     find_row,
     first_raw,
     raw_arguments,
     raw_bases,
+    raw_position,
+    raw_start,
     row_of,
 )
 
@@ -121,7 +125,7 @@ def _prefill(
             page = pages + page * page_block + head * page_head
             half = n * STEP % B // STEP
             s = n * STEP + tl.arange(0, STEP)
-            seen = s[None] < seen_from[:, None]
+            seen = ~at_full_precision(s[None], seen_from[:, None], C)
             if C.K_BITS > 0:
                 k = keys_of(page, half, C).to(T)
                 p, m, alpha = _weigh(state, x, k, s, t, seen, slope, largest * scale, RULES)
@@ -132,12 +136,16 @@ def _prefill(
                 p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
                 v = tl.load((page + C.V[2]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
                 state = _add(state, p, m, alpha, v)
-        for s0 in range(tl.maximum(first_seen, oldest), end, STEP):
-            s = s0 + tl.arange(0, STEP)
+        if C.RUN > 0:  # noqa: SIM102 - known when it is compiled
+            if oldest < last_seen:  # there are pages
+                state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
+        first, lead = raw_start(first_seen, oldest, C)
+        for s0 in range(first, end, STEP):
+            s = raw_position(s0 + tl.arange(0, STEP), first, lead, C)
             k_at, v_at = raw_bases(s, s < end, row, q0, a, head, raw, C, RULES.R)
             mask = (s < end)[:, None] & (d < C.D)
             k = tl.load(k_at[:, None] + d, mask=mask, other=0)
-            seen = (s[None] >= seen_from[:, None]) & (s < end)[None]
+            seen = at_full_precision(s[None], seen_from[:, None], C) & (s < end)[None]
             p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
             v = tl.load(v_at[:, None] + d, mask=mask, other=0)
             state = _add(state, p, m, alpha, v)

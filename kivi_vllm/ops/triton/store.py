@@ -1,8 +1,8 @@
 """Storing: completed blocks are quantized into pages, the step's last tokens go into the ring.
 
 Two launches a layer, before and after attention (`reference` says why). A program of
-`_store_blocks` makes one part of one block of one kv head: some groups of K, one group
-of channels of V, or the tokens that one tail keeps.
+`_store_blocks` makes one part of one block of one kv head: some groups of K, some of V,
+the tokens that one tail keeps, or the sinks.
 """
 
 from __future__ import annotations
@@ -12,80 +12,83 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.ops.reference import LayerCache
-from kivi_vllm.ops.triton.page import page_constants
+from kivi_vllm.ops.triton.codec import codes, quantize, rotate
+from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.step import DeviceStep
-from kivi_vllm.ops.triton.tokens import B, find_row, raw_arguments, raw_bases, row_of, tail_page
-
-FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
-ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even
-
-
-@triton.jit
-def _quantize(x, AXIS: tl.constexpr, BITS: tl.constexpr):
-    """Scale and zero, fp16, of the groups along AXIS of x: `codec.quantize` to the bit."""
-    bad = tl.max((x != x).to(tl.int32), AXIS) > 0
-    low, high = tl.min(x, AXIS), tl.max(x, AXIS)
-    zero = tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX)
-    spread = tl.where(high == low, 0.0, high - low)
-    scale = tl.minimum(tl.div_rn(spread, tl.full(spread.shape, 2**BITS - 1, tl.float32)), FP16_MAX)
-    nan = float("nan")
-    return tl.where(bad, nan, scale).to(tl.float16), tl.where(bad, nan, zero).to(tl.float16)
+from kivi_vllm.ops.triton.tokens import (
+    B,
+    find_row,
+    raw_arguments,
+    raw_bases,
+    row_of,
+    sinks_page,
+    tail_page,
+)
 
 
 @triton.jit
-def _codes(x, scale, zero, BITS: tl.constexpr):
-    """Codes, int32, of x, with the scale and zero (fp16) of its groups."""
-    s, z = scale.to(tl.float32), zero.to(tl.float32)
-    good = s > 0  # neither 0 nor NaN
-    y = tl.div_rn(x - z, tl.broadcast_to(tl.where(good, s, 1.0), x.shape))
-    y = tl.minimum(tl.maximum(y, 0.0), 2**BITS - 1.0)
-    return tl.where(good, (y + ROUND) - ROUND, 0.0).to(tl.int32)
-
-
-@triton.jit
-def _store_k(page, bases, part, C: tl.constexpr, TOKENS: tl.constexpr):
-    """Part `part` of a page's K, TOKENS tokens at addresses `bases` [TOKENS]."""
+def _store_k(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    """Part `part` of a page's K, at addresses `bases` [TOKENS]; run `run` of WIDTH channels."""
     GROUPS: tl.constexpr = TOKENS // C.G
     SLOTS: tl.constexpr = 8 // C.K_BITS
     N: tl.constexpr = TOKENS // (16 * SLOTS)
-    d = tl.arange(0, C.DP)
+    d = run * WIDTH + tl.arange(0, WIDTH)
     live = d < C.D
-    x = tl.load(bases[:, None] + d[None], mask=live[None], other=0).to(tl.float32)
-    x = tl.reshape(x, (GROUPS, C.G, C.DP))
-    scale, zero = _quantize(x, 1, C.K_BITS)  # [GROUPS, DP]
+    # `fit` has much to do for every group, so a thread should have few of them, not the eight
+    # of as many neighbours: told that they are none, the compiler deals the channels out singly.
+    own = tl.max_contiguous(d, 1) if C.CLIP else d
+    x = tl.load(bases[:, None] + own[None], mask=live[None], other=0).to(tl.float32)
+    x = tl.reshape(x, (GROUPS, C.G, WIDTH))
+    scale, zero = quantize(x, 1, C.K_BITS, C.CLIP)  # [GROUPS, WIDTH]
     at = (part * GROUPS + tl.arange(0, GROUPS))[:, None] * C.D + d[None]
     tl.store((page + C.K[0]).to(tl.pointer_type(tl.float16)) + at, scale, mask=live[None])
     tl.store((page + C.K[1]).to(tl.pointer_type(tl.float16)) + at, zero, mask=live[None])
-    codes = _codes(x, scale[:, None], zero[:, None], C.K_BITS)
-    codes = tl.reshape(codes, (N, SLOTS, 16, C.DP)) << _shifts(C.K_BITS)[None, :, None, None]
+    c = codes(x, scale[:, None], zero[:, None], C.K_BITS)
+    c = tl.reshape(c, (N, SLOTS, 16, WIDTH)) << _shifts(C.K_BITS)[None, :, None, None]
     n = (part * N + tl.arange(0, N))[:, None, None]
     lane, channel = tl.arange(0, 16)[None, :, None], d[None, None]
     at = (n * (C.D // 4) + channel // 4) * 64 + lane * 4 + channel % 4
-    tl.store(page + C.K[2] + at, tl.sum(codes, 1).to(tl.uint8), mask=live[None, None])
+    tl.store(page + C.K[2] + at, tl.sum(c, 1).to(tl.uint8), mask=live[None, None])
 
 
 @triton.jit
-def _store_v(page, bases, part, C: tl.constexpr):
-    """Part `part` of a page's V, G channels of all tokens, at addresses `bases` [128]."""
+def _v_tokens(part, C: tl.constexpr, TOKENS: tl.constexpr):
+    """Part `part` of a page's tokens, [TOKENS]: where its halves share bytes, some of both."""
+    HALVES: tl.constexpr = 2 if C.V_BITS == 2 else 1
+    EACH: tl.constexpr = TOKENS // HALVES
+    i = tl.arange(0, TOKENS)
+    if TOKENS < B:
+        i = i // EACH * (B // HALVES) + part * EACH + i % EACH
+    return i
+
+
+@triton.jit
+def _store_v(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    """Part `part` (`_v_tokens`) of a page's V, at addresses `bases` [TOKENS]; likewise."""
     HALVES: tl.constexpr = 4 // C.V_BITS
-    TOKENS: tl.constexpr = B // HALVES
-    UNITS: tl.constexpr = C.G // 32
-    channel = part * C.G + tl.arange(0, C.G)
-    x = tl.load(bases[:, None] + channel[None]).to(tl.float32)
-    scale, zero = _quantize(x, 1, C.V_BITS)  # [128]
-    at = part * B + tl.arange(0, B)
+    EACH: tl.constexpr = TOKENS // HALVES
+    GROUPS: tl.constexpr = WIDTH // C.G
+    UNITS: tl.constexpr = WIDTH // 32
+    channel = run * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(bases[None] + channel[:, None]).to(tl.float32)
+    if C.RUN > 0:
+        x = rotate(x, C.RUN, TOKENS, False)
+    x = tl.reshape(x, (GROUPS, C.G, TOKENS))
+    scale, zero = quantize(x, 1, C.V_BITS, C.CLIP)  # [GROUPS, TOKENS]
+    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + _v_tokens(part, C, TOKENS)[None]
     tl.store((page + C.V[0]).to(tl.pointer_type(tl.float16)) + at, scale)
     tl.store((page + C.V[1]).to(tl.pointer_type(tl.float16)) + at, zero)
-    codes = _codes(x, scale[:, None], zero[:, None], C.V_BITS)
+    c = codes(x, scale[:, None], zero[:, None], C.V_BITS)
     # Slot i is half i // 2 of the tokens, and half i % 2 of the unit's 32 channels.
-    codes = tl.reshape(codes, (HALVES, TOKENS, UNITS, 2, 16))
-    shift = tl.reshape(_shifts(C.V_BITS), (HALVES, 1, 1, 2, 1))
-    codes = tl.sum(tl.sum(codes << shift, 3), 0)  # [TOKENS, UNITS, 16]
-    token = tl.arange(0, TOKENS)[:, None, None]
-    n = (part * UNITS + tl.arange(0, UNITS))[None, :, None]
-    lane = tl.arange(0, 16)[None, None]
-    at = (n * (TOKENS // 4) + token // 4) * 64 + lane * 4 + token % 4
-    tl.store(page + C.V[2] + at, codes.to(tl.uint8))
+    c = tl.reshape(c, (UNITS, 2, 16, HALVES, EACH))
+    shift = tl.reshape(_shifts(C.V_BITS), (HALVES, 2))
+    shift = tl.trans(shift)[None, :, None, :, None]
+    c = tl.sum(tl.sum(c << shift, 3), 1)  # [UNITS, 16, EACH]
+    n = (run * UNITS + tl.arange(0, UNITS))[:, None, None]
+    lane = tl.arange(0, 16)[None, :, None]
+    token = (part * EACH + tl.arange(0, EACH))[None, None]
+    at = (n * (B // HALVES // 4) + token // 4) * 64 + lane * 4 + token % 4
+    tl.store(page + C.V[2] + at, c.to(tl.uint8))
 
 
 @triton.jit
@@ -102,6 +105,15 @@ def _copy(to, stride, bases, count, C: tl.constexpr, N: tl.constexpr):
     tl.store(to + n * stride + d, tl.load(bases[:, None] + d, mask=mask, other=0), mask=mask)
 
 
+@triton.jit
+def _keep(to, position, count, row, q0, a, head, raw, C: tl.constexpr, N: tl.constexpr):
+    """The first `count` of N tokens from `position` on go to a full-precision page at `to`."""
+    n = tl.arange(0, N)
+    k, v = raw_bases(position + n, n < count, row, q0, a, head, raw, C, 0)
+    _copy(to, raw.token_stride, k, count, C, N)
+    _copy(to + C.D, raw.token_stride, v, count, C, N)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _store_blocks(
     query_start_loc,
@@ -116,10 +128,14 @@ def _store_blocks(
     C: tl.constexpr,
     R: tl.constexpr,
     PARTS: tl.constexpr,
-    K_TOKENS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
     RAW_TOKENS: tl.constexpr,
 ):
-    """Grid (blocks that the step may complete, num_kv_heads, K parts + V parts + tails)."""
+    """Grid (blocks that the step may complete, num_kv_heads, K parts + V parts + tails + sinks).
+
+    PARTS: how many of K, V, and tails. K, V: (tokens, channels) of one part of theirs.
+    """
     row, j = find_row(query_start_loc, num_rows, tl.program_id(0), B)
     head, part = tl.program_id(1), tl.program_id(2)
     q0, a, b = row_of(query_start_loc, seq_lens, row)
@@ -129,29 +145,37 @@ def _store_blocks(
             page = tl.load(table + row * table_row + block).to(tl.int64)
             page = pages + page * page_block + head * page_head
             if part < PARTS[0]:
-                s = block * B + part * K_TOKENS + tl.arange(0, K_TOKENS)
+                run, part = part // (B // K[0]), part % (B // K[0])
+                s = block * B + part * K[0] + tl.arange(0, K[0])
+                if C.SINKS > 0:  # no part in the ranges: the next ones stand in for them
+                    s = tl.where(s < C.SINKS, s + C.SINKS, s)
                 k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
                 if C.K_BITS == 0:
-                    to = (page + C.K[2]).to(raw.key.dtype) + part * K_TOKENS * C.D
-                    _copy(to, C.D, k_at, K_TOKENS, C, K_TOKENS)
+                    to = (page + C.K[2]).to(raw.key.dtype) + part * K[0] * C.D
+                    _copy(to, C.D, k_at, K[0], C, K[0])
                 else:
-                    _store_k(page, k_at, part, C, K_TOKENS)
+                    _store_k(page, k_at, part, run, C, K[0], K[1])
             else:
-                v_at = raw_bases(block * B + tl.arange(0, B), True, row, q0, a, head, raw, C, 0)[1]
+                part -= PARTS[0]
+                run, part = part // (B // V[0]), part % (B // V[0])
+                position = block * B + _v_tokens(part, C, V[0])
+                v_at = raw_bases(position, True, row, q0, a, head, raw, C, 0)[1]
                 if C.V_BITS == 0:
                     _copy((page + C.V[2]).to(raw.key.dtype), C.D, v_at, B, C, B)
                 else:
-                    _store_v(page, v_at, part - PARTS[0], C)
-        elif R > 0:
-            i = part - PARTS[0] - PARTS[1]
-            n = tl.arange(0, RAW_TOKENS)
-            count = tl.minimum(C.RAW, R - i * C.RAW)
-            position = (block + 1) * B - R + i * C.RAW + n
-            k, v = raw_bases(position, n < count, row, q0, a, head, raw, C, 0)
-            tail_id, tail = tail_page(raw, row, block, i, True)
-            kept = tail + tail_id * raw.page_stride + head * raw.head_stride
-            _copy(kept, raw.token_stride, k, count, C, RAW_TOKENS)
-            _copy(kept + C.D, raw.token_stride, v, count, C, RAW_TOKENS)
+                    _store_v(page, v_at, part, run, C, V[0], V[1])
+        elif part < PARTS[0] + PARTS[1] + PARTS[2]:
+            if R > 0:
+                i = part - PARTS[0] - PARTS[1]
+                tail_id, tail = tail_page(raw, row, block, i, True)
+                to = tail + tail_id * raw.page_stride + head * raw.head_stride
+                start = (block + 1) * B - R + i * C.RAW
+                count = tl.minimum(C.RAW, R - i * C.RAW)
+                _keep(to, start, count, row, q0, a, head, raw, C, RAW_TOKENS)
+        elif C.SINKS > 0:  # noqa: SIM102 - known when it is compiled
+            if block == 0:
+                to = sinks_page(raw, row, head, True)
+                _keep(to, 0, C.SINKS, row, q0, a, head, raw, C, RAW_TOKENS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -183,6 +207,16 @@ def _store_ring(
         tl.store(to + h * raw.head_stride + C.D + d, v, mask=mask)
 
 
+def _parts(c: PageConstants) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(tokens, channels) of K and of V that a program of `_store_blocks` takes."""
+    if c.K_BITS == 0:
+        return (32, c.DP), (B.value, c.DP)
+    k_tokens, v_width = max(c.G, 128 // c.K_BITS), max(c.G, c.RUN)
+    if c.CLIP or c.RUN:  # more is done with every number: so many numbers fit the registers
+        return (k_tokens, min(c.DP, 4096 // k_tokens)), (min(B.value, 4096 // v_width), v_width)
+    return (k_tokens, c.DP), (B.value, v_width)
+
+
 def store_blocks(
     step: DeviceStep, cache: LayerCache, key: torch.Tensor, value: torch.Tensor
 ) -> None:
@@ -191,10 +225,11 @@ def store_blocks(
     As `reference.store_blocks`, for a `DeviceStep`; one launch.
     """
     fmt, constants = cache.fmt, page_constants(cache.fmt)
-    k_tokens = 32 if fmt.is_raw else max(fmt.group_size, 128 // fmt.k_bits)
-    parts = (B.value // k_tokens, 1 if fmt.is_raw else fmt.head_size // fmt.group_size)
+    k, v = _parts(constants)
+    parts = [B.value // tokens * -(-fmt.head_size // width) for tokens, width in (k, v)]
+    parts.append(len(cache.tails))
     slots = step.num_tokens // B.value + step.num_reqs
-    _store_blocks[(slots, cache.pages.shape[1], sum(parts) + len(cache.tails))](
+    _store_blocks[(slots, cache.pages.shape[1], sum(parts) + (fmt.sink_tokens > 0))](
         step.query_start_loc,
         step.seq_lens,
         step.num_reqs,
@@ -205,8 +240,9 @@ def store_blocks(
         raw_arguments(cache, key, value),
         C=constants,
         R=cache.residual_length,
-        PARTS=parts,
-        K_TOKENS=k_tokens,
+        PARTS=tuple(parts),
+        K=k,
+        V=v,
         RAW_TOKENS=triton.next_power_of_2(fmt.raw_tokens),
     )
 

@@ -1,8 +1,8 @@
 """Finding things: the row of a program, the page of a block, the address of a token.
 
-Device functions that the kernels share. Full-precision tokens come from three
-places, which `reference._raw_since` puts in a row: the step's own keys and values,
-the ring, and the tails of the block before.
+Device functions that the kernels share. Full-precision tokens come from four
+places: the step's own keys and values, the ring, and the tails of the block before,
+which `reference._raw_since` puts in a row; and the page of a sequence's first tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class RawTokens(NamedTuple):
 
     Attributes:
         key, value: the step's own, with their strides of a token and of a head.
-        ring: the ring's pages; the strides of page, head and token are the tails' too.
+        ring: the ring's pages; the strides of page, head and token are those of all
+            full-precision pages.
         table, table_row: the ring's table and its stride.
         capacity: tokens of a ring.
         tails: [n, 2] int64, the addresses of each tail's pages and table.
         tails_row: stride of those tables.
+        sinks, sinks_table, sinks_row: as the ring's; where there are no sinks, the ring's.
 
     """
 
@@ -48,6 +50,9 @@ class RawTokens(NamedTuple):
     capacity: int
     tails: torch.Tensor
     tails_row: int
+    sinks: torch.Tensor
+    sinks_table: torch.Tensor
+    sinks_row: int
 
 
 @triton.jit
@@ -92,6 +97,45 @@ def tail_page(raw, row, block, i, mask):
 
 
 @triton.jit
+def sinks_page(raw, row, head, mask):
+    """Where a row's sinks lie; where not `mask`, the address must not be read."""
+    page = tl.load(raw.sinks_table + row * raw.sinks_row, mask=mask, other=0).to(tl.int64)
+    return raw.sinks + page * raw.page_stride + head * raw.head_stride
+
+
+@triton.jit
+def raw_start(seen_from, oldest, C: tl.constexpr):
+    """(first, lead): where the loop over full-precision tokens begins.
+
+    A query with F(t) = seen_from that sees no position before `oldest`, and those after it,
+    see the positions from max(seen_from, oldest) on, and before these, if they were left out
+    and the window reaches them, `lead` sinks: they take the place of the last `lead` positions
+    before, in the order of which `raw_position` knows what stands where.
+    """
+    lead = 0
+    if C.SINKS > 0:
+        lead = tl.where(oldest < C.SINKS, tl.minimum(seen_from, C.SINKS), 0)
+    return tl.maximum(seen_from, oldest) - lead, lead
+
+
+@triton.jit
+def raw_position(s, first, lead, C: tl.constexpr):
+    """Positions of the tokens that stand at places s in the order of `raw_start`."""
+    if C.SINKS > 0:
+        s = tl.where(s < first + lead, s - first, s)
+    return s
+
+
+@triton.jit
+def at_full_precision(s, seen_from, C: tl.constexpr):
+    """Whether queries with F(t) = seen_from see positions s at full precision."""
+    whole = s >= seen_from
+    if C.SINKS > 0:
+        whole |= s < C.SINKS
+    return whole
+
+
+@triton.jit
 def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr):
     """Addresses of K and V of the full-precision tokens at positions s [n].
 
@@ -105,9 +149,15 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
     page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
     at = raw.ring + page * raw.page_stride + head * raw.head_stride
     at += slot % C.RAW * raw.token_stride
+    start = a // B * B
+    old = valid & (s < start)
+    if C.SINKS > 0:  # from their page, if they are in no tail
+        seen_from = first_raw(a, R)
+        sink = valid & (s < tl.minimum(seen_from, C.SINKS))
+        kept = sinks_page(raw, row, head, seen_from > 0)
+        at = tl.where(sink, kept + s * raw.token_stride, at)
+        old &= ~sink
     if R > 0:
-        start = a // B * B
-        old = valid & (s < start)
         i = tl.where(old, s - (start - R), 0)
         page, tail = tail_page(raw, row, start // B - 1, i // C.RAW, old)
         tail += page * raw.page_stride + head * raw.head_stride + i % C.RAW * raw.token_stride
@@ -119,20 +169,22 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
 
 
 def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> RawTokens:
-    """Where `raw_bases` finds the step's own K and V, the ring, and the tails.
+    """Where `raw_bases` finds the step's own K and V, the ring, the tails and the sinks.
 
     Raises:
-        ValueError: the tails differ from the ring in their strides, or in those of
-            their tables from each other.
+        ValueError: tails or sinks differ from the ring in their strides, or tails' tables
+            from each other in theirs.
 
     """
-    ring, given = cache.ring, (key, value, cache.ring, cache.tails)
+    ring, given = cache.ring, (key, value, cache.ring, cache.tails, cache.sinks)
     made, of = cache.native.get("raw", (None, ()))  # all launches of a step need the same
     if made and all(x is y for x, y in zip(of, given, strict=True)):
         return made
-    rows = {tail.table.stride(0) for tail in cache.tails}
-    if len(rows) > 1 or any(t.cache.stride() != ring.cache.stride() for t in cache.tails):
-        raise ValueError("ring and tails must have the same strides, and all tails' tables")
+    rows, sinks = {tail.table.stride(0) for tail in cache.tails}, cache.sinks or ring
+    if len(rows) > 1 or any(
+        raw.cache.stride() != ring.cache.stride() for raw in (*cache.tails, sinks)
+    ):
+        raise ValueError("ring, tails and sinks must have the same strides, and all tails' tables")
     pairs = tuple((t.cache.data_ptr(), t.table.data_ptr()) for t in cache.tails)
     page, head, token = ring.cache.stride()[:3]
     made = RawTokens(
@@ -151,6 +203,9 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
         capacity=cache.ring_capacity,
         tails=_addresses(pairs, key.device),
         tails_row=rows.pop() if rows else 0,
+        sinks=sinks.cache,
+        sinks_table=sinks.table,
+        sinks_row=sinks.table.stride(0),
     )
     cache.native["raw"] = made, given
     return made
