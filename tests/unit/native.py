@@ -14,5 +14,5 @@ INSTRUCTION_SETS = library.load().available
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def simulator(case: Case, **options: Any) -> Simulator:
-    return Simulator(case, ops=operators, tolerance=TOLERANCE, **options)
+def simulator(case: Case, *, tolerance: float = TOLERANCE, **options: Any) -> Simulator:
+    return Simulator(case, ops=operators, tolerance=tolerance, **options)

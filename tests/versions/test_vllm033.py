@@ -130,9 +130,10 @@ print(json.dumps([seen, tokens]))
         kivi += [
             [f"self_attn.attn.kivi_tail{i}", "SlidingWindowSpec", page, "KIVI_RAW"] for i in (0, 1)
         ]
+    kivi.append(["self_attn.attn.kivi_sinks", "SinkSpec", page, "KIVI_RAW"])
     assert seen["kivi2"] == kivi
     blocks = (32 << 20) // (2 * page)
-    # 8 pages, 6 of ring; each tail: (128 + 256) tokens in flight, and one more page.
-    needed = 8 + 6 + (2 * 4 if residual else 0)
+    # 8 pages, 6 of ring, one of sinks; each tail: (128 + 256) tokens in flight, and one more page.
+    needed = 8 + 6 + 1 + (2 * 4 if residual else 0)
     assert tokens["kivi2"] == int(blocks / needed * 1024)
     assert tokens["auto"] == int((32 << 20) // (2 * 128 * 128 * 2) / 8 * 1024)
