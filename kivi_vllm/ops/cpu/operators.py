@@ -187,8 +187,9 @@ def _run(function: Any, call: bytes, cache: LayerCache) -> None:
     if status == BAD_PAGE:
         raise ValueError(
             "a page id in block_table or in the table of the ring, a tail or the sinks is outside "
-            f"of its cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the table "
-            "has too few columns for a row's positions, or a row's positions and tokens do not fit"
+            f"of its cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the "
+            "table has too few columns for a row's positions, or a row's positions and tokens do "
+            "not fit"
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the work space of the CPU kernels")
