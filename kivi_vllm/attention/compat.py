@@ -109,7 +109,7 @@ def register_cache_specs() -> None:
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 
-    from kivi_vllm.attention.cache import RingManager, RingSpec, SinkManager, SinkSpec
+    from kivi_vllm.attention.groups import RingManager, RingSpec, SinkManager, SinkSpec
 
     if not _REGISTRY_KVCACHESPEC_LIST:
         register_all_kvcache_specs(None)
