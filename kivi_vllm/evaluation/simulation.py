@@ -111,21 +111,23 @@ def as_cached(
     k: torch.Tensor, v: torch.Tensor, config: KiviConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What pages give back of a sequence's blocks: k, v [heads, n * 128, D] -> the same, fp32."""
+    import torch
+
     from kivi_vllm.ops.codec import decode_pages, encode_pages
     from kivi_vllm.ops.format import PageFormat
 
     fmt = PageFormat.of(config, k.shape[-1], k.dtype)
     k_blocks, v_blocks = (x.unflatten(-2, (-1, BLOCK_SIZE)).contiguous() for x in (k, v))
     pages = encode_pages(k_blocks, v_blocks, fmt)
-    if sinks := getattr(config, "sink_tokens", 0):
-        pages[:, :1] = encode_pages(k_blocks[:, :1], v_blocks[:, :1], fmt, sinks)
+    first = encode_pages(k_blocks[:, :1], v_blocks[:, :1], fmt, config.sink_tokens)
+    pages = torch.cat([first, pages[:, 1:]], 1)
     k_back, v_back = decode_pages(pages, fmt)
     return k_back.flatten(-3, -2), v_back.flatten(-3, -2)
 
 
 def attention(config: KiviConfig) -> Callable[..., tuple[torch.Tensor, None]]:
     """An attention function for `transformers` in which positions see what the cache would hold."""
-    residual, sinks = config.residual_length, getattr(config, "sink_tokens", 0)
+    residual, sinks = config.residual_length, config.sink_tokens
 
     def attend(
         module: Any,
