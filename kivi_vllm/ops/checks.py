@@ -167,6 +167,8 @@ def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
         for i, tail in enumerate(cache.tails):
             kept = range(max(0, first - 1), blocks)
             wanted += [(f"tails[{i}].table", tail.table, len(tail.cache), kept)]
+        if cache.sinks is not None and blocks:
+            wanted += [("sinks.table", cache.sinks.table, len(cache.sinks.cache), [0])]
         for name, table, pages, entries in wanted:
             for at in entries:
                 page = int(table[row, at]) if at < table.shape[1] else -1

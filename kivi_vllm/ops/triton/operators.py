@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import GOOD, remember
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
+from kivi_vllm.ops.reference import AttentionParams, LayerCache
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.prefill import prefill
@@ -65,8 +64,6 @@ def store_blocks(
         remember(form)
     if CHECKED:
         checks.check_page_ids(step, cache)
-        if cache.sinks is not None:
-            _check_sink_ids(step, cache.sinks)
     store.store_blocks(step, cache, key, value)
 
 
@@ -116,16 +113,6 @@ def attend(
         q, k, v, out = (x[own] for x in (query, key, value, output))
         starts = step.query_start_loc[step.num_decodes :] - first
         first_chunk(q, k, v, out, starts, step.prefill_lens, params)
-
-
-def _check_sink_ids(step: DeviceStep, sinks: Raw) -> None:
-    """As `checks.check_page_ids`: the sinks' pages of requests that have whole blocks."""
-    live = (step.query_start_loc.diff() > 0) & (step.seq_lens >= BLOCK_SIZE)
-    pages = len(sinks.cache)
-    for row in live.nonzero().flatten().tolist():
-        page = int(sinks.table[row, 0]) if sinks.table.shape[1] else -1
-        if not 0 <= page < pages:
-            raise ValueError(f"sinks.table has page {page} for request {row}, of {pages} pages")
 
 
 def _form(x: torch.Tensor) -> tuple:
