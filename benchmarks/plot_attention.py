@@ -1,11 +1,11 @@
 """Pictures of what `benchmarks/attention.py --device cuda --json` measured: see README.md here."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pictures import check_matplotlib, check_prefix, read, save
 
 from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
@@ -38,20 +38,12 @@ def plot(
     ] = Path("attention"),
 ) -> None:
     """Draw decode times and speed-ups against the context, per shape and batch: PNG and SVG."""
-    try:
-        data = json.loads(result.read_text())
-        rows = [row for row in data["decode"] if "skipped" not in row]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{result} is no result of attention.py: {error!r}", "measure") from error
+    data = read(result, "attention.py", lambda data: data["decode"])
+    rows = [row for row in data["decode"] if "skipped" not in row]
     if not rows:
         raise UserError(f"{result} has no decode rows that were measured", "measure some", status=1)
-    if not prefix.parent.is_dir():
-        raise UserError(f"-o {prefix}: there is no folder {prefix.parent}", "create it")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed", "pip install matplotlib", status=1) from None
-    matplotlib.use("Agg")
+    check_prefix(prefix)
+    check_matplotlib()
     header = data["header"]
     machine = str(header.get("gpu", header.get("cpu", "?")))
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -60,7 +52,7 @@ def plot(
             print(name)
 
 
-def _draw(rows: list[Row], prefix: Path, shape: str, machine: str) -> Iterator[str]:
+def _draw(rows: list[Row], prefix: Path, shape: str, machine: str) -> Iterator[Path]:
     """The two pictures of one shape; yields the names of the files."""
     times = {name: _column(name) for name in LABELS}
     ups = {name: _speedup(name) for name in LABELS if name != "bf16_ms"}
@@ -96,7 +88,7 @@ def _picture(
     unit: str,
     title: str,
     logarithmic: bool = True,
-) -> Iterator[str]:
+) -> Iterator[Path]:
     """One picture, a panel per batch; yields the names of the files."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -138,11 +130,7 @@ def _picture(
     figure.legend(
         entries.values(), entries.keys(), loc="lower center", ncols=len(entries), fontsize=8
     )
-    for ending in ("png", "svg"):
-        name = f"{path}.{ending}"
-        figure.savefig(name, dpi=150)
-        yield name
-    pyplot.close(figure)
+    yield from save(figure, path)
 
 
 def _tokens(x: float, _: object) -> str:

