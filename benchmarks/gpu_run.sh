@@ -5,10 +5,11 @@
 #   MODEL=/models/llama benchmarks/gpu_run.sh        and a whole engine
 #
 # OUT          folder of the results (benchmarks/results)
-# PARTS        "tests attention throughput plots", or some of them
+# PARTS        "tests attention throughput plots", or some of them; "serving" only if named
 # MODEL        folder of a model; without weights in it, they are random
 # LIMIT        seconds for everything (570); TESTS_S, ATTENTION_S: for these parts
 # DTYPES       of the cache, for the whole engine ("auto fp8 kivi2"); VLLM_ARGS: more for vLLM
+# MEMORY       of the cache, for serving (4GiB); SERVING_ARGS: more for serving.py
 # PYTHON       the interpreter (python, else python3)
 #
 # A part that fails does not stop the others; the exit status is 1 if any did.
@@ -21,6 +22,8 @@ MODEL=${MODEL:-}
 LIMIT=${LIMIT:-570}
 DTYPES=${DTYPES:-auto fp8 kivi2}
 VLLM_ARGS=${VLLM_ARGS:-}
+MEMORY=${MEMORY:-4GiB}
+SERVING_ARGS=${SERVING_ARGS:---section long --section shared}
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 TESTS_S=${TESTS_S:-150}
 if [ -n "$MODEL" ]; then ATTENTION_S=${ATTENTION_S:-130}; else ATTENTION_S=${ATTENTION_S:-300}; fi
@@ -125,6 +128,19 @@ if wanted throughput; then
             --input-len 4096 --output-len 256 --num-prompts 128 "${options[@]}" \
             --json "$OUT/throughput-cuda.json" \
             -- --max-model-len 8192 ${load[@]+"${load[@]}"} $VLLM_ARGS
+    fi
+fi
+
+if wanted serving; then
+    if [ -z "$MODEL" ]; then
+        note serving "skipped: MODEL names no model"
+    else
+        options=()
+        for dtype in $DTYPES; do options+=(--kv-cache-dtype "$dtype"); done
+        # shellcheck disable=SC2086  # they are several words
+        part serving $((LIMIT - SECONDS - 20)) "$PYTHON" benchmarks/serving.py "$MODEL" \
+            --memory "$MEMORY" "${options[@]}" $SERVING_ARGS --json "$OUT/serving-cuda.json" \
+            -- $VLLM_ARGS
     fi
 fi
 

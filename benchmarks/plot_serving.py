@@ -26,13 +26,12 @@ def plot(
     data = read(result, "serving.py", lambda data: [r["latency_ms"] for r in data["summary"]])
     check_prefix(prefix)
     check_matplotlib()
-    for path in draw(data, prefix):
+    for path in draw(data["header"], data["summary"], prefix):
         print(path)
 
 
-def draw(data: Record, prefix: Path) -> Iterator[Path]:
+def draw(header: Record, summary: Sequence[Record], prefix: Path) -> Iterator[Path]:
     """Draw all pictures for which there are figures; yields the files."""
-    header, summary = data["header"], data["summary"]
     where = f"{header['model']}, {header['gpu'] or header['cpu']}"
     capacity = {r["kv_cache_dtype"]: r["kv_cache_tokens"] for r in summary}
     if all(capacity.values()):

@@ -87,7 +87,7 @@ def serving(
         if run.rows:
             report.show(run.rows)
             if plots is not None:
-                for path in plot_serving.draw(report.document(run.header, run.rows), plots):
+                for path in plot_serving.draw(run.header, report.summarize(run.rows), plots):
                     print(path)
     if run.failed:
         text = "\n\n".join(f"{dtype}: {error}" for dtype, error in run.failed.items())

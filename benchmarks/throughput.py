@@ -7,14 +7,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from serve.common import check_folder, environment, header, split_at_dashes, vllm_command
+from serve.common import (
+    check_folder,
+    environment,
+    header,
+    split_at_dashes,
+    vllm_command,
+    write_json,
+)
 
 from kivi_vllm.cli import main
 from kivi_vllm.default_model import default_model
@@ -96,7 +103,7 @@ def throughput(
                     failed[dtype] = error
                     head["failed"] = {name: str(one) for name, one in failed.items()}
                 if json_path is not None:
-                    _write(json_path, head, runs)
+                    write_json(json_path, head, runs, summary=_medians(runs))
     finally:
         _show(runs)
     if failed:
@@ -193,18 +200,6 @@ def _show(runs: Sequence[Run]) -> None:
     if not console.is_terminal:
         console.width = 120
     console.print(table)
-
-
-def _write(path: Path, header: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write the JSON file whole or not at all."""
-    result = {
-        "header": header,
-        "summary": _medians(runs),
-        "runs": [asdict(run) for run in runs],
-    }
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(path)
 
 
 def _command() -> None:

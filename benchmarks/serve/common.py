@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,14 @@ def check_folder(option: str, path: Path | None) -> None:
     """Refuse an output path whose folder is not there, before anything is measured."""
     if path is not None and not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}", "create it")
+
+
+def write_json(path: Path, head: dict[str, Any], rows: Sequence[Any], **more: Any) -> None:
+    """Write header and rows (dataclasses) as one JSON file, whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    result = {"header": head, **more, "rows": [asdict(row) for row in rows]}
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
 
 
 def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:

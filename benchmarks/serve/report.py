@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from serve.common import write_json
 from serve.sweep import LATENCIES, PERCENTILES, Row
 
 Summary = dict[str, Any]
@@ -72,16 +71,9 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     return found
 
 
-def document(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """What the JSON file holds."""
-    return {"header": header, "summary": summarize(rows), "rows": [asdict(row) for row in rows]}
-
-
-def write(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write the JSON file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(document(header, rows), indent=1) + "\n")
-    new.replace(path)
+def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the JSON file."""
+    write_json(path, head, rows, summary=summarize(rows))
 
 
 def show(rows: Sequence[Row]) -> None:
