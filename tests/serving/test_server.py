@@ -1,16 +1,27 @@
-"""`vllm serve` as a process, over HTTP: chat, completion, streaming, a crowd, cancellations."""
+"""`vllm serve` as a process, over HTTP: chat, streaming, a crowd, cancellations, /metrics."""
 
 from __future__ import annotations
 
+import functools
+import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
+from kivi_vllm.server import kv_tokens
+from tests.deploy.expressions import FROM_PROMETHEUS, dashboard, exported
 from tests.serving.conftest import Served
 
 CAPITAL = "What is the capital of France? Answer with one word."
@@ -29,6 +40,34 @@ def metric(served: Served, name: str) -> float:
     values = re.findall(pattern, metrics(served), re.MULTILINE)
     assert values, f"no metric {name}"
     return sum(map(float, values))
+
+
+Labels = dict[str, list[dict[str, str]]]
+"""The label sets of each sample name."""
+
+
+def labels_of(text: str) -> Labels:
+    found: Labels = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+def speculation() -> str:
+    """What vLLM adds with a draft configuration, which the server here has not."""
+    registry = CollectorRegistry()
+
+    class Prom(SpecDecodingProm):
+        _counter_cls = functools.partial(Counter, registry=registry)
+
+    Prom(SimpleNamespace(num_speculative_tokens=1), ["model_name", "engine"], {0: ["model", "0"]})
+    return generate_latest(registry).decode()
+
+
+@pytest.fixture(scope="module")
+def samples(served: Served) -> Labels:
+    return labels_of(metrics(served))
 
 
 def test_log_names_the_operators(served: Served) -> None:
@@ -106,8 +145,30 @@ def test_crowd(served: Served) -> None:
     assert served.server.process.poll() is None
 
 
-def test_metrics_name_the_dtype(served: Served) -> None:
-    assert re.search(r'vllm:cache_config_info\{.*cache_dtype="kivi2"', metrics(served))
+def test_cache_is_described(served: Served, samples: Labels) -> None:
+    (cache,) = samples["vllm:cache_config_info"]
+    assert (cache["cache_dtype"], cache["block_size"]) == ("kivi2", "128")
+    tokens = int(cache["kv_cache_size_tokens"])
+    assert tokens == kv_tokens(served.server.log.read_text())
+    # Not the capacity: some pages are rings and sinks. deploy/README.md warns of it.
+    assert int(cache["num_gpu_blocks"]) * int(cache["block_size"]) > tokens
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is(samples: Labels) -> None:
+    known = samples | labels_of(speculation())
+    assert "vllm:gpu_cache_usage_perc" not in known  # as it was called once: names do change
+    for expression in exported():
+        missing = expression.metrics - set(known)
+        assert not missing, f"{expression.where}: no {missing}"
+        for name in expression.metrics:
+            assert expression.labels - FROM_PROMETHEUS <= set(known[name][0]), expression
+
+
+def test_table_shows_labels_that_there_are(samples: Labels) -> None:
+    (table,) = [panel for panel in dashboard()["panels"] if panel["type"] == "table"]
+    shown = table["transformations"][0]["options"]["include"]["names"]
+    assert set(shown) - FROM_PROMETHEUS <= set(samples["vllm:cache_config_info"][0])
+    assert "cache_dtype" in shown
 
 
 @pytest.mark.parametrize("length", [1900])
@@ -124,3 +185,26 @@ def test_prefix_hit_gives_the_same_answer(served: Served, length: int) -> None:
     ]
     assert metric(served, "vllm:prefix_cache_hits_total") > hits
     assert texts[0] == texts[1]
+
+
+def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_path: Path) -> None:
+    """benchmarks/serve/observed.py around vLLM's own load."""
+    observed = Path(__file__).parents[2] / "benchmarks" / "serve" / "observed.py"
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [sys.executable, str(observed), str(vllm), "bench", "serve", "--host", "127.0.0.1"]
+    command += ["--port", str(served.server.port), "--model", str(model), "--num-prompts", "6"]
+    command += ["--served-model-name", served.name, "--dataset-name", "random", "--ignore-eos"]
+    command += ["--random-input-len", "300", "--random-output-len", "24", "--save-result"]
+    command += ["--random-prefix-len", "256", "--ready-check-timeout-sec", "0"]
+    command += ["--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    before = metric(served, "vllm:num_preemptions_total")
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"]) == (6, 0)
+    seen = result["server"]
+    assert seen["cache_dtype"] == "kivi2"
+    assert 2 <= seen["running_max"] <= 6 and 0 < seen["kv_cache_usage_max"] <= 1
+    assert seen["preemptions"] == metric(served, "vllm:num_preemptions_total") - before
+    assert seen["prefix_hit_rate"] <= 256 / 556
+    # The engine's process is counted, not the API server's alone: it holds the weights.
+    assert seen["memory_peak_bytes"] > 135e6 * 4
