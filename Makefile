@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint sanitize clean
+.PHONY: help setup demo test lint sanitize soak clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -33,6 +33,10 @@ endef
 sanitize: setup  ## the CPU kernels under address and undefined behaviour sanitizers
 	$(call sanitize,address,libasan.so)
 	$(call sanitize,undefined,libubsan.so)
+
+soak: setup  ## thousands of requests, cancels, kills and restarts (about 20 minutes)
+	KIVI_SOAK_REQUESTS=$${KIVI_SOAK_REQUESTS:-3000} KIVI_SOAK_SECONDS=$${KIVI_SOAK_SECONDS:-300} \
+	    $(BIN)/python -m pytest -n 2 --timeout 2400 tests/soak
 
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,9 @@ ENVIRONMENT = {
     # above all beside another test's.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM looks for n-gram drafts with Numba, which sets the OpenMP threads of the whole process
+    # to its own number of them.
+    "NUMBA_NUM_THREADS": "1",
     # vLLM compiles a piece of its sampler even where the model is eager.
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",

@@ -1,0 +1,59 @@
+"""The engines of the soak: a quiet one with room for all, and one that is too small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tests.engine import Answer, engine, generate, tiny_model
+from tests.soak.storm import MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache dtype, its residual length, and whether n-gram drafts are made."""
+
+    dtype: str
+    residual: int
+    drafts: bool
+
+    def __str__(self) -> str:
+        drafts = "-drafts" if self.drafts else ""
+        return f"{self.dtype}-R{self.residual}{drafts}"
+
+    @property
+    def kivi(self) -> dict[str, Any]:
+        """The plugin's options: answers depend on the prompt alone."""
+        return {"prefill": "cached", "residual_length": self.residual}
+
+
+def model() -> str:
+    """A random model whose answers repeat themselves now and then, as n-gram drafts need."""
+    return tiny_model(initializer_range=0.1)
+
+
+def quiet_answers(kind: Kind, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    """Each prompt's greedy answer, alone in an engine without hits, drafts or want."""
+    with engine(model(), kind.dtype, kivi=kind.kivi, enable_prefix_caching=False) as llm:
+        return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in prompts]
+
+
+@contextmanager
+def small_engine(kind: Kind) -> Iterator[Any]:
+    """An engine for 16 requests at a time with pages for about three of the longest."""
+    settings: dict[str, Any] = dict(
+        kivi=kind.kivi,
+        num_gpu_blocks_override=64 if kind.residual else 50,
+        max_num_batched_tokens=256,
+        max_model_len=768,
+        max_num_seqs=16,
+        enable_prefix_caching=True,
+    )
+    if kind.drafts:
+        settings["speculative_config"] = dict(
+            method="ngram", num_speculative_tokens=4, prompt_lookup_min=2, prompt_lookup_max=4
+        )
+    with engine(model(), kind.dtype, **settings) as llm:
+        yield llm

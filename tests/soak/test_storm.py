@@ -1,0 +1,66 @@
+"""Requests in waves, cancelled, preempted, drafted: no page lost, no answer changed, no growth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.engine import Answer
+from tests.invariance.conftest import scheduler
+from tests.soak.checks import assert_flat, assert_idle
+from tests.soak.engines import Kind, quiet_answers, small_engine
+from tests.soak.settings import LONG, REQUESTS, SECONDS, SEED
+from tests.soak.storm import Storm, make_prompts
+
+SHORT_KINDS = [Kind("kivi2", 0, True), Kind("kivi2", 0, False)]
+LONG_KINDS = [Kind("kivi2", 32, True), Kind("kivi2", 32, False), Kind("kivi4", 0, True)]
+KINDS = SHORT_KINDS + LONG_KINDS if LONG else SHORT_KINDS
+
+HAPPENED = (
+    "finished",
+    "requests with a hit",
+    "preemptions",
+    "cancelled in prefill",
+    "cancelled in decode",
+    "cancelled before its first step",
+)
+"""What a storm must have done to have shown anything."""
+
+PROMPTS = make_prompts(120 if LONG else 40, random.Random(SEED))
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Callable[[Kind], list[Answer]]:
+    """The answers of `PROMPTS`; drafts do not change them."""
+    known: dict[tuple[str, int], list[Answer]] = {}
+
+    def answers(kind: Kind) -> list[Answer]:
+        key = kind.dtype, kind.residual
+        if key not in known:
+            known[key] = quiet_answers(kind, PROMPTS)
+        return known[key]
+
+    return answers
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_storm(kind: Kind, quiet: Any, poison: Any, record_property: Any) -> None:
+    print(f"KIVI_SOAK_SEED={SEED} KIVI_SOAK_REQUESTS={REQUESTS}")  # what repeats a failure
+    truth = quiet(kind)
+    with small_engine(kind) as llm:
+        poison(llm)
+        storm = Storm(llm, PROMPTS, truth, SEED)
+        storm.run(REQUESTS, SECONDS)
+        pages = assert_idle(llm, scheduler(llm))
+        grown = assert_flat(storm.rss)
+        record_property(
+            "soak", f"seed {SEED}, {storm.report()}, pages free: {pages} of {pages}, {grown}"
+        )
+        expected = [*HAPPENED, "drafts accepted"] if kind.drafts else HAPPENED
+        missing = [name for name in expected if not storm.counts[name]]
+        assert not missing, f"nothing was tested of {missing}: {storm.report()}"
+        if kind.drafts:
+            assert storm.counts["drafts"] > storm.counts["drafts accepted"]
