@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kivi_vllm.attention import nodes
 from kivi_vllm.attention.compat import vllm_version
 from kivi_vllm.config import (
     BLOCK_SIZE,
@@ -65,6 +66,8 @@ def check(vllm_config: VllmConfig) -> None:
             config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
         )
         problems += _memory(vllm_config, config, fmt)
+    if not problems and vllm_config.parallel_config.use_ray:  # it takes seconds, so last
+        problems += nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
         raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
 
@@ -138,7 +141,6 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"use one of: {', '.join(SPECULATION)}"
         )
     sizes = {
-        "pipeline": parallel.pipeline_parallel_size,
         "data": parallel.data_parallel_size,
         "decode context": parallel.decode_context_parallel_size,
         "prefill context": parallel.prefill_context_parallel_size,
@@ -146,10 +148,30 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     for name, size in sizes.items():
         if size > 1:
             yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
-    if parallel.distributed_executor_backend == "ray":
-        yield "the Ray executor is not tested; use --distributed-executor-backend mp"
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
+        yield (
+            "speculation in a pipeline is not tested; leave out --speculative-config or "
+            "--pipeline-parallel-size"
+        )
+    if parallel.use_ray and not current_platform.ray_device_key:
+        yield (
+            f"vLLM has no Ray executor on {current_platform.device_name}; "
+            "use --distributed-executor-backend mp"
+        )
+    if parallel.pipeline_parallel_size > 1 and current_platform.is_cpu():
+        yield from _pipeline_on_cpus(vllm_config)
     if vllm_config.lora_config is not None:
         yield "LoRA adapters are not tested; leave out --enable-lora"
+
+
+def _pipeline_on_cpus(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.config import CompilationMode
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        yield (
+            "vLLM's CPU workers make what stages hand over only when they compile, and fail at the "
+            "first request of an eager pipeline, whatever the cache; leave out --enforce-eager"
+        )
 
 
 def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
@@ -223,7 +245,7 @@ def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Ite
     count = 1 + sum(  # one is vLLM's null block
         cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
     )
-    block_bytes = pages.page_size_bytes * model.get_num_layers(vllm_config.parallel_config)
+    block_bytes = pages.page_size_bytes * _layers_of_a_worker(vllm_config)
     if cache.num_gpu_blocks_override is not None:
         available = cache.num_gpu_blocks_override * block_bytes
     if available is None:
@@ -237,3 +259,13 @@ def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Ite
             f"{available / mib:.1f} MiB ({available // block_bytes} blocks); raise "
             "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
         )
+
+
+def _layers_of_a_worker(vllm_config: VllmConfig) -> int:
+    """Layers of the largest pipeline stage: it has the fewest blocks, and so all stages have."""
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    bounds = (get_pp_indices(layers, stage, stages) for stage in range(stages))
+    return max(end - start for start, end in bounds)

@@ -46,8 +46,9 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "speculation with 'ngram_gpu' is not supported; use one of: ngram",
         ),
         (
-            dict(pipeline_parallel_size=2),
-            "pipeline parallelism (2) is not tested; use --tensor-parallel-size instead",
+            dict(pipeline_parallel_size=2, enforce_eager=True),
+            "vLLM's CPU workers make what stages hand over only when they compile, and fail at the "
+            "first request of an eager pipeline, whatever the cache; leave out --enforce-eager",
         ),
         (
             dict(data_parallel_size=2),
@@ -106,7 +107,7 @@ def test_speculation_with_a_second_model(method: str) -> None:
         (
             "distributed_executor_backend",
             "ray",
-            "the Ray executor is not tested; use --distributed-executor-backend mp",
+            "vLLM has no Ray executor on cpu; use --distributed-executor-backend mp",
         ),
         (
             "prefill_context_parallel_size",
@@ -119,7 +120,7 @@ def test_speculation_with_a_second_model(method: str) -> None:
 def test_setting_that_this_vllm_itself_refuses_earlier(
     field: str, value: Any, message: str
 ) -> None:
-    # Ray where it is not installed; the other one in the CPU's model runner.
+    # Ray where it is not installed, else in the engine; the other one in the CPU's model runner.
     config = engine_config()
     setattr(config.parallel_config, field, value)
     with pytest.raises(KiviConfigError) as caught:
@@ -191,6 +192,15 @@ def test_models_that_gpus_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = str(caught.value).splitlines()
     assert "head size 32 is not supported on GPUs (supported: 64, 96, 128, 256)" in first
     assert "--dtype float32 is not supported on GPUs; use --dtype bfloat16" in second
+
+
+def test_speculation_in_a_pipeline() -> None:
+    drafts = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
+    message = refusal(pipeline_parallel_size=2, speculative_config=drafts)
+    assert (
+        "speculation in a pipeline is not tested; leave out --speculative-config or "
+        "--pipeline-parallel-size"
+    ) in message
 
 
 def test_every_reason_is_given_at_once() -> None:
@@ -288,6 +298,23 @@ def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
 )
 def test_memory_counts(settings: dict[str, Any], blocks: int) -> None:
     assert f"({blocks} blocks)" in refusal(num_gpu_blocks_override=19, **settings)
+
+
+def test_memory_of_the_deepest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")  # no pipeline on CPUs without compilation
+
+    def start(blocks: int) -> Any:
+        # 4 layers in 3 stages: 1, 2 and 1.
+        return engine_config(
+            config_only(num_hidden_layers=4),
+            pipeline_parallel_size=3,
+            enforce_eager=False,
+            kv_cache_memory_bytes=blocks * 2 * 24 * 128 * 2,
+        )
+
+    with pytest.raises(KiviConfigError, match=r"\(21 blocks\).*\(20 blocks\)"):
+        start(20)
+    start(21)
 
 
 def test_length_that_vllm_fits_to_the_memory_is_not_refused() -> None:

@@ -13,6 +13,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -119,7 +120,6 @@ static INLINE vf load_bf16(const uint16_t *p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 #else
-  typedef uint32_t vu __attribute__((vector_size(W * 4)));
   const vh x = *(const vh_mem *)p;
   return (vf)(__builtin_convertvector(x, vu) << 16);
 #endif
@@ -145,7 +145,6 @@ static INLINE void store_any(int64_t dtype, uint8_t *p, vf x) {
   } else if (dtype == KIVI_FP16) {
     for (int i = 0; i < W; i++) ((uint16_t *)p)[i] = float_to_half(x[i]);
   } else {
-    typedef uint32_t vu __attribute__((vector_size(W * 4)));
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vi nan = x != x;
@@ -190,7 +189,7 @@ static INLINE vf exp2v(vf x) {
   }
   p = p * r + (ROUGH ? 6.9312661e-1f : 6.9314718e-1f);
   p = p * r + 1.0f;
-  return (vf)(((vi)shifted << 23) + (vi)p);
+  return (vf)(((vu)shifted << 23) + (vu)p);  // unsigned: of a NaN the sum may wrap
 }
 
 static INLINE float exp2s(float x) { return exp2v(all(x))[0]; }

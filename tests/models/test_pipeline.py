@@ -1,0 +1,53 @@
+"""Pipeline parallelism changes nothing: stages of unequal depth, each with its layers' caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import engine, generate, tiny_model
+from tests.models.child import results_in_child
+from tests.models.harness import LOSSLESS, PROMPTS, capacity, own_attention
+
+# vLLM's CPU workers serve no eager pipeline: traced by Dynamo and run as it is.
+COMPILED: dict[str, Any] = dict(
+    enforce_eager=False, compilation_config={"mode": 2, "backend": "eager"}
+)
+ENVIRONMENT = dict(
+    VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `backends` sends a function to the workers
+    TORCH_COMPILE_DISABLE="0",
+    VLLM_USE_AOT_COMPILE="0",
+)
+
+
+def test_two_stages_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    model = tiny_model(num_hidden_layers=3)  # stages of 2 and 1
+    settings = dict(
+        kivi={"prefill": "cached"},  # whatever the chunks of a prompt are
+        max_num_batched_tokens=200,
+        **COMPILED,
+    )
+    expected = own_attention(model, max_tokens=12)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    with engine(model, "kivi2", **settings) as llm:
+        quantized = generate(llm, PROMPTS, 12)
+        tokens = capacity(llm)
+    assert [a.tokens for a in quantized] != [a.tokens for a in expected]
+
+    stages = dict(pipeline_parallel_size=2, distributed_executor_backend="mp", **settings)
+    runs = [dict(kv_cache_dtype=name, **stages) for name in ("kivi_raw", "kivi2")]
+    found = results_in_child(tmp_path, model, runs, **ENVIRONMENT)
+    for run, answers in zip(found, (expected, quantized), strict=True):
+        assert run["backends"] == ["KIVI"]
+        for answer, chosen, logprobs in zip(answers, run["tokens"], run["logprobs"], strict=True):
+            assert list(answer.tokens) == chosen
+            assert list(answer.logprobs) == pytest.approx(logprobs, abs=LOSSLESS)
+    # The deepest stage decides: 2 layers in the memory that one worker has for 3.
+    assert found[1]["capacity"] == pytest.approx(tokens * 3 / 2, rel=0.01)
