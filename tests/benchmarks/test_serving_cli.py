@@ -92,7 +92,7 @@ def test_prompts_spread_from_3000_to_4000() -> None:
     assert {request.expected_output_len for request in requests} == {128}
 
 
-def row(dtype: str, turn: int, speed: float, running: float, waiting: bool = True) -> Row:
+def row(dtype: str, turn: int, speed: float, running: float) -> Row:
     return Row(
         kv_cache_dtype=dtype,
         workload="long",
@@ -109,7 +109,7 @@ def row(dtype: str, turn: int, speed: float, running: float, waiting: bool = Tru
         kv_cache_tokens={"auto": 11648, "kivi2": 50937}[dtype],
         server={
             "running_max": running + 1,
-            "running_while_others_wait": running if waiting else None,
+            "running_while_others_wait": running,
             "waiting_max": 20,
             "kv_cache_usage_max": 0.9,
             "preemptions": 2,
@@ -132,10 +132,11 @@ def test_summary_is_of_medians_against_the_first() -> None:
     auto, kivi2 = report.summarize(ROWS)
     assert auto["output_tokens_per_s"] == 6.0 and kivi2["output_tokens_per_s"] == 15.0
     assert auto["ratio"] == 1.0 and kivi2["ratio"] == 2.5
-    assert kivi2["running"] == 12.5 and kivi2["batch_ratio"] == pytest.approx(12.5 / 3)
+    assert kivi2["running"] == 13.5 and kivi2["batch_ratio"] == pytest.approx(13.5 / 4)
+    assert kivi2["running_while_others_wait"] == 12.5
     assert kivi2["failed"] == 1 and kivi2["rounds"] == 2 and kivi2["saturated"]
-    (free,) = report.summarize([row("kivi2", 1, 10.0, 13, waiting=False)])
-    assert free["running"] == 14 and not free["saturated"]
+    (free,) = report.summarize([row("kivi2", 1, 10.0, 23)])
+    assert free["running"] == 24 and not free["saturated"]
 
 
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
