@@ -54,6 +54,12 @@ def header(script: str, model: str) -> dict[str, Any]:
             "torch": machine.version_of("torch"),
         },
         "model": Path(model).name,
+        # What of the environment decides how fast a CPU is.
+        "environment": {
+            name: os.environ[name]
+            for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KIVI_VLLM_CPU_ISA")
+            if name in os.environ
+        },
     }
 
 

@@ -101,6 +101,7 @@ def ask(address: str, device: str, runtime_env: dict[str, Any]) -> list[tuple[st
             raise
         return []  # vLLM is going to make one of this machine alone
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device)]
+    nodes.sort(key=lambda node: node["NodeManagerAddress"])
     task = ray.remote(num_cpus=0, max_retries=0)(versions)
     answers = []
     for node in nodes:

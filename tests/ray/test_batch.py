@@ -23,11 +23,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"
 SETTINGS: dict[str, Any] = dict(dtype="float32", max_model_len=512)
 # Answers that depend on the prompt alone, not on the rows that came before it.
 KIVI = {"kivi": {"prefill": "cached"}}
-MEMORY_MIB, MAX_TOKENS, BATCH = 96, 16, 4
+MEMORY_MIB, MAX_TOKENS, BATCH = 96, 24, 4
 STARTS = ("The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):")
 # Longer than a block of 128 tokens: the answers read quantized history.
 FILLER = " ".join(f"Item {i} costs {7 * i} coins." for i in range(20))
-ROWS = [dict(id=f"row-{i}", prompt=f"{FILLER} {i}. {STARTS[i % 4]}") for i in range(24)]
+# So many that there is work left for the replica that takes the killed one's place.
+ROWS = [dict(id=f"row-{i}", prompt=f"{FILLER} {i}. {STARTS[i % 4]}") for i in range(64)]
 TIMEOUT_S = 480.0
 
 
