@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,16 @@ def tiny_model(model_type: str = "llama", **overrides: Any) -> str:
     return _build(model_type, tuple(sorted(overrides.items())))
 
 
+def _let_vllm_look_at_numba() -> None:
+    """Make a second engine of this process possible where the first has imported Numba.
+
+    vLLM's CPU worker looks for Triton kernels in `vars(...)` of whatever is in any module.
+    llvmlite's library answers to every name, `__dict__` too, with a function of that name.
+    """
+    if ffi := sys.modules.get("llvmlite.binding.ffi"):
+        ffi.lib._fntab["__dict__"] = {}
+
+
 @contextlib.contextmanager
 def engine(model: str, kv_cache_dtype: str = "kivi2", **kwargs: Any) -> Iterator[Any]:
     """An `LLM` on a tiny model; `kivi={...}` are our options, the rest are vLLM's."""
@@ -93,6 +104,7 @@ def engine(model: str, kv_cache_dtype: str = "kivi2", **kwargs: Any) -> Iterator
     kivi = kwargs.pop("kivi", None)
     if kivi is not None:
         kwargs["additional_config"] = {"kivi": kivi}
+    _let_vllm_look_at_numba()
     llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**SETTINGS, **kwargs})
     try:
         yield llm
