@@ -1,11 +1,8 @@
 """Attention of one layer, ours against vLLM's own and against the memory: see README.md here."""
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +10,12 @@ import typer
 from attn import machine
 from attn.cases import DEFAULTS, SECTIONS, SHAPES, B, by_importance, plan
 from attn.children import Event, on_cpu, on_gpu
-from attn.report import facts, show, write
+from attn.report import facts, show
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
+from kivi_vllm.files import check_folder, write_json
 from kivi_vllm.progress import console, note
 
 DEVICES = ("cpu", "cuda")
@@ -63,6 +61,7 @@ def attention(
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write rows.")] = None,
 ) -> None:
     """Time one layer's attention in every cache format, on caches larger than the processor's."""
+    check_folder("--json", json_path)
     _among("--device", [device], DEVICES)
     if device == "cpu" and (smoke or seconds is not None):
         raise UserError("--seconds and --smoke are for --device cuda", "leave them out")
@@ -78,14 +77,7 @@ def attention(
         defaults.store,
     )
     budget = defaults.budget if budget is None else budget
-    header: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["benchmarks/attention.py", *sys.argv[1:]]),
-        "cpu": machine.cpu_model(),
-        "cores": len(machine.cores()),
-        "device": device,
-        "budget_s": budget,
-    }
+    header = machine.header("attention.py") | {"device": device, "budget_s": budget}
     limit = None if memory is None else int(memory * machine.GIB)
     settings: dict[str, Any] = {"budget": budget, "memory": limit}
     if device == "cpu":
@@ -108,8 +100,6 @@ def attention(
         header["seconds"] = seconds
         events, total = on_gpu(cases, settings), len(cases)
     header["memory_limit_bytes"] = settings["memory"]
-    if json_path is not None:
-        _refuse_unwritable(json_path)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     try:
         for kind, what in _shown(events, total):
@@ -120,7 +110,7 @@ def attention(
             else:
                 rows[what["section"]].append(what)
             if json_path is not None:
-                write(json_path, header, rows)
+                write_json(json_path, {"header": header, **rows})
     finally:
         show(rows, device, cases)
         for line in facts(header):
@@ -146,11 +136,6 @@ def _chunk(text: str) -> tuple[int, int]:
     if not new.isdigit() or int(new) < 1 or not (cached or "0").isdigit():
         raise UserError(f"--prefill {text!r} names no chunk", "write NEW+CACHED, as in 2048+8192")
     return int(new), _blocks(int(cached or 0))
-
-
-def _refuse_unwritable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {path.parent}", "create it")
 
 
 def _shown(events: Iterator[Event], total: int) -> Iterator[Event]:

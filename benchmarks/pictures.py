@@ -49,12 +49,6 @@ def read(path: Path, script: str, look: Callable[[Any], object]) -> Any:
     return data
 
 
-def check_prefix(prefix: Path) -> None:
-    """Refuse names in a folder that is not there."""
-    if not prefix.parent.is_dir():
-        raise UserError(f"-o {prefix}: there is no folder {prefix.parent}", "create it")
-
-
 def new_axes(title: str) -> tuple[Any, Any]:
     """A figure of one panel."""
     import matplotlib.pyplot as plt

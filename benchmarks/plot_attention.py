@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pictures import check_matplotlib, check_prefix, read, save
+from pictures import check_matplotlib, read, save
 
 from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
+from kivi_vllm.files import check_folder
 
 Row = dict[str, Any]
 Value = Callable[[Row], float | None]
@@ -42,7 +43,7 @@ def plot(
     rows = [row for row in data["decode"] if "skipped" not in row]
     if not rows:
         raise UserError(f"{result} has no decode rows that were measured", "measure some", status=1)
-    check_prefix(prefix)
+    check_folder("-o", prefix)
     check_matplotlib()
     header = data["header"]
     machine = str(header.get("gpu", header.get("cpu", "?")))

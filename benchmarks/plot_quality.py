@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pictures import COLOURS, MARKERS, check_matplotlib, check_prefix, new_axes, read, save
+from pictures import COLOURS, MARKERS, check_matplotlib, new_axes, read, save
 
 from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
+from kivi_vllm.files import check_folder
 
 Record = dict[str, Any]
 
@@ -32,7 +33,7 @@ def plot(
             _ = record["kl"]["value"], record["length"], record["text"], record["cache"]
 
     data = read(result, "quality.py", look)
-    check_prefix(prefix)
+    check_folder("-o", prefix)
     check(data)
     for path in draw(data, prefix):
         print(path)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pictures import COLOURS, MARKERS, check_matplotlib, check_prefix, new_axes, read, save
+from pictures import COLOURS, MARKERS, check_matplotlib, new_axes, read, save
+from serve.workloads import AT_ONCE
 
 from kivi_vllm.cli import main
+from kivi_vllm.files import check_folder
 
 Record = dict[str, Any]
 Point = tuple[float, float]
@@ -24,7 +26,7 @@ def plot(
 ) -> None:
     """Draw what was measured: batch, throughput, latency, decode rate, capacity: PNG and SVG."""
     data = read(result, "serving.py", lambda data: [r["latency_ms"] for r in data["summary"]])
-    check_prefix(prefix)
+    check_folder("-o", prefix)
     check_matplotlib()
     for path in draw(data["header"], data["summary"], prefix):
         print(path)
@@ -36,7 +38,7 @@ def draw(header: Record, summary: Sequence[Record], prefix: Path) -> Iterator[Pa
     capacity = {r["kv_cache_dtype"]: r["kv_cache_tokens"] for r in summary}
     if all(capacity.values()):
         yield from _capacity(capacity, f"KV cache\n{where}", f"{prefix}-capacity")
-    loads = [r for r in summary if r["workload"] in ("long", "shared", "kivi")]
+    loads = [r for r in summary if r["workload"] in AT_ONCE]
     if loads:
         yield from _bars(loads, f"All requests at once\n{where}", f"{prefix}-load")
     rates = [r for r in summary if r["workload"].startswith("rate-")]

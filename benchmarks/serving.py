@@ -8,13 +8,14 @@ import plot_serving
 import typer
 from pictures import check_matplotlib
 from serve import report
-from serve.common import check_folder, header, split_at_dashes
+from serve.common import header, split_at_dashes
 from serve.sweep import Row, sweep
 from serve.workloads import KIVI_OUTPUT, SUFFIX, WORKLOADS, Sizes, rising, saturating
 
 from kivi_vllm.cli import main
 from kivi_vllm.default_model import default_model
 from kivi_vllm.errors import UserError
+from kivi_vllm.files import check_folder
 from kivi_vllm.plan import parse_memory
 
 DTYPES = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2"]

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from serve.common import check_folder, environment, header, write_json
+from serve.common import environment, header
 
 from kivi_vllm.cli import main
 from kivi_vllm.default_model import default_model
+from kivi_vllm.files import check_folder, write_json
 from kivi_vllm.plan import parse_memory
 from kivi_vllm.progress import step
 
@@ -93,7 +94,7 @@ def shares(
             work = process.submit(_measure, name, batch or [1, 3], context, steps, options)
             found += work.result()
         if json_path is not None:
-            write_json(json_path, head, found)
+            write_json(json_path, {"header": head, "rows": [asdict(one) for one in found]})
     _show(found)
 
 
@@ -116,12 +117,12 @@ def _measure(
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
         engine.generate(prompts, sampling, use_tqdm=False)
 
-    def new() -> dict[str, Any]:
-        return {"prompt_token_ids": [dice.randrange(vocabulary) for _ in range(context)]}
+    def new(length: int) -> dict[str, Any]:
+        return {"prompt_token_ids": [dice.randrange(vocabulary) for _ in range(length)]}
 
-    run([{"prompt_token_ids": new()["prompt_token_ids"][:64]}], 4)
+    run([new(64)], 4)
     for batch in batches:
-        prompts = [new() for _ in range(batch)]
+        prompts = [new(context) for _ in range(batch)]
         found.append(_profile(partial(run, prompts, 1), name, "prefill", batch, batch * context))
         # Now all of the prompts but their last block are in the prefix cache, if they fit there:
         # what that block costs is measured by itself and taken off.
@@ -134,7 +135,6 @@ def _measure(
 def _profile(work: Callable[[], None], name: str, phase: str, batch: int, tokens: int) -> Shares:
     from torch.profiler import ProfilerActivity, profile
 
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         work()
@@ -148,8 +148,8 @@ def _profile(work: Callable[[], None], name: str, phase: str, batch: int, tokens
 
 
 def _difference(whole: Shares, part: Shares) -> Shares:
-    parts = ("wall", "attention", "model", "runner", "engine")
-    values = {key: getattr(whole, key) - getattr(part, key) for key in parts}
+    times = ("wall", "attention", "model", "runner", "engine")
+    values = {name: getattr(whole, name) - getattr(part, name) for name in times}
     return Shares(whole.kv_cache_dtype, whole.phase, whole.batch, whole.tokens, **values)
 
 

@@ -5,30 +5,22 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from serve.common import (
-    check_folder,
-    environment,
-    header,
-    split_at_dashes,
-    vllm_command,
-    write_json,
-)
+from serve.common import header, run_to_end, split_at_dashes, vllm_command
 
 from kivi_vllm.cli import main
 from kivi_vllm.default_model import default_model
 from kivi_vllm.errors import UserError
-from kivi_vllm.process import running, tail
-from kivi_vllm.progress import step
-from kivi_vllm.server import cause, kv_tokens, latest
+from kivi_vllm.files import check_folder, write_json
+from kivi_vllm.process import tail
+from kivi_vllm.server import kv_tokens
 
 OUTPUT_TOKENS = re.compile(r"Total num output tokens:\s*(\d+)")
 DTYPES = ["auto", "fp8", "kivi2"]
@@ -103,7 +95,14 @@ def throughput(
                     failed[dtype] = error
                     head["failed"] = {name: str(one) for name, one in failed.items()}
                 if json_path is not None:
-                    write_json(json_path, head, runs, summary=_medians(runs))
+                    write_json(
+                        json_path,
+                        {
+                            "header": head,
+                            "summary": _medians(runs),
+                            "rows": [asdict(run) for run in runs],
+                        },
+                    )
     finally:
         _show(runs)
     if failed:
@@ -115,32 +114,17 @@ def _run(title: str, model: str, dtype: str, turn: int, arguments: Sequence[str]
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="kivi-benchmark-") as work:
         log, report = Path(work) / "log", Path(work) / "report.json"
-        command = [
-            vllm_command(),
-            "bench",
-            "throughput",
-            "--model",
-            model,
-            "--dataset-name",
-            "random",
-        ]
-        command += ["--kv-cache-dtype", dtype, "--disable-log-stats", *arguments]
-        command += ["--output-json", str(report)]
-        with step(title) as update, running(command, log, environment(model)) as process:
-            while process.poll() is None:
-                time.sleep(0.5)
-                update(latest(tail(log, 5)))
-            text = log.read_text(errors="replace")
-            written = OUTPUT_TOKENS.search(text)
-            if process.returncode or not report.exists() or written is None:
-                first = cause(text)
-                raise UserError(
-                    f"vllm bench throughput --kv-cache-dtype {dtype} ended with status "
-                    f"{process.returncode}. The end of its log:\n{tail(log, 30)}"
-                    + (f"\nThe first error in it: {first}" if first else ""),
-                    "try the same arguments with `vllm bench throughput` itself",
-                    status=1,
-                )
+        command = [vllm_command(), "bench", "throughput", "--model", model]
+        command += ["--dataset-name", "random", "--kv-cache-dtype", dtype, "--disable-log-stats"]
+        command += [*arguments, "--output-json", str(report)]
+        what = f"vllm bench throughput --kv-cache-dtype {dtype}"
+        remedy = "try the same arguments with `vllm bench throughput` itself"
+        text = run_to_end(what, command, log, model=model, title=title, remedy=remedy)
+        written = OUTPUT_TOKENS.search(text)
+        if written is None or not report.exists():
+            raise UserError(
+                f"{what} did not say how many tokens it made:\n{tail(log, 30)}", remedy, status=1
+            )
         result: dict[str, Any] = json.loads(report.read_text())
     return Run(
         kv_cache_dtype=dtype,

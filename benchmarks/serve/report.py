@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from serve.common import write_json
+from kivi_vllm.files import write_json
 from serve.sweep import LATENCIES, PERCENTILES, Row
 
 Summary = dict[str, Any]
-
-HEADLINE = ("long", "shared", "kivi")
-"""Workloads of which all requests are there from the start."""
 
 
 def median(values: Iterable[float | None]) -> float | None:
@@ -69,7 +67,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
 
 def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write the JSON file."""
-    write_json(path, head, rows, summary=summarize(rows))
+    data = {"header": head, "summary": summarize(rows), "rows": [asdict(row) for row in rows]}
+    write_json(path, data)
 
 
 def show(rows: Sequence[Row]) -> None:

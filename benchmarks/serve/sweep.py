@@ -6,18 +6,13 @@ import json
 import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.process import running, tail
-from kivi_vllm.progress import step
-from kivi_vllm.server import cause, free_port, kv_tokens, latest
-from serve.common import environment, vllm_command
+from kivi_vllm.server import free_port, kv_tokens
+from serve.common import run_to_end, vllm_command
 
 PERCENTILES = ("p50", "p95", "p99")
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
@@ -102,37 +97,18 @@ def sweep(
     bench += ["--metric-percentiles", ",".join(p.removeprefix("p") for p in PERCENTILES)]
     with tempfile.TemporaryDirectory(prefix="kivi-benchmark-") as name:
         work = Path(name)
-        log = work / "log"
         (work / "loads.json").write_text(json.dumps([WARM_UP, *loads]))
         command = [vllm_command(), "bench", "sweep", "serve", "--show-stdout"]
         command += ["--serve-cmd", shlex.join(serve), "--bench-cmd", shlex.join(bench)]
         command += ["--bench-params", str(work / "loads.json"), "--num-runs", "1"]
         command += ["--server-ready-timeout", "1800"]
         command += ["--output-dir", name, "--experiment-name", "results"]
-        env = environment(model) | {"NO_PROXY": "127.0.0.1,localhost"}
-        with step(title) as update:
-            with running(command, log, env) as process, _with_server(process.pid):
-                while process.poll() is None:
-                    time.sleep(0.5)
-                    update(latest(tail(log, 5)))
-            text = log.read_text(errors="replace")
-            if process.returncode:
-                raise _failed(dtype, process.returncode, text, serve)
+        what = f"vllm bench sweep serve with --kv-cache-dtype {dtype}"
+        remedy = f"try the server itself: {shlex.join(serve)}"
+        text = run_to_end(what, command, work / "log", model=model, title=title, remedy=remedy)
         results = [json.loads(file.read_text()) for file in (work / "results").glob("*/run=*.json")]
     found = {data["_benchmark_name"]: _row(data, dtype, turn, kv_tokens(text)) for data in results}
     return [found[load["_benchmark_name"]] for load in loads]
-
-
-def _failed(dtype: str, status: int, log: str, serve: Sequence[str]) -> UserError:
-    # A server that does not start says why before the sweep does.
-    where = f" The first error in its log: {first}" if (first := cause(log)) else ""
-    end = "\n".join(log.rstrip().splitlines()[-30:])
-    return UserError(
-        f"vllm bench sweep serve with --kv-cache-dtype {dtype} ended with status {status}."
-        f"{where}\nThe end of its log:\n{end}",
-        f"try the server itself: {shlex.join(serve)}",
-        status=1,
-    )
 
 
 def _row(data: dict[str, Any], dtype: str, turn: int, tokens: int | None) -> Row:
@@ -153,20 +129,3 @@ def _row(data: dict[str, Any], dtype: str, turn: int, tokens: int | None) -> Row
         kv_cache_tokens=tokens,
         server=data["server"],
     )
-
-
-@contextmanager
-def _with_server(pid: int) -> Iterator[None]:
-    """On leaving, end what a sweep that was cut short left behind.
-
-    It starts its server in a session of its own, so that `running` does not see it.
-    """
-    import psutil
-
-    try:
-        yield
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()

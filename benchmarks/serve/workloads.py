@@ -16,7 +16,10 @@ KIVI_INPUT, KIVI_OUTPUT, KIVI_BATCH = 160, 338, 96
 CONTEXT_OUTPUT = 33
 """Answers of the section `context`: 32 decode steps behind the first token."""
 
-WORKLOADS = ("long", "shared", "kivi", "context")
+AT_ONCE = ("long", "shared", "kivi")
+"""Workloads of which all requests are there from the start: the cache's memory limits the batch."""
+
+WORKLOADS = (*AT_ONCE, "context")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Sizes:
 def saturating(name: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Arguments of `vllm bench serve`, by record, for one of `WORKLOADS`.
 
-    All requests of `long`, `shared` and `kivi` are there from the start, so that the
-    cache's memory is what limits the batch; those of `context` come one by one.
+    The requests of `context` come one by one.
     """
     if name == "long":
         yield {

@@ -82,7 +82,7 @@ def problems(parallel: ParallelConfig, device: str) -> Iterator[str]:
 
 
 def _words(found: dict[str, str]) -> str:
-    return " and ".join(f"{name} {version}".strip() for name, version in found.items())
+    return " and ".join(f"{name} {version}" for name, version in found.items())
 
 
 def ask(address: str, device: str, runtime_env: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kivi_vllm.evaluation.sections import Result
+from kivi_vllm.files import write_json
 
 
 def document(header: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
@@ -28,10 +28,8 @@ def document(header: dict[str, Any], results: Sequence[Result]) -> dict[str, Any
 
 
 def write(path: Path, header: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write the JSON file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(document(header, results), indent=1) + "\n")
-    new.replace(path)
+    """Write the JSON file."""
+    write_json(path, document(header, results))
 
 
 def show(results: Sequence[Result]) -> None:

@@ -67,7 +67,7 @@ DEFAULTS: dict[str, Any] = dict(
         (dict(fraction=0), "--fraction 0"),
         (dict(dtype="int8"), "--dtype int8"),
         (dict(json_path=Path("/no/such/folder/a.json")), "no folder"),
-        (dict(plots="/no/such/folder/a"), "no folder"),
+        (dict(plots=Path("/no/such/folder/a")), "no folder"),
         (dict(model="/no/such/model"), "no folder of a decoder model"),
     ],
 )

@@ -178,11 +178,6 @@ class Crowd:
                 )
 
 
-def is_tracker(pid: int) -> bool:
-    """Whether it is multiprocessing's resource tracker, which removes others' shared memory."""
-    return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 def named(session: int, name: str) -> list[int]:
     """The session's processes of that name (of which Linux keeps 15 characters)."""
     return [

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kivi_vllm.process import members
+from kivi_vllm.process import is_tracker, members
 from kivi_vllm.server import Server, free_port
-from tests.soak.served import Client, Crowd, Reply, is_tracker, named, serving, shared_memory
+from tests import metrics
+from tests.soak.served import Client, Crowd, Reply, named, serving, shared_memory
 from tests.soak.settings import LONG, REQUESTS, SEED
 from tests.soak.storm import make_prompts
 
@@ -61,14 +60,9 @@ def wait_until_ended(server: Server) -> float:
 
 def wait_until_idle(port: int) -> None:
     """Wait until the server has no request; then no page is held."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def metric(name: str) -> float:
-        with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
-            text = reply.read().decode()
-        values = re.findall(rf"^vllm:{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"no metric {name}"
-        return sum(map(float, values))
+        return metrics.total(port, f"vllm:{name}")
 
     end = time.monotonic() + END_S
     while metric("num_requests_running") + metric("num_requests_waiting"):

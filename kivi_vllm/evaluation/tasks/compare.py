@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from kivi_vllm.evaluation.rows import CacheRow
 from kivi_vllm.evaluation.run import Engine, Settings
 from kivi_vllm.evaluation.tasks import pg19
 from kivi_vllm.evaluation.tasks.items import Answer, Item, Mean, as_rows, mean, means, run
+from kivi_vllm.files import write_json
 from kivi_vllm.progress import step
 
 UNQUANTIZED = ("auto", "bfloat16", "float16", "kivi_raw")
@@ -111,15 +111,8 @@ class Comparison:
                 arguments = mine.for_row(row)
                 arguments["model"] = Path(mine.model).name
                 written.append({"cache": row.name, "engine": arguments, "facts": facts, **result})
-            self._write(written)
-
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the JSON file whole or not at all."""
-        if self.json_path is None:
-            return
-        new = self.json_path.with_name(self.json_path.name + ".new")
-        new.write_text(json.dumps({"header": self.header, "rows": rows}, indent=1) + "\n")
-        new.replace(self.json_path)
+            if self.json_path is not None:
+                write_json(self.json_path, {"header": self.header, "rows": written})
 
     def finish(self) -> None:
         """Raise if a row failed."""
