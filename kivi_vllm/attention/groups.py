@@ -98,8 +98,15 @@ class RingManager(_Claims, CircularBufferManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Pages that `num_tokens` tokens still lack."""
-        return self._missing(request_id, num_tokens)
+        """Pages that `num_tokens` tokens still lack; for a new request, also what it must leave.
+
+        A block is many tokens here, so that many requests run in few pages. A new one
+        that took the last of them would be preempted, or others would, as soon as one
+        completes its block: it leaves a page for each that runs.
+        """
+        lacking = self._missing(request_id, num_tokens)
+        is_new = not self.req_to_blocks.get(request_id)
+        return lacking + (len(self.req_to_blocks) if is_new else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

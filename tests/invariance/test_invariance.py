@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kivi_vllm.attention.groups import RingManager
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model
@@ -78,19 +79,26 @@ def test_prefix_hits(residual: int, smooth_codec: None, poison: Any) -> None:
         assert cached[5] >= 512
 
 
-@residuals
-def test_preemption(residual: int, smooth_codec: None, poison: Any, monkeypatch: Any) -> None:
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that were preempted so far."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    preempted: list[str] = []
+    found: list[str] = []
     preempt = Scheduler._preempt_request
 
     def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.request_id)
+        found.append(request.request_id)
         return preempt(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 375, 246)]
+    return found
+
+
+@residuals
+def test_preemption(residual: int, smooth_codec: None, poison: Any, preempted: list[str]) -> None:
+    # Long answers: what a new request leaves free is not enough for them.
+    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 340, 246)]
     options = _options(residual)
     for caching in (False, True):
         with engine(
@@ -98,18 +106,43 @@ def test_preemption(residual: int, smooth_codec: None, poison: Any, monkeypatch:
             "kivi_raw",
             kivi=options,
             enable_prefix_caching=caching,
-            num_gpu_blocks_override=27 if residual == 0 else 37,
+            num_gpu_blocks_override=22 if residual else 15,
             max_num_batched_tokens=512,
             max_model_len=512,
         ) as llm:
             poison(llm)
             free = free_blocks(llm)
-            truth = [generate(llm, [prompt], 40)[0] for prompt in prompts]
+            truth = [generate(llm, [prompt], 150)[0] for prompt in prompts]
             assert not preempted
-            _same(generate(llm, prompts, 40), truth)
+            _same(generate(llm, prompts, 150), truth)
             assert preempted, "the pool was large enough for all: nothing was tested"
             assert free_blocks(llm) == free
         preempted.clear()
+
+
+@residuals
+def test_a_new_request_leaves_the_others_their_next_block(
+    residual: int, preempted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each completes a block in its answer, for which all prompts together leave no room."""
+    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 375, 246)]
+    settings: dict[str, Any] = dict(
+        kivi=_options(residual),
+        num_gpu_blocks_override=37 if residual else 27,
+        max_num_batched_tokens=512,
+        max_model_len=512,
+    )
+    with engine(tiny_model(), "kivi_raw", **settings) as llm:
+        generate(llm, prompts, 40)
+        assert not preempted
+    monkeypatch.setattr(
+        RingManager,
+        "get_num_blocks_to_allocate",
+        lambda self, request_id, num_tokens, *_, **__: self._missing(request_id, num_tokens),
+    )
+    with engine(tiny_model(), "kivi_raw", **settings) as llm:
+        generate(llm, prompts, 40)
+        assert preempted, "the pool was large enough for all: nothing was tested"
 
 
 @residuals

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.engine import Answer, engine, generate, tiny_model
-from tests.soak.storm import MAX_TOKENS
+from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def small_engine(kind: Kind) -> Iterator[Any]:
     """An engine for 16 requests at a time with pages for about three of the longest."""
     settings: dict[str, Any] = dict(
         kivi=kind.kivi,
-        num_gpu_blocks_override=64 if kind.residual else 50,
+        num_gpu_blocks_override=50 if kind.residual else 36,
         max_num_batched_tokens=256,
-        max_model_len=768,
+        max_model_len=MAX_PROMPT + MAX_TOKENS,
         max_num_seqs=16,
         enable_prefix_caching=True,
     )
