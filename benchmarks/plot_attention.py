@@ -46,7 +46,7 @@ def plot(
     check_folder("-o", prefix)
     check_matplotlib()
     header = data["header"]
-    machine = str(header.get("gpu", header.get("cpu", "?")))
+    machine = str(header.get("gpu" if header.get("device") == "cuda" else "cpu", "?"))
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
         for name in _draw(mine, prefix, shape, machine):

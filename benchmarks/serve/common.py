@@ -34,7 +34,8 @@ def vllm_command() -> str:
 
 def environment(model: str) -> dict[str, str]:
     """Environment of a vLLM process whose log is read."""
-    env = serve_environment(cache_folder()) | {"NO_PROXY": "127.0.0.1,localhost"}
+    env = serve_environment(cache_folder())
+    env["NO_PROXY"] = ",".join(filter(None, (env.get("NO_PROXY"), "127.0.0.1,localhost")))
     if not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
         del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
     return env

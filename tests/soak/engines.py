@@ -42,7 +42,7 @@ def quiet_answers(kind: Kind, prompts: Sequence[Sequence[int]]) -> list[Answer]:
 
 @contextmanager
 def small_engine(kind: Kind) -> Iterator[Any]:
-    """An engine for 16 requests at a time with pages for about three of the longest."""
+    """An engine for 16 requests at a time with pages for about two of the longest."""
     settings: dict[str, Any] = dict(
         kivi=kind.kivi,
         num_gpu_blocks_override=50 if kind.residual else 36,
