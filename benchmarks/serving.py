@@ -9,8 +9,8 @@ import typer
 from pictures import check_matplotlib
 from serve import report
 from serve.common import header, split_at_dashes
-from serve.sweep import Row, sweep
-from serve.workloads import KIVI_OUTPUT, SUFFIX, WORKLOADS, Sizes, rising, saturating
+from serve.sweep import Row, check_pandas, sweep
+from serve.workloads import KIVI_LONGEST, SUFFIX, WORKLOADS, Sizes, rising, saturating
 
 from kivi_vllm.cli import main
 from kivi_vllm.default_model import default_model
@@ -64,7 +64,7 @@ def serving(
     for name in chosen:
         if name not in SECTIONS:
             raise UserError(f"--section {name}: there is none", f"one of: {', '.join(SECTIONS)}")
-    longest = max(input_len + -(-input_len // 7) + output_len, 160 + KIVI_OUTPUT)
+    longest = max(input_len + -(-input_len // 7) + output_len, KIVI_LONGEST)
     if longest > max_model_len:
         raise UserError(
             f"--input-len {input_len} and --output-len {output_len} make up to {longest} tokens, "
@@ -74,6 +74,7 @@ def serving(
     sizes = Sizes(input_len, output_len, prefixes, scale, max_model_len)
     arguments = ["--kv-cache-memory-bytes", str(parse_memory(memory))]
     arguments += ["--max-model-len", str(max_model_len), *(context.obj or [])]
+    check_pandas()
     folder = model if model is not None else str(default_model())
     run = _Run(folder, list(dict.fromkeys(kv_cache_dtype or DTYPES)), arguments, json_path)
     try:

@@ -8,9 +8,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kivi_vllm.errors import UserError
 from kivi_vllm.server import free_port, kv_tokens
 from serve.common import run_to_end, vllm_command
 
@@ -61,6 +63,16 @@ class Row:
     latency_ms: dict[str, dict[str, float]]
     kv_cache_tokens: int | None
     server: dict[str, Any]
+
+
+def check_pandas() -> None:
+    """Refuse where pandas is missing: vLLM would ask for it after the last load."""
+    if find_spec("pandas") is None:
+        raise UserError(
+            "pandas is not installed, which `vllm bench sweep` needs",
+            "pip install pandas",
+            status=1,
+        )
 
 
 def sweep(

@@ -13,6 +13,12 @@ SUFFIX = 256
 KIVI_INPUT, KIVI_OUTPUT, KIVI_BATCH = 160, 338, 96
 """KIVI's throughput figure (section 4.2.3): ShareGPT's mean lengths, and a batch of its."""
 
+KIVI_SPREAD = 0.5
+"""Its lengths spread by this part to both sides: ShareGPT's do, and by more."""
+
+KIVI_LONGEST = math.ceil((KIVI_INPUT + KIVI_OUTPUT) * (1 + KIVI_SPREAD))
+"""Tokens of its longest sequence."""
+
 CONTEXT_OUTPUT = 33
 """Answers of the section `context`: 32 decode steps behind the first token."""
 
@@ -69,6 +75,7 @@ def saturating(name: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
             "dataset_name": "random",
             "random_input_len": KIVI_INPUT,
             "random_output_len": KIVI_OUTPUT,
+            "random_range_ratio": {"input": KIVI_SPREAD, "output": KIVI_SPREAD},
         }
     elif name == "context":
         longest = sizes.max_model_len - CONTEXT_OUTPUT

@@ -14,10 +14,12 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from serve import report  # noqa: E402
+from serve import report, sweep  # noqa: E402
 from serve.observed import Observer, Sample  # noqa: E402
 from serve.sweep import LATENCIES, PERCENTILES, WARM_UP, Row  # noqa: E402
 from serve.workloads import WORKLOADS, Sizes, rising, saturating  # noqa: E402
+
+from kivi_vllm.errors import UserError  # noqa: E402
 
 SIZES = Sizes(input_len=3500, output_len=128, prefixes=8, scale=1.0, max_model_len=8192)
 
@@ -42,6 +44,12 @@ def test_mistakes_show_before_a_server_starts(arguments: list[str], words: list[
     assert done.returncode == 2
     for word in [*words, "remedy:"]:
         assert word in done.stderr
+
+
+def test_what_vllm_needs_at_the_end_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pandas is not installed"):
+        sweep.check_pandas()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
