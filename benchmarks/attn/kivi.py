@@ -84,12 +84,15 @@ class KiviPool:
         dtype, recipe = KIVI_DTYPES[name]
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
         self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)
-        self.ring_pages = -(-B // self.fmt.raw_tokens)
+        self.ring_pages = 1 + -(-B // self.fmt.raw_tokens)
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
         raw_pages = self.ring_pages + (self.fmt.sink_tokens > 0)
         self.nbytes = sets * batch * (blocks + raw_pages) * self.block_bytes
         self.tables = place.table(shuffled(sets, batch, blocks, seed=1))
-        self.ring_tables = shuffled(sets, batch, self.ring_pages, seed=2).to(place.device)
+        # A block's pages are different ones; in the long run they come again.
+        entries = torch.arange((blocks + 2) * B // self.fmt.raw_tokens + 1) % self.ring_pages
+        ring = shuffled(sets, batch, self.ring_pages, seed=2)[..., entries].contiguous()
+        self.ring_tables = ring.to(place.device)
         self.sink_tables = shuffled(sets, batch, 1, seed=3).to(place.device)
         self.params = AttentionParams(scale=shape.head_size**-0.5)
 
@@ -107,7 +110,7 @@ class KiviPool:
         self.pages = pages.view(-1, heads, self.fmt.page_bytes)
         per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
         tokens = raw.view(torch.bfloat16).view(-1, *per_page)
-        self.ring, self.sinks = tokens.tensor_split([self.ring_tables.numel()])
+        self.ring, self.sinks = tokens.tensor_split([self.sets * self.batch * self.ring_pages])
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
@@ -126,10 +129,9 @@ class KiviPool:
 
     def cache(self, i: int) -> LayerCache:
         """The layer's caches as a step over set i sees them."""
-        capacity = self.ring_pages * self.fmt.raw_tokens
         sinks = Raw(self.sinks, self.sink_tables[i]) if self.fmt.sink_tokens else None
         ring = Raw(self.ring, self.ring_tables[i])
-        return LayerCache(self.fmt, self.pages, ring, capacity, sinks=sinks)
+        return LayerCache(self.fmt, self.pages, ring, sinks=sinks)
 
     def step(self, i: int, of: list[Row]) -> Any:
         """A step over set i, prefill exact, as the operators take it."""
@@ -175,7 +177,7 @@ class KiviPool:
         per_page, at = self.fmt.raw_tokens, blocks * B
         end = at + raw_tokens
         while at < end:
-            page, slot = divmod(at % (self.ring_pages * per_page), per_page)
+            page, slot = divmod(at, per_page)
             count = min(per_page - slot, end - at)
             starts = rings[:, page, None] + slot * token + heads
             ranges += [(start, count * token) for start in starts.flatten().tolist()]

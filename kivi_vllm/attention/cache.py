@@ -5,7 +5,8 @@ whose bytes a token are ours), caches of full-precision tokens, made of pages of
 the same byte size, drawn from the same pool, admitted and freed by vLLM:
 
 - the **ring**, the tokens of a running request's current block: a handful of
-  pages a request, claimed as it grows, never shared;
+  pages a request, which come as the block grows and go when it is complete, never
+  shared;
 - with `residual_length` R > 0, the **tails**, the last R tokens of each completed
   block: to vLLM a sliding window of one block, so that only the newest is held
   by a request, while prefix caching finds the older ones;
@@ -25,13 +26,12 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
-    FullAttentionSpec,
     KVCacheLayout,
     KVCacheSpec,
     SlidingWindowSpec,
 )
 
-from kivi_vllm.attention.groups import RingSpec, SinkSpec
+from kivi_vllm.attention.groups import PageSpec, RingSpec, SinkSpec
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
 
@@ -42,13 +42,13 @@ LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 """Layouts in which the bytes of one (block, kv head) are contiguous."""
 
 
-def page_spec(num_kv_heads: int, fmt: PageFormat) -> FullAttentionSpec:
+def page_spec(num_kv_heads: int, fmt: PageFormat) -> PageSpec:
     """The quantized pages of a layer.
 
     Windowed layers too: their pages are kept for the whole sequence, and the
     window is a mask.
     """
-    return FullAttentionSpec(
+    return PageSpec(
         block_size=BLOCK_SIZE,
         num_kv_heads=num_kv_heads,
         head_size=fmt.head_size,
@@ -61,12 +61,11 @@ def page_spec(num_kv_heads: int, fmt: PageFormat) -> FullAttentionSpec:
 def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int) -> RingSpec:
     """The ring of a layer.
 
-    It holds the current block and the draft tokens of one step: those are stored
-    before it is known whether they are accepted, while the next step still
-    reads the block's tokens from before them.
+    It holds the current block and the draft tokens of the steps in flight: those
+    are stored before it is known whether they are accepted, while the next step
+    still reads the block's tokens from before them.
     """
-    num_pages = cdiv(BLOCK_SIZE + num_drafts, fmt.raw_tokens)
-    return RingSpec(**_raw_fields(num_kv_heads, fmt), num_pages=num_pages)
+    return RingSpec(**_raw_fields(num_kv_heads, fmt), num_drafts=num_drafts)
 
 
 def tail_spec(num_kv_heads: int, fmt: PageFormat) -> SlidingWindowSpec:

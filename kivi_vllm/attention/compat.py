@@ -105,16 +105,21 @@ def register_backend_name() -> None:
 
 
 def register_cache_specs() -> None:
-    """Register ring and sinks, after vLLM's own specs: it skips those when any are there."""
+    """Register pages, ring and sinks, after vLLM's own specs: it skips those when any are there."""
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 
-    from kivi_vllm.attention.groups import RingManager, RingSpec, SinkManager, SinkSpec
+    from kivi_vllm.attention import groups
 
     if not _REGISTRY_KVCACHESPEC_LIST:
         register_all_kvcache_specs(None)
-    KVCacheSpecRegistry.register(RingSpec, RingManager, uniform_type_base_spec=RingSpec)
-    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
+    for spec, manager, base in (
+        (groups.PageSpec, groups.PageManager, FullAttentionSpec),
+        (groups.RingSpec, groups.RingManager, groups.RingSpec),
+        (groups.SinkSpec, groups.SinkManager, groups.SinkSpec),
+    ):
+        KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=base)
 
 
 def select_backend_by_dtype() -> None:

@@ -157,7 +157,6 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             fmt=self.fmt,
             pages=self._pages,
             ring=ring,
-            ring_capacity=self.ring.spec.num_pages * self.fmt.raw_tokens,
             tails=tuple(tails),
             residual_length=self.config.residual_length,
             sinks=sinks,

@@ -8,7 +8,7 @@ import torch
 
 from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Step
+from kivi_vllm.ops.reference import AttentionParams, LayerCache, Step, ring_start
 
 if TYPE_CHECKING:
     from kivi_vllm.ops.triton.step import DeviceStep
@@ -50,8 +50,8 @@ def check_pages(cache: LayerCache, device: torch.device) -> None:
 
 
 def check_numbers(cache: LayerCache) -> None:
-    """Raise ValueError unless ring, tails and sinks are what the kernels count on."""
-    residual, capacity = cache.residual_length, cache.ring_capacity
+    """Raise ValueError unless tails and sinks are what the kernels count on."""
+    residual = cache.residual_length
     if not 0 <= residual <= BLOCK_SIZE:
         raise ValueError(f"residual_length is {residual}, but must be 0 to {BLOCK_SIZE}")
     if len(cache.tails) * cache.fmt.raw_tokens < residual:
@@ -65,8 +65,6 @@ def check_numbers(cache: LayerCache) -> None:
             f"sinks: {given} for sink_tokens {cache.fmt.sink_tokens} of the format; there must be "
             "one where there are sink tokens, and none otherwise"
         )
-    if capacity < BLOCK_SIZE:
-        raise ValueError(f"ring_capacity is {capacity}, but must be {BLOCK_SIZE} at least")
 
 
 def check_raw(name: str, data: torch.Tensor, cache: LayerCache) -> None:
@@ -160,8 +158,8 @@ def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
             continue
         a = b - (q1 - q0)
         first, blocks = a // BLOCK_SIZE, b // BLOCK_SIZE
-        positions = range(max(first * BLOCK_SIZE, b - cache.ring_capacity), b)
-        slots = {s % cache.ring_capacity // cache.fmt.raw_tokens for s in positions}
+        read, written = first * BLOCK_SIZE, max(a, ring_start(b, step.decode_len))
+        slots = {s // cache.fmt.raw_tokens for s in (*range(read, a), *range(written, b))}
         wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), range(blocks))]
         wanted += [("ring.table", cache.ring.table, len(cache.ring.cache), sorted(slots))]
         for i, tail in enumerate(cache.tails):

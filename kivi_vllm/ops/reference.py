@@ -5,8 +5,8 @@ One attention layer's step is three calls, in this order:
 1. `store_blocks` quantizes every block that the step completes, for all
    requests: a prefix hit may read what another request completes in this step.
 2. `attend` reads pages, residual, and the step's own keys and values.
-3. `store_ring` writes the step's last tokens over older ones in the ring, which
-   `attend` may still have needed.
+3. `store_ring` writes the step's last tokens into the ring, over older ones where a
+   page has moved on from the block before: `attend` still needed those.
 
 What a query sees (B = 128, R = residual_length): **position t sees position s at
 full precision iff s >= F(t) = max(0, B * floor(t / B) - R) or s < sink_tokens, and
@@ -106,8 +106,8 @@ class LayerCache:
         fmt: the page format.
         pages: [num_blocks, num_kv_heads, page_bytes] uint8.
         ring: the tokens of each request's current block; position s is token
-            `s % ring_capacity` of the request's pages.
-        ring_capacity: tokens that a request's ring holds; at least B + drafts.
+            `s % fmt.raw_tokens` of the page at entry `s // fmt.raw_tokens`. Entries of
+            tokens that no step needs any more hold anything.
         tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
             table finds (a part of) the last R tokens of block j.
         residual_length: R.
@@ -120,7 +120,6 @@ class LayerCache:
     fmt: PageFormat
     pages: torch.Tensor
     ring: Raw
-    ring_capacity: int
     tails: tuple[Raw, ...] = ()
     residual_length: int = 0
     sinks: Raw | None = None
@@ -192,11 +191,19 @@ def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Te
     """
     d = cache.fmt.head_size
     for row in step.rows:
-        start = max(row.a, row.b - cache.ring_capacity)
+        start = max(row.a, ring_start(row.b, step.decode_len))
         pages, slots = _ring_slots(row, start, row.b, cache)
         tokens = slice(row.q1 - (row.b - start), row.q1)
         cache.ring.cache[pages, :, slots, :d] = key[tokens]
         cache.ring.cache[pages, :, slots, d : 2 * d] = value[tokens]
+
+
+def ring_start(end: int, decode_len: int) -> int:
+    """First position that a step after one of positions up to `end` may need from the ring.
+
+    All but one of the step's last `decode_len` tokens may be drafts that are rejected.
+    """
+    return max(0, end - (decode_len - 1)) // B * B
 
 
 def _ring_slots(
@@ -204,7 +211,7 @@ def _ring_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ring page id and slot of each position in [start, end)."""
     table = cache.ring.table
-    at = torch.arange(start, end, device=table.device) % cache.ring_capacity
+    at = torch.arange(start, end, device=table.device)
     return table[row.index, at // cache.fmt.raw_tokens].long(), at % cache.fmt.raw_tokens
 
 

@@ -106,7 +106,7 @@ def test_preemption(residual: int, smooth_codec: None, poison: Any, preempted: l
             "kivi_raw",
             kivi=options,
             enable_prefix_caching=caching,
-            num_gpu_blocks_override=22 if residual else 15,
+            num_gpu_blocks_override=16 if residual else 13,
             max_num_batched_tokens=512,
             max_model_len=512,
         ) as llm:
@@ -128,7 +128,7 @@ def test_a_new_request_leaves_the_others_their_next_block(
     prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 375, 246)]
     settings: dict[str, Any] = dict(
         kivi=_options(residual),
-        num_gpu_blocks_override=37 if residual else 27,
+        num_gpu_blocks_override=22 if residual else 15,
         max_num_batched_tokens=512,
         max_model_len=512,
     )

@@ -256,24 +256,24 @@ def test_compilation_with_a_compiler_that_torch_does_not_look_for(
 
 
 def test_memory_too_small_for_one_sequence() -> None:
-    # 1024 tokens: 8 pages, 11 ring pages of 12 tokens (fp32), one of sinks, and the null block;
+    # 1024 tokens: 8 pages, 12 ring pages of 12 tokens (fp32), one of sinks, and the null block;
     # 2 layers, 2 kv heads, 24 bytes a token.
     message = refusal(kv_cache_memory_bytes=5 * 24 * 128 * 2 * 2)
-    assert message.startswith(f"{_PREFIX}one sequence of --max-model-len 1024 needs 0.2 MiB")
-    assert "(21 blocks)" in message
+    assert message.startswith(f"{_PREFIX}one sequence of --max-model-len 1024 needs 0.3 MiB")
+    assert "(22 blocks)" in message
     assert "there are 0.1 MiB (5 blocks)" in message
     assert message.endswith(
         "raise --kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
     )
 
 
-@pytest.mark.parametrize("blocks", [20, 21])
+@pytest.mark.parametrize("blocks", [21, 22])
 def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
     def start() -> Any:
         return engine_config(num_gpu_blocks_override=blocks)
 
-    if blocks < 21:
-        with pytest.raises(KiviConfigError, match=r"\(21 blocks\).*\(20 blocks\)"):
+    if blocks < 22:
+        with pytest.raises(KiviConfigError, match=r"\(22 blocks\).*\(21 blocks\)"):
             start()
     else:
         start()
@@ -282,17 +282,17 @@ def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "blocks"),
     [
-        # ceil((128 + 5) / 12) = 12 ring pages.
+        # A page more for the drafts of two steps.
         (
             dict(
                 speculative_config=dict(
                     method="ngram", num_speculative_tokens=5, prompt_lookup_max=3
                 )
             ),
-            22,
+            23,
         ),
         # 3 more groups for the last 32 tokens of a block, 12 in a page each.
-        (dict(additional_config={"kivi": {"residual_length": 32}}), 48),
+        (dict(additional_config={"kivi": {"residual_length": 32}}), 49),
     ],
     ids=["draft tokens", "tails"],
 )
@@ -312,9 +312,9 @@ def test_memory_of_the_deepest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
             kv_cache_memory_bytes=blocks * 2 * 24 * 128 * 2,
         )
 
-    with pytest.raises(KiviConfigError, match=r"\(21 blocks\).*\(20 blocks\)"):
-        start(20)
-    start(21)
+    with pytest.raises(KiviConfigError, match=r"\(22 blocks\).*\(21 blocks\)"):
+        start(21)
+    start(22)
 
 
 def test_length_that_vllm_fits_to_the_memory_is_not_refused() -> None:

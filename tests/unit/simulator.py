@@ -2,7 +2,8 @@
 
 A simulator owns one pool of pages, from which the quantized pages, the ring and the tails of its
 requests are drawn in random order. The pool starts as 0xFF bytes, a NaN in every dtype, and the
-entries of the tables beyond what a request holds point at page 0, which stays so.
+entries of the tables beyond what a request holds point at page 0, which stays so, as do those
+of the ring's pages that it has given back.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Simulator:
         *,
         ops: Any = reference,
         rule: Callable[[int, int], int] = first_raw,
-        ring_capacity: int | None = None,
+        decode_len: int | None = None,
         num_pages: int = 256,
         device: str = "cpu",
         output_dtype: torch.dtype = torch.float32,
@@ -116,10 +117,8 @@ class Simulator:
         self.output_dtype, self.tolerance = output_dtype, tolerance
         self.rng = np.random.default_rng(seed)
         self.requests: list[Request] = []
-        per_page = self.fmt.raw_tokens
-        self.ring_pages = -(-(B + case.drafts) // per_page)
-        self.ring_capacity = ring_capacity or self.ring_pages * per_page
-        self.num_tails = -(-case.residual // per_page)
+        self.decode_len = decode_len or 1 + case.drafts
+        self.num_tails = -(-case.residual // self.fmt.raw_tokens)
         # Pages of a block of another layer lie between ours.
         shape = (num_pages, 2, case.heads[1], self.fmt.page_bytes)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
@@ -161,21 +160,43 @@ class Simulator:
 
     def _grow(self, request: Request, upto: int) -> None:
         def more(held: list[int], wanted: int) -> None:
-            if len(held) >= wanted:
-                return
-            used = {0}
-            for r in self.requests:
-                used |= {*r.blocks, *r.ring, *r.sinks}.union(*r.tails.values())
-            free = sorted(set(range(len(self.pool))) - used)
-            held += self.rng.permutation(free)[: wanted - len(held)].tolist()
-            assert len(held) == wanted, "the simulator's pool is too small"
-            self.touched |= set(held)
+            held += self._take(wanted - len(held))
 
-        more(request.blocks, -(-upto // B))
-        more(request.ring, min(self.ring_pages, -(-upto // self.fmt.raw_tokens)))
+        more(request.blocks, upto // B)
+        self._move_ring(request, upto)
         for block in range(request.computed // B, upto // B):
             more(request.tails.setdefault(block, []), self.num_tails)
         more(request.sinks, int(upto >= B and self.case.sinks > 0))
+
+    def _take(self, wanted: int) -> list[int]:
+        """Pages that no request holds."""
+        if wanted <= 0:
+            return []
+        used = {0}
+        for r in self.requests:
+            used |= {*r.blocks, *r.ring, *r.sinks}.union(*r.tails.values())
+        free = sorted(set(range(len(self.pool))) - used)
+        taken = self.rng.permutation(free)[:wanted].tolist()
+        assert len(taken) == wanted, "the simulator's pool is too small"
+        self.touched |= set(taken)
+        return taken
+
+    def _move_ring(self, request: Request, upto: int) -> None:
+        """The ring's pages for a step that ends at `upto`, as few as there can be.
+
+        Entries that no step needs any more are 0; the page of one that only this step
+        still needs may be that of a new entry too, which the step writes last.
+        """
+        per_page, ring = self.fmt.raw_tokens, request.ring
+        live = B * (request.computed // B) // per_page
+        ring[:live] = [0] * min(live, len(ring))
+        after = B * (max(0, upto - self.case.drafts) // B) // per_page
+        leaving = [page for page in ring[:after] if page]
+        new = range(max(after, len(ring)), -(-upto // per_page))
+        pages = leaving[: len(new)]
+        pages += self._take(len(new) - len(pages))
+        if new:
+            ring += [0] * (new[0] - len(ring)) + pages
 
     # ---------------------------------------------------------------- steps
 
@@ -191,7 +212,7 @@ class Simulator:
                 rows.append(Row(index, at, at + n, request.computed, request.computed + n))
                 at += n
         table = self._table([r.blocks for r in order])
-        step = Step(rows, table, not self.case.exact, 1 + self.case.drafts)
+        step = Step(rows, table, not self.case.exact, self.decode_len)
         q, k, v = self._inputs(rows, order, at)
         shape = (at + SPARE, *order[0].q.shape[1:])
         output = torch.full(shape, torch.nan, dtype=self.output_dtype, device=self.device)
@@ -242,9 +263,8 @@ class Simulator:
                         row[block] = held[i]
             tails.append(Raw(raw, self._table(ids)))
         ring = Raw(raw, self._table([r.ring for r in order]))
-        capacity, residual = self.ring_capacity, self.case.residual
         sinks = Raw(raw, self._table([r.sinks for r in order])) if self.case.sinks else None
-        return LayerCache(self.fmt, pages, ring, capacity, tuple(tails), residual, sinks)
+        return LayerCache(self.fmt, pages, ring, tuple(tails), self.case.residual, sinks)
 
     # ---------------------------------------------------------------- truth
 

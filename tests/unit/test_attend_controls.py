@@ -152,15 +152,15 @@ def test_broken_operators_are_noticed(name: str) -> None:
             sim.step({request: n})
 
 
-def test_ring_without_room_for_drafts_is_noticed() -> None:
-    """Rejected drafts of the next block would overwrite the block's first tokens."""
-    for capacity in (None, 128):
-        sim = Simulator(Case(drafts=4, model=torch.bfloat16), ring_capacity=capacity)
+def test_drafts_that_no_operator_knows_of_are_noticed() -> None:
+    """If they are rejected, a token of the block before them would be missing in the ring."""
+    for decode_len in (5, 1):
+        sim = Simulator(Case(drafts=4, model=torch.bfloat16), decode_len=decode_len)
         request = sim.add(200)
-        sim.step({request: 127})
+        sim.step({request: 126})
         sim.step({request: 5})
-        sim.rewind(request, 128 - 1)
-        if capacity is None:
+        sim.rewind(request, 126 + 1)
+        if decode_len == 5:
             sim.step({request: 1})
         else:
             with pytest.raises(AssertionError, match="are off by up to"):

@@ -53,7 +53,7 @@ class Layer:
         table = torch.zeros(self.rows, 64, dtype=torch.int32)
         tails = tuple(Raw(raw, table) for _ in range(-(-self.residual // fmt.raw_tokens)))
         sinks = Raw(raw, table) if self.best else None
-        cache = LayerCache(fmt, pool, Raw(raw, table), 144, tails, self.residual, sinks)
+        cache = LayerCache(fmt, pool, Raw(raw, table), tails, self.residual, sinks)
         n = self.rows * self.tokens
         q, k, v = torch.zeros(n, hq + 2 * hkv, d, dtype=self.model).split([hq, hkv, hkv], 1)
         lens = torch.zeros(self.rows, dtype=torch.int32)

@@ -23,14 +23,13 @@ from tests.unit.test_codec import blocks, formats
 
 def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The page that `ops` makes of one block of which 100 tokens were in the ring."""
-    capacity = -(-128 // fmt.raw_tokens) * fmt.raw_tokens
     pages = torch.full((3, 1, fmt.page_bytes), 255, dtype=torch.uint8)
-    shape = (capacity // fmt.raw_tokens, 1, fmt.raw_tokens, 2 * fmt.head_size)
+    shape = (-(-128 // fmt.raw_tokens), 1, fmt.raw_tokens, 2 * fmt.head_size)
     ring = torch.full(shape, torch.nan).to(fmt.raw_dtype)
     table = torch.arange(len(ring), dtype=torch.int32)[None]
     kept = torch.full((1, *shape[1:]), torch.nan).to(fmt.raw_dtype)
     sinks = Raw(kept, torch.zeros(1, 1, dtype=torch.int32)) if fmt.sink_tokens else None
-    cache = LayerCache(fmt, pages, Raw(ring, table), capacity, sinks=sinks)
+    cache = LayerCache(fmt, pages, Raw(ring, table), sinks=sinks)
     key, value = k[:, None], v[:, None]
     block_table = torch.tensor([[1]], dtype=torch.int32)
     for a, b in ((0, 100), (100, 128)):

@@ -22,9 +22,10 @@ def inputs() -> dict[str, Any]:
     raw = torch.zeros(8, 2, fmt.raw_tokens, 128, dtype=BF16)
     table = torch.arange(1, 7, dtype=torch.int32)[None]
     tail = Raw(raw.clone(), table.clone())
+    ring = Raw(raw, torch.arange(11, dtype=torch.int32)[None] % 7 + 1)
     return dict(
         step=Step([Row(0, 0, 3, 254, 257)], table),
-        cache=LayerCache(fmt, pages, Raw(raw, table), 144, (tail, tail), 32),
+        cache=LayerCache(fmt, pages, ring, (tail, tail), 32),
         query=torch.zeros(3, 4, 64, dtype=BF16),
         key=torch.zeros(3, 2, 64, dtype=BF16),
         value=torch.zeros(3, 2, 64, dtype=BF16),
@@ -115,9 +116,8 @@ def test_rows_that_do_not_fit(row: Row) -> None:
 
 
 def test_numbers_that_do_not_fit() -> None:
-    for name, value in (("ring_capacity", 0), ("residual_length", 256)):
-        with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
-            call(change("cache", lambda c, name=name, value=value: replace(c, **{name: value})))
+    with pytest.raises(ValueError, match="residual_length is 256, but must be"):
+        call(change("cache", lambda c: replace(c, residual_length=256)))
     for bits, group in (((2, 4), 32), ((2, 2), 16)):
         fmt = PageFormat(*bits, group, 64, BF16)
         with pytest.raises(ValueError, match=r"no format of . and . bits"):
@@ -141,7 +141,7 @@ def test_page_ids_out_of_range(name: str, bad: int) -> None:
         if isinstance(x, tuple):
             return (Raw(x[0].cache, spoil(x[0].table)), *x[1:])
         x = x.clone()
-        x[0, 1] = bad
+        x[0, -1 if "ring" in name else 1] = bad  # the ring's last page is written
         return x
 
     given = change(name, spoil)
@@ -152,5 +152,17 @@ def test_page_ids_out_of_range(name: str, bad: int) -> None:
 
 
 def test_table_too_narrow() -> None:
-    with pytest.raises(ValueError, match="too few columns"):
-        call(change("step.block_table", lambda x: x[:, :1]))
+    for name in ("step.block_table", "cache.ring.table"):
+        with pytest.raises(ValueError, match="too few columns"):
+            call(change(name, lambda x: x[:, : x.shape[1] // 6]))
+
+
+def test_entries_that_nobody_needs() -> None:
+    """Of the ring: those of blocks that were complete before the step."""
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[0, : 128 // 24] = -1
+        return x
+
+    call(change("cache.ring.table", spoil))

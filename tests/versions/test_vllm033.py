@@ -123,7 +123,7 @@ print(json.dumps([seen, tokens]))
     assert [layer[:2] for layer in seen["auto"]] == [["self_attn.attn", "FullAttentionSpec"]]
     assert seen["auto"][0][3] == "CPU_ATTN"
     kivi = [
-        ["self_attn.attn", "FullAttentionSpec", page, "KIVI"],
+        ["self_attn.attn", "PageSpec", page, "KIVI"],
         ["self_attn.attn.kivi_ring", "RingSpec", page, "KIVI_RAW"],
     ]
     if residual:

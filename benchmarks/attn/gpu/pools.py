@@ -130,9 +130,9 @@ class QuantizedPool(KiviPool):
         cached = work.end - work.new
         packed, d = cached // B * B, self.shape.head_size
         at = torch.arange(packed, cached, device=work.device)
-        capacity, per_page = self.ring_pages * self.fmt.raw_tokens, self.fmt.raw_tokens
-        pages = self.ring_tables[0, row, at % capacity // per_page].long()
-        ring = self.ring[pages, :, at % capacity % per_page]  # [n, num_kv_heads, 2 * D]
+        per_page = self.fmt.raw_tokens
+        pages = self.ring_tables[0, row, at // per_page].long()
+        ring = self.ring[pages, :, at % per_page]  # [n, num_kv_heads, 2 * D]
         raw_k = torch.cat([ring[..., :d], work.key[own]])
         raw_v = torch.cat([ring[..., d:], work.value[own]])
 

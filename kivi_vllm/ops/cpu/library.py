@@ -24,7 +24,7 @@ PATH = Path(os.environ.get("KIVI_VLLM_CPU_LIBRARY") or Path(__file__).with_name(
 """The library; the variable names another build of it, for instance a sanitizer's."""
 
 I64, PTR = ctypes.c_int64, ctypes.c_void_p
-CALL_BYTES = (48 + 12) * 8
+CALL_BYTES = (47 + 12) * 8
 """Size of KiviCall in csrc/abi.h, which `operators` packs."""
 
 OK, NO_MEMORY, BAD_PAGE = range(3)

@@ -26,7 +26,7 @@ from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
 # KiviCall of csrc/abi.h: up to `threads`, and the rest.
-COMMON, QUERY = struct.Struct("=48q"), struct.Struct("=8q2d2q")
+COMMON, QUERY = struct.Struct("=47q"), struct.Struct("=8q2d2q")
 NO_QUERY = bytes(QUERY.size)
 RAW = struct.Struct("=8q")  # KiviRaw
 NO_RAW = (0,) * 8
@@ -114,7 +114,6 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         *where,
         *_table("block_table", step.block_table, step),
         *_raw("ring", cache.ring, step, cache),
-        cache.ring_capacity,
         ctypes.addressof(tails),
         len(cache.tails),
         cache.residual_length,

@@ -47,7 +47,7 @@ def store_blocks(
     tables = {"block_table": step.block_table, **{f"{n}.table": r.table for n, r in raws.items()}}
     data = {"pages": cache.pages, **{f"{n}.cache": r.cache for n, r in raws.items()}}
     tokens = {"key": key, "value": value}
-    form = (cache.fmt, cache.residual_length, cache.ring_capacity, step.num_reqs, step.num_tokens)
+    form = (cache.fmt, cache.residual_length, step.num_reqs, step.num_tokens)
     form += (*raws, *map(_form, (*tables.values(), *data.values(), *tokens.values())))
     if form not in GOOD:
         device = cache.pages.device

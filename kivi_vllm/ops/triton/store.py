@@ -178,11 +178,12 @@ def _store_blocks(
                 _keep(to, 0, C.SINKS, row, q0, a, head, raw, C, RAW_TOKENS)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "decode_len"])
 def _store_ring(
     query_start_loc,
     seq_lens,
     num_rows,
+    decode_len,
     raw,
     num_heads,
     C: tl.constexpr,
@@ -192,10 +193,10 @@ def _store_ring(
     row, i = find_row(query_start_loc, num_rows, tl.program_id(0), 1)
     q0, a, b = row_of(query_start_loc, seq_lens, row)
     s = a + i
-    if (s < b) & (s >= b - raw.capacity):
-        slot = s % raw.capacity
-        page = tl.load(raw.table + row * raw.table_row + slot // C.RAW).to(tl.int64)
-        to = raw.ring + page * raw.page_stride + slot % C.RAW * raw.token_stride
+    needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `reference.ring_start`
+    if (s < b) & (s >= needed):
+        page = tl.load(raw.table + row * raw.table_row + s // C.RAW).to(tl.int64)
+        to = raw.ring + page * raw.page_stride + s % C.RAW * raw.token_stride
         token = (q0 + i).to(tl.int64)
         h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
         mask = (h < num_heads) & (d < C.D)
@@ -257,6 +258,7 @@ def store_ring(step: DeviceStep, cache: LayerCache, key: torch.Tensor, value: to
         step.query_start_loc,
         step.seq_lens,
         step.num_reqs,
+        step.decode_len,
         raw_arguments(cache, key, value),
         num_heads,
         C=page_constants(cache.fmt),

@@ -28,7 +28,6 @@ class RawTokens(NamedTuple):
         ring: the ring's pages; the strides of page, head and token are those of all
             full-precision pages.
         table, table_row: the ring's table and its stride.
-        capacity: tokens of a ring.
         tails: [n, 2] int64, the addresses of each tail's pages and table.
         tails_row: stride of those tables.
         sinks, sinks_table, sinks_row: as the ring's; where there are no sinks, the ring's.
@@ -47,7 +46,6 @@ class RawTokens(NamedTuple):
     token_stride: int
     table: torch.Tensor
     table_row: int
-    capacity: int
     tails: torch.Tensor
     tails_row: int
     sinks: torch.Tensor
@@ -144,11 +142,10 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
     """
     own = s >= a
     token = (q0 + s - a).to(tl.int64)
-    slot = s % raw.capacity
-    where = raw.table + row * raw.table_row + slot // C.RAW
+    where = raw.table + row * raw.table_row + s // C.RAW
     page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
     at = raw.ring + page * raw.page_stride + head * raw.head_stride
-    at += slot % C.RAW * raw.token_stride
+    at += s % C.RAW * raw.token_stride
     start = a // B * B
     old = valid & (s < start)
     if C.SINKS > 0:  # from their page, if they are in no tail
@@ -200,7 +197,6 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
         token_stride=token,
         table=ring.table,
         table_row=ring.table.stride(0),
-        capacity=cache.ring_capacity,
         tails=_addresses(pairs, key.device),
         tails_row=rows.pop() if rows else 0,
         sinks=sinks.cache,

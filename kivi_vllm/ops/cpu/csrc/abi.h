@@ -37,8 +37,7 @@ struct KiviCall {
   int64_t page_block_stride, page_head_stride, num_blocks;
   const int32_t *block_table;  // [num_reqs, block_table_width]
   int64_t block_table_stride, block_table_width;
-  KiviRaw ring;
-  int64_t ring_capacity;
+  KiviRaw ring;  // position s is token s % raw_tokens of entry s / raw_tokens
   const KiviRaw *tails;
   int64_t num_tails, residual_length;
   KiviRaw sinks;  // entry 0 of a table: the first tokens of the sequence

@@ -114,6 +114,17 @@ bool raw_within(const KiviRaw &raw, int64_t row, int64_t first, int64_t end) {
   return ids_within(raw.table, raw.table_stride, raw.table_width, row, first, end, raw.num_blocks);
 }
 
+// The ring's pages of positions [first, end).
+bool ring_within(const KiviCall &c, int64_t row, int64_t first, int64_t end) {
+  return first >= end ||
+         raw_within(c.ring, row, first / c.raw_tokens, (end + c.raw_tokens - 1) / c.raw_tokens);
+}
+
+// The first of the row's tokens that a later step may need from the ring (reference.ring_start).
+int64_t ring_written_from(const KiviCall &c, const KiviRow &row) {
+  return max_of(row.a, max_of(0, row.b - (c.decode_len - 1)) / kBlock * kBlock);
+}
+
 // Every page that the step of `row` may touch: no kernel runs on an id that is not in its pool.
 bool pages_within(const KiviCall &c, const KiviRow &row) {
   if (row.index < 0 || row.a < 0 || row.b <= row.a || row.q0 < 0 || row.q1 - row.q0 != row.b - row.a)
@@ -122,9 +133,8 @@ bool pages_within(const KiviCall &c, const KiviRow &row) {
   if (!ids_within(c.block_table, c.block_table_stride, c.block_table_width, row.index, 0, blocks,
                   c.num_blocks))
     return false;
-  // Ring slots of [start of a's block, b).
-  const int64_t tokens = row.b < c.ring_capacity ? row.b : c.ring_capacity;
-  if (!raw_within(c.ring, row.index, 0, (tokens + c.raw_tokens - 1) / c.raw_tokens)) return false;
+  if (!ring_within(c, row.index, start * kBlock, row.a)) return false;
+  if (!ring_within(c, row.index, ring_written_from(c, row), row.b)) return false;
   for (int64_t i = 0; i < c.num_tails; i++)
     if (!raw_within(c.tails[i], row.index, start ? start - 1 : 0, blocks)) return false;
   return !c.sink_tokens || blocks == 0 || raw_within(c.sinks, row.index, 0, 1);
@@ -246,10 +256,10 @@ int kivi_store_ring(const KiviCall *call) {
   const int64_t bytes = c.head_size * (c.dtype == KIVI_FP32 ? 4 : 2);
   for (int64_t i = 0; i < c.num_rows; i++) {
     const KiviRow &row = c.rows[i];
-    for (int64_t s = max_of(row.a, row.b - c.ring_capacity); s < row.b; s++) {
-      const int64_t token = row.q0 + s - row.a, at = s % c.ring_capacity;
-      const int64_t id = c.ring.table[row.index * c.ring.table_stride + at / c.raw_tokens];
-      uint8_t *to = c.ring.data + id * c.ring.block_stride + at % c.raw_tokens * c.ring.token_stride;
+    for (int64_t s = ring_written_from(c, row); s < row.b; s++) {
+      const int64_t token = row.q0 + s - row.a;
+      const int64_t id = c.ring.table[row.index * c.ring.table_stride + s / c.raw_tokens];
+      uint8_t *to = c.ring.data + id * c.ring.block_stride + s % c.raw_tokens * c.ring.token_stride;
       const uint8_t *k = c.key.data + token * c.key.token_stride;
       const uint8_t *v = c.value.data + token * c.value.token_stride;
       for (int64_t h = 0; h < c.num_kv_heads; h++) {

@@ -42,10 +42,10 @@ struct Source {
               c.key.token_stride, c.value.token_stride, row.b - s};
     }
     if (s >= block_start) {
-      const int64_t at = s % c.ring_capacity, slot = at % c.raw_tokens;
-      const int64_t in_page = min_of(c.raw_tokens - slot, c.ring_capacity - at);
-      const uint8_t *k = token(c.ring, row.index, at / c.raw_tokens, head, slot);
-      return {k, k + bytes, c.ring.token_stride, c.ring.token_stride, min_of(in_page, row.a - s)};
+      const int64_t slot = s % c.raw_tokens;
+      const uint8_t *k = token(c.ring, row.index, s / c.raw_tokens, head, slot);
+      return {k, k + bytes, c.ring.token_stride, c.ring.token_stride,
+              min_of(c.raw_tokens - slot, row.a - s)};
     }
     const int64_t at = s - (block_start - c.residual_length), slot = at % c.raw_tokens;
     const KiviRaw &tail = c.tails[at / c.raw_tokens];

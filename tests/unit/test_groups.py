@@ -1,0 +1,183 @@
+"""The managers of pages and rings, driven as vLLM's scheduler does, on a model of the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
+from kivi_vllm.attention.cache import page_spec, ring_spec
+from kivi_vllm.attention.groups import PageManager, RingManager, RingSpec
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import ring_start
+
+B = 128
+FORMATS = [
+    PageFormat(2, 2, 32, 64, torch.bfloat16),  # 24 tokens a page
+    PageFormat(2, 2, 32, 64, torch.float32),  # 12
+    PageFormat(4, 4, 32, 96, torch.float16),  # 40
+    PageFormat(4, 2, 32, 128, torch.bfloat16),  # 32: blocks begin with a page
+]
+
+
+def pool(num_pages: int) -> Any:
+    from vllm.v1.core.block_pool import BlockPool
+
+    return BlockPool(num_gpu_blocks=num_pages, enable_caching=True, hash_block_size=B)
+
+
+def manager(of: type, spec: Any, block_pool: Any) -> Any:
+    return of(
+        kv_cache_spec=spec,
+        block_pool=block_pool,
+        enable_caching=True,
+        kv_cache_group_id=0,
+        scheduler_block_size=B,
+    )
+
+
+def lacking(of: Any, name: str, num_tokens: int) -> int:
+    return of.get_num_blocks_to_allocate(name, num_tokens, [], 0, 0, num_tokens)
+
+
+@dataclass
+class Running:
+    """A request: what the scheduler and what the worker know of it."""
+
+    scheduled: int  # tokens, if all drafts are accepted
+    done: int  # tokens that are there, on the worker
+    in_flight: list[int] = field(default_factory=list)  # tokens of steps without a result
+    rejected: list[int] = field(default_factory=list)  # of those, in their order
+    table: list[int] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)  # what was computed for a position
+
+
+class Engine:
+    """Steps of ring writes and reads on a memory that remembers what lies where."""
+
+    def __init__(self, spec: RingSpec, drafts: int, depth: int, seed: int) -> None:
+        self.spec, self.drafts, self.depth = spec, drafts, depth
+        self.rng = np.random.default_rng(seed)
+        self.pool = pool(200)
+        self.ring = manager(RingManager, spec, self.pool)
+        self.memory: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.requests: dict[str, Running] = {}
+        self.count = self.most = 0
+
+    def step(self, chunks: dict[str, int]) -> None:
+        """Schedule, read, write, and learn the results of the step `depth` before."""
+        rows = []
+        for name, new in chunks.items():
+            r = self.requests[name]
+            self.ring.remove_skipped_blocks(name, r.scheduled - sum(r.in_flight))
+            lacks, free = lacking(self.ring, name, r.scheduled + new), self._free()
+            pages = self.ring.allocate_new_blocks(name, r.scheduled + new, r.scheduled + new)
+            assert lacks >= free - self._free() >= 0
+            r.table += [page.block_id for page in pages]
+            r.scheduled += new
+            r.in_flight.append(new)
+            rows.append((name, r, r.done, r.done + new))
+        for name, r, a, _ in rows:
+            for s in range(a // B * B, a):
+                assert self.memory[self._slot(r, s)] == (name, s, r.tokens[s]), (name, s, a)
+        for name, r, a, b in rows:
+            for s in range(a, b):
+                self.count += 1
+                r.tokens[s] = self.count
+            for s in range(max(a, ring_start(b, 1 + self.drafts)), b):
+                self.memory[self._slot(r, s)] = (name, s, r.tokens[s])
+            accepted = b if b - a > 1 + self.drafts else int(self.rng.integers(a + 1, b + 1))
+            r.rejected.append(b - accepted)
+            r.done = accepted
+        for _, r, _, _ in rows:
+            while len(r.in_flight) > self.depth:
+                r.in_flight.pop(0)
+                r.scheduled -= r.rejected.pop(0)
+        held = self.ring.req_to_blocks.values()
+        ids = [block.block_id for blocks in held for block in blocks if not block.is_null]
+        assert len(ids) == len(set(ids)) == 199 - self._free(), "a page of two requests, or lost"
+        counts = [sum(not block.is_null for block in blocks) for blocks in held]
+        self.most = max([self.most, *counts])
+
+    def finish(self, name: str) -> None:
+        self.ring.free(name)
+        del self.requests[name]
+
+    def _slot(self, r: Running, s: int) -> tuple[int, int]:
+        page = r.table[s // self.spec.num_states]
+        assert page, "vLLM's null page"
+        return page, s % self.spec.num_states
+
+    def _free(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+
+@pytest.mark.parametrize("depth", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("drafts", [0, 3, 30])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.raw_tokens}-tokens")
+def test_rings_hold_what_every_step_needs(fmt: PageFormat, drafts: int, depth: int) -> None:
+    spec = ring_spec(2, fmt, drafts)
+    engine = Engine(spec, drafts, depth, seed=drafts + depth)
+    for i in range(300):
+        if len(engine.requests) < 5:
+            hit = int(engine.rng.integers(0, 4)) * B  # tokens whose pages a prefix hit found
+            engine.requests[f"r{i}"] = Running(hit, hit)
+        chunks = {}
+        for name, r in engine.requests.items():
+            kind, longest = engine.rng.random(), 1 + drafts
+            if kind < 0.9:
+                chunks[name] = int(engine.rng.integers(1, longest + 1))
+            # Prefill is not in flight twice with drafts of unknown fate before it.
+            elif kind < 0.95 and not any(r.rejected):
+                chunks[name] = int(engine.rng.integers(1, 700)) + longest
+        engine.step(chunks)
+        if engine.rng.random() < 0.03:
+            engine.finish(str(engine.rng.choice(list(engine.requests))))
+    assert engine.most <= spec.num_pages
+    for name in list(engine.requests):
+        engine.finish(name)
+    assert engine.pool.get_num_free_blocks() == 199
+    assert not engine.ring._held and not engine.ring._num_tokens
+
+
+def test_a_ring_is_as_large_as_its_block() -> None:
+    spec = ring_spec(2, FORMATS[0], num_drafts=0)
+    assert (spec.num_states, spec.num_pages) == (24, 6)
+    assert ring_spec(2, FORMATS[0], num_drafts=4).num_pages == 7
+    engine = Engine(spec, 0, 0, seed=0)
+    engine.requests["r"] = Running(0, 0)
+    held = []
+    for new in (2049, *[1] * 200):
+        engine.step({"r": new})
+        held.append(199 - engine.pool.get_num_free_blocks())
+    # 2,049 lies in the page from 2,040 on; six before the block's end at 2,176, one after it.
+    assert held[0] == 1
+    assert held[2176 - 2049] == 6
+    assert held[2177 - 2049] == 1
+    assert np.mean(held[:128]) < 4
+
+
+def test_a_new_request_waits_until_all_can_run_for_a_block() -> None:
+    spec = ring_spec(2, FORMATS[0], num_drafts=0)
+    ring = manager(RingManager, spec, pool(200))
+    assert lacking(ring, "a", 2049) == 1  # alone, it may take what there is
+    ring.allocate_new_blocks("a", 2049, 2049)
+    # Full together at 2,176: six pages each, one of which is held, and one for the block of each.
+    assert lacking(ring, "b", 2049) == 2 * (6 + 1) - 1
+    # They take turns: while the one is full, the other is half full.
+    assert lacking(ring, "c", 2049 + 64) == 6 + 1 + 4 + 1 - 1
+    assert lacking(ring, "a", 2050) == 0
+
+
+def test_pages_are_claimed_by_the_step_that_completes_their_block() -> None:
+    pages = manager(PageManager, page_spec(2, FORMATS[0]), pool(200))
+    counts = []
+    for n in (100, 127, 128, 129, 700, 767, 768):
+        wanted = lacking(pages, "r", n)
+        assert len(pages.allocate_new_blocks("r", n, n)) == wanted
+        counts.append(len(pages.req_to_blocks["r"]))
+    assert counts == [0, 0, 1, 1, 5, 5, 6]
