@@ -28,4 +28,5 @@ def register() -> None:
     compat.register_cache_specs()
     compat.select_backend_by_dtype()
     compat.attach_residual_to_layers()
+    compat.show_requests_to_managers()
     compat.check_engine_config()

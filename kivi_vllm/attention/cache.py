@@ -7,9 +7,8 @@ the same byte size, drawn from the same pool, admitted and freed by vLLM:
 - the **ring**, the tokens of a running request's current block: a handful of
   pages a request, which come as the block grows and go when it is complete, never
   shared;
-- with `residual_length` R > 0, the **tails**, the last R tokens of each completed
-  block: to vLLM a sliding window of one block, so that only the newest is held
-  by a request, while prefix caching finds the older ones;
+- with `residual_length` R > 0, the **tails**, the last R tokens of completed blocks:
+  of the newest one of each request, and of those that prefix caching may look for;
 - with `sink_tokens` S > 0, the **sinks**, the first S tokens of a sequence: one
   page, from its first whole block on, which prefix caching finds with that block.
 """
@@ -24,14 +23,11 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
-    KVCacheLayout,
-    KVCacheSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from kivi_vllm.attention.groups import PageSpec, RingSpec, SinkSpec
+from kivi_vllm.attention.groups import PageSpec, SinkSpec
+from kivi_vllm.attention.ring import RingSpec
+from kivi_vllm.attention.tail import TailSpec
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
 
@@ -58,20 +54,27 @@ def page_spec(num_kv_heads: int, fmt: PageFormat) -> PageSpec:
     )
 
 
-def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int) -> RingSpec:
+def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0) -> RingSpec:
     """The ring of a layer.
 
     It holds the current block and the draft tokens of the steps in flight: those
     are stored before it is known whether they are accepted, while the next step
     still reads the block's tokens from before them.
     """
-    return RingSpec(**_raw_fields(num_kv_heads, fmt), num_drafts=num_drafts)
+    fields = _raw_fields(num_kv_heads, fmt)
+    return RingSpec(**fields, num_drafts=num_drafts, num_others=num_others)
 
 
-def tail_spec(num_kv_heads: int, fmt: PageFormat) -> SlidingWindowSpec:
-    """One page of the last tokens of each block; that of the newest block is read."""
-    # A window of B + 1 keeps exactly one whole block before the current one.
-    return SlidingWindowSpec(**_raw_fields(num_kv_heads, fmt), sliding_window=BLOCK_SIZE + 1)
+def tail_spec(
+    num_kv_heads: int, fmt: PageFormat, num_drafts: int, interval: int | None
+) -> TailSpec:
+    """One page of the last tokens of a block; that of the newest block is read."""
+    return TailSpec(
+        **_raw_fields(num_kv_heads, fmt),
+        sliding_window=BLOCK_SIZE + 1,  # exactly one whole block before the current one
+        num_drafts=num_drafts,
+        interval=interval,
+    )
 
 
 def sink_spec(num_kv_heads: int, fmt: PageFormat) -> SinkSpec:
@@ -93,14 +96,18 @@ def _raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
 
 
 def residual_specs(
-    num_kv_heads: int, fmt: PageFormat, config: KiviConfig, num_drafts: int
+    num_kv_heads: int, fmt: PageFormat, config: KiviConfig, vllm_config: VllmConfig
 ) -> dict[str, AttentionSpec]:
     """The full-precision caches of one layer by name: the ring, the tails, the sinks."""
     num_tails = cdiv(config.residual_length, fmt.raw_tokens)
+    num_sinks = int(fmt.sink_tokens > 0)
+    num_drafts = num_draft_tokens(vllm_config)
+    interval = vllm_config.cache_config.prefix_cache_retention_interval
+    tail = tail_spec(num_kv_heads, fmt, num_drafts, interval)
     return {
-        "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts),
-        **{f"kivi_tail{i}": tail_spec(num_kv_heads, fmt) for i in range(num_tails)},
-        **({"kivi_sinks": sink_spec(num_kv_heads, fmt)} if fmt.sink_tokens else {}),
+        "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts, num_tails + num_sinks),
+        **{f"kivi_tail{i}": tail for i in range(num_tails)},
+        **({"kivi_sinks": sink_spec(num_kv_heads, fmt)} if num_sinks else {}),
     }
 
 
@@ -169,10 +176,9 @@ def attach(attn: Attention, config: KiviConfig) -> None:
         )
     vllm_config = get_current_vllm_config()
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
-    num_drafts = num_draft_tokens(vllm_config)
     context = vllm_config.compilation_config.static_forward_context
     caches = {}
-    for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, num_drafts).items():
+    for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, vllm_config).items():
         cache = RawCache(f"{attn.layer_name}.{suffix}", spec)
         if cache.name in context:
             raise ValueError(f"Duplicate layer name: {cache.name}")

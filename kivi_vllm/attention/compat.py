@@ -105,18 +105,19 @@ def register_backend_name() -> None:
 
 
 def register_cache_specs() -> None:
-    """Register pages, ring and sinks, after vLLM's own specs: it skips those when any are there."""
+    """Register our four, after vLLM's own specs: it skips those when any are there."""
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 
-    from kivi_vllm.attention import groups
+    from kivi_vllm.attention import groups, ring, tail
 
     if not _REGISTRY_KVCACHESPEC_LIST:
         register_all_kvcache_specs(None)
     for spec, manager, base in (
         (groups.PageSpec, groups.PageManager, FullAttentionSpec),
-        (groups.RingSpec, groups.RingManager, groups.RingSpec),
+        (ring.RingSpec, ring.RingManager, ring.RingSpec),
+        (tail.TailSpec, tail.TailManager, SlidingWindowSpec),
         (groups.SinkSpec, groups.SinkManager, groups.SinkSpec),
     ):
         KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=base)
@@ -180,6 +181,24 @@ def attach_residual_to_layers() -> None:
         return __init__
 
     _wrap(Attention, "__init__", make)
+
+
+def show_requests_to_managers() -> None:
+    """Let our managers see a request before they give it pages: vLLM tells them its id alone."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    def make(original: Callable) -> Callable:
+        def allocate_slots(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            from kivi_vllm.attention.groups import SparseManager
+
+            for manager in self.coordinator.single_type_managers:
+                if isinstance(manager, SparseManager):
+                    manager.expect(request)
+            return original(self, request, *args, **kwargs)
+
+        return allocate_slots
+
+    _wrap(KVCacheManager, "allocate_slots", make)
 
 
 def check_engine_config() -> None:

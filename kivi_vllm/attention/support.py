@@ -233,7 +233,7 @@ def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Ite
     """Too little for one sequence, where the amount is known before the start."""
     from vllm.utils.math_utils import cdiv
 
-    from kivi_vllm.attention.cache import num_draft_tokens, page_spec, residual_specs
+    from kivi_vllm.attention.cache import page_spec, residual_specs
 
     cache, model = vllm_config.cache_config, vllm_config.model_config
     available = cache.kv_cache_memory_bytes
@@ -241,7 +241,7 @@ def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Ite
         return
     heads = model.get_num_kv_heads(vllm_config.parallel_config)
     pages = page_spec(heads, fmt)
-    specs = [pages, *residual_specs(heads, fmt, config, num_draft_tokens(vllm_config)).values()]
+    specs = [pages, *residual_specs(heads, fmt, config, vllm_config).values()]
     count = 1 + sum(  # one is vLLM's null block
         cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
     )

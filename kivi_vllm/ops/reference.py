@@ -109,7 +109,8 @@ class LayerCache:
             `s % fmt.raw_tokens` of the page at entry `s // fmt.raw_tokens`. Entries of
             tokens that no step needs any more hold anything.
         tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
-            table finds (a part of) the last R tokens of block j.
+            table finds (a part of) the last R tokens of block j. Those of a block
+            whose entry is 0, vLLM's null page, are not kept.
         residual_length: R.
         sinks: with `fmt.sink_tokens`: entry 0 of a table finds the first tokens of the
             sequence, from its first whole block on.
@@ -167,17 +168,26 @@ def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.
         cache.pages[blocks] = encode_pages(k, v, cache.fmt)
         for i, tail in enumerate(cache.tails):
             kept = slice(B - residual + i * per_page, min(B, B - residual + (i + 1) * per_page))
-            _keep(tail, row.index, slice(first, last), k[:, :, kept], v[:, :, kept])
+            wanted = tail.table[row.index, first:last] != 0
+            _keep(tail, row.index, slice(first, last), k[:, :, kept], v[:, :, kept], wanted)
         if cache.sinks is not None and first == 0:
             sinks = cache.fmt.sink_tokens
             cache.pages[blocks[:1]] = encode_pages(k[:1], v[:1], cache.fmt, sinks)
             _keep(cache.sinks, row.index, slice(0, 1), k[:1, :, :sinks], v[:1, :, :sinks])
 
 
-def _keep(raw: Raw, index: int, entries: slice, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Write k, v [pages, num_kv_heads, tokens, D] into the pages of a request's entries."""
-    kv = torch.cat([k, v], -1)
-    raw.cache[raw.table[index, entries].long(), :, : kv.shape[2], : kv.shape[3]] = kv
+def _keep(
+    raw: Raw,
+    index: int,
+    entries: slice,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    wanted: torch.Tensor | slice = slice(None),
+) -> None:
+    """Write k, v [pages, num_kv_heads, tokens, D] into the `wanted` of a request's entries."""
+    kv = torch.cat([k, v], -1)[wanted]
+    pages = raw.table[index, entries][wanted].long()
+    raw.cache[pages, :, : kv.shape[2], : kv.shape[3]] = kv
 
 
 def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:

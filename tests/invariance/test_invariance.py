@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.attention.groups import RingManager
+from kivi_vllm.attention.ring import RingManager
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model
@@ -128,7 +128,7 @@ def test_a_new_request_leaves_the_others_their_next_block(
     prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 375, 246)]
     settings: dict[str, Any] = dict(
         kivi=_options(residual),
-        num_gpu_blocks_override=22 if residual else 15,
+        num_gpu_blocks_override=19 if residual else 15,
         max_num_batched_tokens=512,
         max_model_len=512,
     )

@@ -291,8 +291,8 @@ def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
             ),
             23,
         ),
-        # 3 more groups for the last 32 tokens of a block, 12 in a page each.
-        (dict(additional_config={"kivi": {"residual_length": 32}}), 49),
+        # 3 more groups for the last 32 tokens of a block, 12 in a page each; 4 pages of each.
+        (dict(additional_config={"kivi": {"residual_length": 32}}), 34),
     ],
     ids=["draft tokens", "tails"],
 )

@@ -107,6 +107,7 @@ class Simulator:
         ops: Any = reference,
         rule: Callable[[int, int], int] = first_raw,
         decode_len: int | None = None,
+        sparse: bool = False,
         num_pages: int = 256,
         device: str = "cpu",
         output_dtype: torch.dtype = torch.float32,
@@ -118,6 +119,7 @@ class Simulator:
         self.rng = np.random.default_rng(seed)
         self.requests: list[Request] = []
         self.decode_len = decode_len or 1 + case.drafts
+        self.sparse = sparse  # tails of those blocks only that the requests themselves need
         self.num_tails = -(-case.residual // self.fmt.raw_tokens)
         # Pages of a block of another layer lie between ours.
         shape = (num_pages, 2, case.heads[1], self.fmt.page_bytes)
@@ -164,8 +166,10 @@ class Simulator:
 
         more(request.blocks, upto // B)
         self._move_ring(request, upto)
+        newest = max(0, upto - self.case.drafts) // B - 1
         for block in range(request.computed // B, upto // B):
-            more(request.tails.setdefault(block, []), self.num_tails)
+            if block >= newest or not self.sparse:
+                more(request.tails.setdefault(block, []), self.num_tails)
         more(request.sinks, int(upto >= B and self.case.sinks > 0))
 
     def _take(self, wanted: int) -> list[int]:

@@ -162,6 +162,19 @@ def test_pages_of_finished_requests_are_taken_again(exact: bool) -> None:
     assert len(sim.touched) > 35
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["cached", "exact"])
+def test_tails_that_nobody_will_read_are_not_kept(exact: bool) -> None:
+    sim = Simulator(Case(residual=64, model=BF16, exact=exact, drafts=4), sparse=True)
+    requests = sim.add(900), sim.add(700)
+    for n in (300, 5, 129, 90, 5):
+        sim.step(dict.fromkeys(requests, n))
+        if n == 5:
+            sim.rewind(requests[0], requests[0].computed - 4)
+    sim.run(*requests, longest=400)
+    assert all(0 not in request.tails for request in requests)
+    sim.check_untouched()
+
+
 def test_requests_without_tokens_keep_their_state() -> None:
     sim = Simulator(Case(residual=32))
     busy, idle = sim.add(400), sim.add(300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
-from kivi_vllm.attention.cache import page_spec, ring_spec
-from kivi_vllm.attention.groups import PageManager, RingManager, RingSpec
+from kivi_vllm.attention.cache import page_spec, ring_spec, tail_spec
+from kivi_vllm.attention.groups import PageManager
+from kivi_vllm.attention.ring import RingManager, RingSpec
+from kivi_vllm.attention.tail import TailManager
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.reference import ring_start
 
@@ -181,3 +184,45 @@ def test_pages_are_claimed_by_the_step_that_completes_their_block() -> None:
         assert len(pages.allocate_new_blocks("r", n, n)) == wanted
         counts.append(len(pages.req_to_blocks["r"]))
     assert counts == [0, 0, 1, 1, 5, 5, 6]
+
+
+TAIL_STEPS = (300, 128, 1, 600, 23, 100, 1)  # tokens; ends at 300, 428, 429, 1029, 1052, ...
+
+
+@pytest.mark.parametrize("interval", [0, 256, None])
+def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None) -> None:
+    """Of a prompt of 900 tokens, of which another request has had 520."""
+    spec = tail_spec(2, FORMATS[0], 0, interval)
+    block_pool = pool(200)
+    tails = manager(TailManager, spec, block_pool)
+    tails.expect(SimpleNamespace(request_id="r", num_prompt_tokens=900, shared_prefix_boundary=520))
+    done, most = 0, 0
+    table: list[int] = []
+    for new in TAIL_STEPS:
+        tails.remove_skipped_blocks("r", done)
+        wanted, free = lacking(tails, "r", done + new), block_pool.get_num_free_blocks()
+        table += [b.block_id for b in tails.allocate_new_blocks("r", done + new, done + new)]
+        assert free - block_pool.get_num_free_blocks() == wanted
+        most = max(most, 199 - block_pool.get_num_free_blocks())
+        if done >= B:
+            assert table[done // B - 1], "the tail that this step reads"
+        done += new
+        assert len(table) == done // B
+    # Ends of steps: 300, 428, 429, 1,029, 1,052, 1,152; boundaries: 512 and 896.
+    kept = {2, 3, 8, 9} | {4, 7}
+    kept |= {0: set(), 256: {2, 4, 6, 8}, None: set(range(1, 10))}[interval]
+    assert {i + 1 for i, page in enumerate(table) if page} == kept
+    limit = spec.max_admission_blocks_per_request(600, 4096)
+    assert most <= limit
+    tails.free("r")
+    assert block_pool.get_num_free_blocks() == 199 and not tails._held
+
+
+def test_a_short_request_counts_what_its_first_block_brings() -> None:
+    """A tail's and the sinks' page beside the block's own."""
+    grown = []
+    for others in (0, 2):
+        ring = manager(RingManager, ring_spec(2, FORMATS[0], 0, others), pool(200))
+        ring.allocate_new_blocks("a", 100, 100)
+        grown.append(lacking(ring, "b", 2049))
+    assert grown[1] - grown[0] == 2

@@ -75,7 +75,8 @@ def test_pools_equal_the_reference(isa: str, dtype: str, residual: int, best: bo
         quiet = SimpleNamespace(
             store_blocks=ops.store_blocks, store_ring=ops.store_ring, attend=reference.attend
         )
-        sim = Simulator(case, ops=quiet, seed=5)
-        sim.run(sim.add(500), sim.add(270), sim.add(130))
+        sim = Simulator(case, ops=quiet, seed=5, sparse=residual == 32)
+        sim.run(sim.add(500), sim.add(270), sim.add(130), longest=400)
+        sim.check_untouched()
         pools.append(sim.pool)
     assert torch.equal(*pools)

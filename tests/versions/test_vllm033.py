@@ -127,9 +127,7 @@ print(json.dumps([seen, tokens]))
         ["self_attn.attn.kivi_ring", "RingSpec", page, "KIVI_RAW"],
     ]
     if residual:
-        kivi += [
-            [f"self_attn.attn.kivi_tail{i}", "SlidingWindowSpec", page, "KIVI_RAW"] for i in (0, 1)
-        ]
+        kivi += [[f"self_attn.attn.kivi_tail{i}", "TailSpec", page, "KIVI_RAW"] for i in (0, 1)]
     kivi.append(["self_attn.attn.kivi_sinks", "SinkSpec", page, "KIVI_RAW"])
     assert seen["kivi2"] == kivi
     blocks = (32 << 20) // (2 * page)

@@ -168,10 +168,11 @@ def _store_blocks(
             if R > 0:
                 i = part - PARTS[0] - PARTS[1]
                 tail_id, tail = tail_page(raw, row, block, i, True)
-                to = tail + tail_id * raw.page_stride + head * raw.head_stride
-                start = (block + 1) * B - R + i * C.RAW
-                count = tl.minimum(C.RAW, R - i * C.RAW)
-                _keep(to, start, count, row, q0, a, head, raw, C, RAW_TOKENS)
+                if tail_id != 0:  # vLLM's null page
+                    to = tail + tail_id * raw.page_stride + head * raw.head_stride
+                    start = (block + 1) * B - R + i * C.RAW
+                    count = tl.minimum(C.RAW, R - i * C.RAW)
+                    _keep(to, start, count, row, q0, a, head, raw, C, RAW_TOKENS)
         elif C.SINKS > 0:  # noqa: SIM102 - known when it is compiled
             if block == 0:
                 to = sinks_page(raw, row, head, True)

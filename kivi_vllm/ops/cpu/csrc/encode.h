@@ -189,7 +189,9 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
   };
   for (int64_t t = kBlock - c.residual_length; t < kBlock; t++) {
     const int64_t at = t - (kBlock - c.residual_length);
-    keep(t, Source::token(c.tails[at / c.raw_tokens], row.index, block, head, at % c.raw_tokens));
+    const KiviRaw &tail = c.tails[at / c.raw_tokens];
+    if (tail.table[row.index * tail.table_stride + block] != 0)  // vLLM's null page
+      keep(t, Source::token(tail, row.index, block, head, at % c.raw_tokens));
   }
   if (block == 0)
     for (int64_t t = 0; t < c.sink_tokens; t++) {
