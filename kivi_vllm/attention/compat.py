@@ -1,9 +1,10 @@
 """Everything that reaches into vLLM, and everything that differs between its versions.
 
 vLLM 0.33 has a registry for out-of-tree cache dtypes; 0.32 has not, so its
-closed list is extended. Both lack a way to select a backend by cache dtype and
-to give a layer a second cache, so two functions are wrapped. `patches/` holds
-what vLLM would have to take for this module to shrink.
+closed list is extended. Both lack a way to select a backend by cache dtype, to
+give a layer a second cache, and to let a cache group's manager see more of a
+request than its id, so these functions are wrapped. `patches/` holds what vLLM
+would have to take for this module to shrink.
 
 Every function here may run several times in one process.
 """

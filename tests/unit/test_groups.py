@@ -176,6 +176,20 @@ def test_a_new_request_waits_until_all_can_run_for_a_block() -> None:
     assert lacking(ring, "a", 2050) == 0
 
 
+def test_a_request_counts_up_to_its_end() -> None:
+    """Two of 20 tokens and 16 more: two pages each, not six and the block's."""
+    ring = manager(RingManager, ring_spec(2, FORMATS[0], num_drafts=0), pool(200))
+    for name in "ab":
+        ring.expect(SimpleNamespace(request_id=name, num_prompt_tokens=20, max_tokens=16))
+    ring.allocate_new_blocks("a", 20, 20)
+    assert lacking(ring, "b", 20) == 2 * 2 - 1
+    ring.free("b")  # given up while it waited; of it nothing is left
+    ring.free("a")
+    assert not ring._longest
+    ring.allocate_new_blocks("a", 20, 20)
+    assert lacking(ring, "b", 20) == 2 * (6 + 1) - 1
+
+
 def test_pages_are_claimed_by_the_step_that_completes_their_block() -> None:
     pages = manager(PageManager, page_spec(2, FORMATS[0]), pool(200))
     counts = []
