@@ -74,6 +74,8 @@ class TailManager(SparseManager, SlidingWindowManager):
         """New entries that get a page, in a row that has `known`."""
         size, interval = BLOCK_SIZE, self.kv_cache_spec.interval
         newest = ring_start(num_tokens, 1 + 2 * self.kv_cache_spec.num_drafts) // size - 1
+        if not self.enable_caching:
+            return list(range(max(known, newest), num_tokens // size))
         found = {boundary // size - 1 for boundary in self._boundaries.get(request_id, ())}
         return [
             block
@@ -90,12 +92,19 @@ class TailManager(SparseManager, SlidingWindowManager):
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
         *args: Any,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Pages that `num_tokens` tokens still lack, or take out of the free ones by a hit."""
+        """Pages that `num_tokens` tokens still lack, or take out of the free ones by a hit.
+
+        With `apply_admission_cap` the tokens are those of a whole prompt, of whose tails
+        no more are held at a time than the start has made sure of.
+        """
         known = len(self.req_to_blocks.get(request_id, ())) or len(new_computed_blocks)
-        evictable = self._get_num_evictable_blocks(new_computed_blocks)
-        return evictable + len(self._wanted(request_id, num_tokens, known))
+        lacking = len(self._wanted(request_id, num_tokens, known))
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            lacking = min(lacking, self.max_admission_blocks_per_request)
+        return self._get_num_evictable_blocks(new_computed_blocks) + lacking
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """Hold the tail that a prefix hit found."""

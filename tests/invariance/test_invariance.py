@@ -79,6 +79,28 @@ def test_prefix_hits(residual: int, smooth_codec: None, poison: Any) -> None:
         assert cached[5] >= 512
 
 
+def test_tails_of_every_block(smooth_codec: None, poison: Any) -> None:
+    """With `--prefix-cache-retention-interval 128`, in a pool for one request and in a larger one."""
+    prompts = [random_prompt(1000, seed=1), random_prompt(700, seed=2)]
+    later = [prompts[0][:600] + random_prompt(50, seed=3), prompts[1][:300]]
+    answers = []
+    for blocks in (20, 100):
+        with engine(
+            tiny_model(),
+            "kivi_raw",
+            kivi=_options(32),
+            num_gpu_blocks_override=blocks,
+            max_num_batched_tokens=256,
+            max_model_len=1024,
+            prefix_cache_retention_interval=128,
+        ) as llm:
+            poison(llm)
+            answers.append(generate(llm, prompts, MAX_TOKENS))
+            again = generate(llm, later, MAX_TOKENS)
+    _same(*answers)
+    assert [answer.num_cached_tokens for answer in again] == [512, 256]
+
+
 @pytest.fixture
 def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests that were preempted so far."""

@@ -33,18 +33,13 @@ def pool(num_pages: int) -> Any:
     return BlockPool(num_gpu_blocks=num_pages, enable_caching=True, hash_block_size=B)
 
 
-def manager(of: type, spec: Any, block_pool: Any) -> Any:
-    return of(
-        kv_cache_spec=spec,
-        block_pool=block_pool,
-        enable_caching=True,
-        kv_cache_group_id=0,
-        scheduler_block_size=B,
-    )
+def manager(of: type, spec: Any, block_pool: Any, **options: Any) -> Any:
+    settings = dict(kv_cache_group_id=0, scheduler_block_size=B, enable_caching=True) | options
+    return of(kv_cache_spec=spec, block_pool=block_pool, **settings)
 
 
-def lacking(of: Any, name: str, num_tokens: int) -> int:
-    return of.get_num_blocks_to_allocate(name, num_tokens, [], 0, 0, num_tokens)
+def lacking(of: Any, name: str, num_tokens: int, **options: Any) -> int:
+    return of.get_num_blocks_to_allocate(name, num_tokens, [], 0, 0, num_tokens, **options)
 
 
 @dataclass
@@ -230,6 +225,22 @@ def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None) -> No
     assert most <= limit
     tails.free("r")
     assert block_pool.get_num_free_blocks() == 199 and not tails._held
+
+
+@pytest.mark.parametrize("interval", [0, 256, None])
+def test_a_long_prompt_asks_for_no_more_tails_than_the_start_counted(interval: int | None) -> None:
+    """Else the largest request that was let in would wait for ever."""
+    spec = tail_spec(2, FORMATS[0], 0, interval)
+    limit = spec.max_admission_blocks_per_request(512, 8192)
+    tails = manager(TailManager, spec, pool(200), max_admission_blocks_per_request=limit)
+    assert lacking(tails, "r", 8191, apply_admission_cap=True) <= limit < 8191 // B
+
+
+def test_tails_without_prefix_caching() -> None:
+    spec = tail_spec(2, FORMATS[0], 0, None)
+    tails = manager(TailManager, spec, pool(200), enable_caching=False)
+    tails.expect(SimpleNamespace(request_id="r", num_prompt_tokens=600, shared_prefix_boundary=0))
+    assert lacking(tails, "r", 1000) == 1
 
 
 def test_a_short_request_counts_what_its_first_block_brings() -> None:
