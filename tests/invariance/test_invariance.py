@@ -80,7 +80,7 @@ def test_prefix_hits(residual: int, smooth_codec: None, poison: Any) -> None:
 
 
 def test_tails_of_every_block(smooth_codec: None, poison: Any) -> None:
-    """With `--prefix-cache-retention-interval 128`, in a pool for one request and in a larger one."""
+    """With `--prefix-cache-retention-interval 128`, in a pool for one request and in a larger."""
     prompts = [random_prompt(1000, seed=1), random_prompt(700, seed=2)]
     later = [prompts[0][:600] + random_prompt(50, seed=3), prompts[1][:300]]
     answers = []
