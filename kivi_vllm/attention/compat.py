@@ -188,10 +188,10 @@ def show_requests_to_managers() -> None:
     """Let our managers see a request before they give it pages: vLLM tells them its id alone."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    from kivi_vllm.attention.groups import SparseManager
+
     def make(original: Callable) -> Callable:
         def allocate_slots(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            from kivi_vllm.attention.groups import SparseManager
-
             for manager in self.coordinator.single_type_managers:
                 if isinstance(manager, SparseManager):
                     manager.expect(request)
