@@ -46,6 +46,7 @@ The same bytes, taken for the full-precision cache of recent tokens, hold
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ class PageFormat:
                 f"tokens of {str(self.raw_dtype).removeprefix('torch.')}; use "
                 f"{max(n for n in SINK_TOKENS if n <= self.raw_tokens)} at most"
             )
+
+    def __hash__(self) -> int:  # of every call of an operator
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(dataclasses.astuple(self))
 
     @classmethod
     def of(cls, config: KiviConfig, head_size: int, raw_dtype: torch.dtype) -> PageFormat:

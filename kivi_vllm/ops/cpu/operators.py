@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kivi_vllm.ops import checks
-from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
+from kivi_vllm.ops.checks import DTYPES, MOST_KNOWN
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
@@ -34,6 +34,7 @@ NO_RAW = (0,) * 8
 _CPU = torch.device("cpu")
 
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
+_strides: dict[tuple[Any, ...], tuple[int, ...]] = {}  # in bytes, of tensors that fit, by form
 
 
 def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -62,16 +63,22 @@ def attend(
         return
     common = _common(step, cache, key, value)
     slopes = params.alibi_slopes
-    form = (*_form(query), *_form(output), cache.fmt, cache.pages.shape[1], step.num_tokens)
-    if slopes is not None or form not in GOOD:
+    form = _form("query", step, cache, query, output)
+    strides = None if slopes is not None else _strides.get(form)
+    if strides is None:
         checks.check_query(step, cache, query, params, output)
-        remember(form)
+        strides = _fits(form, query, output)
+    token, head, out_token, out_head = strides
     _run(
         load().attend,
         common
         + QUERY.pack(
-            *_tensor(query),
-            *_tensor(output),
+            query.data_ptr(),
+            token,
+            head,
+            output.data_ptr(),
+            out_token,
+            out_head,
             DTYPES[output.dtype],
             query.shape[1],
             params.scale,
@@ -89,12 +96,14 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     if made and made[0] is step and made[1] is key and made[2] is value:
         return made[3]
     fmt, pages = cache.fmt, cache.pages
-    form = (*_form(key), *_form(value), fmt, pages.shape[1], step.num_tokens)
     checks.check_numbers(cache)
-    if form not in GOOD:
+    form = _form("key", step, cache, key, value)
+    strides = _strides.get(form)
+    if strides is None:
         for name, x in (("key", key), ("value", value)):
             checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
-        remember(form)
+        strides = _fits(form, key, value)
+    token, head, value_token, value_head = strides
     where = _known(pages, (fmt,), lambda: _pages(cache))
     tails = ctypes.create_string_buffer(
         b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
@@ -121,8 +130,12 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         fmt.sink_tokens,
         fmt.rotate_values,
         fmt.clip,
-        *_tensor(key),
-        *_tensor(value),
+        key.data_ptr(),
+        token,
+        head,
+        value.data_ptr(),
+        value_token,
+        value_head,
         torch.get_num_threads(),
     )
     cache.native["common"] = (step, key, value, common, tails)
@@ -168,15 +181,21 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
     return (*_known(raw.cache, context, describe), *_table(f"{name}.table", raw.table, step))
 
 
-def _form(x: torch.Tensor) -> tuple[Any, ...]:
-    return x.dtype, x.shape, x.stride(), x.is_cpu
+def _form(
+    name: str, step: Step, cache: LayerCache, x: torch.Tensor, y: torch.Tensor
+) -> tuple[Any, ...]:
+    """All that says whether tensors fit a step over this cache; hashed faster than checked."""
+    where = (name, cache.fmt, cache.pages.shape[1], step.num_tokens)
+    return (*where, x.dtype, x.shape, x.stride(), x.is_cpu, y.dtype, y.shape, y.stride(), y.is_cpu)
 
 
-def _tensor(x: torch.Tensor) -> tuple[int, int, int]:
-    """KiviTensor: address, strides of tokens and heads in bytes."""
-    token, head, _ = x.stride()
-    size = x.itemsize
-    return x.data_ptr(), token * size, head * size
+def _fits(form: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
+    """Tensors of this form have passed; returns the strides of tokens and heads of KiviTensor."""
+    if len(_strides) >= MOST_KNOWN:
+        _strides.clear()
+    strides = tuple(n * z.itemsize for z in (x, y) for n in z.stride()[:2])
+    _strides[form] = strides
+    return strides
 
 
 def _run(function: Any, call: bytes, cache: LayerCache) -> None:
