@@ -237,14 +237,17 @@ int kivi_store_blocks(const KiviCall *call) try {
 int kivi_attend(const KiviCall *call) try {
   const KiviCall &c = *call;
   if (!all_within(c)) return KIVI_BAD_PAGE;
-  Plan plan;
+  thread_local Plan kept;
+  Plan &plan = kept;  // this thread's, also in what the others run
   make_plan(c, plan);
-  bool ok = run((int64_t)plan.units.size(), (int)c.threads,
-                [&](int64_t i, uint8_t *mine) { chosen->attend(c, plan.units[i], mine); });
-  if (ok && !plan.splits.empty())
-    ok = run((int64_t)plan.splits.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
-      chosen->combine(c, plan.units[plan.splits[i].first], plan.splits[i].count, mine);
-    });
+  const bool ok = run((int64_t)plan.units.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    const Unit &unit = plan.units[i];
+    chosen->attend(c, unit, mine);
+    // Whoever does a tile's last part adds them up: a second parallel region would cost a
+    // short call more than its work.
+    if (unit.split && __atomic_sub_fetch(&unit.split->left, 1, __ATOMIC_ACQ_REL) == 0)
+      chosen->combine(c, plan.units[unit.split->first], unit.split->count, mine);
+  });
   return ok ? KIVI_OK : KIVI_NO_MEMORY;
 } catch (const std::bad_alloc &) {
   return KIVI_NO_MEMORY;

@@ -27,30 +27,43 @@ static INLINE void hide(int low, int high, int n, float *scores) {
 
 struct PageScratch {
   Prepared prepared;
-  // Of q, [K group][head_size / 64], then of p, [V group][2].
-  alignas(64) int8_t parts[kVGroups * 2 * kSpan];
-  alignas(64) float scores[kRows][kBlock];
+  alignas(64) int8_t parts[kMaxHead / 64 * kSpan];  // of q times a group's scales, then of p
+  alignas(64) float scores[kRows][kBlock], products[kRows][kBlock];  // products: with V's scales
   float balance[kMaxHead], unbalance[kMaxHead];
   int16_t p_fixed[kRows][kBlock];
   float k_zero_sum[kKGroups * kRows], v_zero_sum[kVGroups * kRows];
   int32_t dots[kRows][32];
 };
 
-// sums[g][r] = dot(x[r], zeros[g]); rows of x are `stride` apart.
-template <int R>
-static INLINE void zero_sums(const float *zeros, int groups, const float *x, int stride,
-                             int n, float *sums) {
-  for (int g = 0; g < groups; g++) {
-    vf s[R];
+// sums[g][r] = dot(x[r], zeros[g]) for G groups; rows of x are `stride` apart.
+template <int R, int G>
+static INLINE void zero_sums_of(const uint16_t *zeros, const float *x, int stride, int n, float *sums) {
+  vf s[G * R];
+#pragma GCC unroll 32
+  for (int k = 0; k < G * R; k++) s[k] = vf{};
+  for (int i = 0; i < n; i += W) {
+    vf y[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) s[r] = vf{};
-    for (int i = 0; i < n; i += W) {
-      const vf z = load(zeros + g * n + i);
+    for (int r = 0; r < R; r++) y[r] = load(x + r * stride + i);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const vf z = load_half(zeros + g * n + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) s[r] += z * load(x + r * stride + i);
+      for (int r = 0; r < R; r++) s[g * R + r] += z * y[r];
     }
-    sum_each<R>(s, sums + g * kRows);
   }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) sum_each<R>(s + g * R, sums + g * kRows);
+}
+
+// As many groups at once as there are registers for: one alone would wait for its own additions.
+template <int R>
+static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, int stride, int n,
+                             float *sums) {
+  constexpr int kMost = W == 16 && R <= 4 ? 4 : 2;
+  for_groups<kMost>(groups, [&](int g, auto count) __attribute__((always_inline)) {
+    zero_sums_of<R, count.value>((const uint16_t *)zeros + g * n, x, stride, n, sums + g * kRows);
+  });
 }
 
 // R rows, from row `r0` on, over the page of tokens [first, first + 128), of which those in
@@ -61,28 +74,23 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
                         State &state) {
   const int d = at.head_size;
   const Prepared &p = s.prepared;
-  const int k_span = (d + 63) / 64 * kSpan;
   const float *q = queries.q + (int64_t)r0 * d;
 
   // Scores.
-  for (int g = 0; g < at.k_groups; g++) {
+  zero_sums<R>(page + at.k_zero, at.k_groups, q, d, d, s.k_zero_sum);
+  for (int g = 0, tile = 0; g < at.k_groups; g++) {
     for (int r = 0; r < R; r++)
-      multiply_split(queries.fixed + (int64_t)(r0 + r) * d, p.k_fixed + g * d, d,
-                     s.parts + g * k_span + 128 * r);
-  }
-  zero_sums<R>(p.k_zero, at.k_groups, q, d, d, s.k_zero_sum);
-  const int tiles_per_k_group = 4 / at.k_groups;
-  for (int tile = 0; tile < 4; tile++) {
-    const int g = tile / tiles_per_k_group;
-    const uint8_t *codes = page + at.k_codes + (KB == 2 ? tile / 2 : tile) * d * 16;
-    dot<KB, R, 1, AHEAD>(codes, d / 4, KB == 2 ? tile % 2 : 0, s.parts + g * k_span, s.dots,
-                         stream);
-    for (int r = 0; r < R; r++) {
-      const float unit = queries.unit[r0 + r] * p.k_factor[g];
-      const float zero = s.k_zero_sum[g * kRows + r];
-      for (int i = 0; i < 32; i += W)
-        store(s.scores[r] + 32 * tile + i,
-              load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<KB>)) + zero);
+      multiply_split(queries.fixed + (int64_t)(r0 + r) * d, p.k_fixed + g * d, d, s.parts + 128 * r);
+    for (int end = tile + at.group_tiles; tile < end; tile++) {
+      const uint8_t *codes = page + at.k_codes + (KB == 2 ? tile / 2 : tile) * d * 16;
+      dot<KB, R, 1, AHEAD>(codes, d / 4, KB == 2 ? tile % 2 : 0, s.parts, s.dots, stream);
+      for (int r = 0; r < R; r++) {
+        const float unit = queries.unit[r0 + r] * p.k_factor[g];
+        const float zero = s.k_zero_sum[g * kRows + r];
+        for (int i = 0; i < 32; i += W)
+          store(s.scores[r] + 32 * tile + i,
+                load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<KB>)) + zero);
+      }
     }
   }
   if (!plain)
@@ -93,57 +101,64 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
       hide((int)max_of<int64_t>(low, min_of<int64_t>(seen, kBlock)), high, kBlock, s.scores[r]);
     }
 
-  // Probabilities, relative to the block's largest.
-  float weight[R], unit[R];
-  for (int r = 0; r < R; r++) {
-    float *x = s.scores[r];
-    vf m = load(x);
+  // Probabilities, relative to the block's largest. Of all rows together: each step of one alone
+  // would wait for the one before.
+  vf most[R], sum[R], shift[R];
+  float top[R], top_product[R], total[R], weight[R], unit[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) most[r] = load(s.scores[r]);
 #pragma GCC unroll 32
-    for (int i = W; i < kBlock; i += W) m = vmax(m, load(x + i));
-    const float top = largest(m);
-    const int row = r0 + r;
-    vf sum = {}, most = {};
-    const vf shift = all(top == -__builtin_inff() ? 0.0f : top);
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlock; i += W) {
-      const vf e = exp2v<true>(load(x + i) - shift);
-      sum += e;
-      most = vmax(most, e * load(p.v_norm + i));
-      store(x + i, e);
+  for (int i = W; i < kBlock; i += W)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) most[r] = vmax(most[r], load(s.scores[r] + i));
+  largest_each<R>(most, top);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    shift[r] = all(top[r] == -__builtin_inff() ? 0.0f : top[r]);
+    most[r] = sum[r] = vf{};
+  }
+  for (int i = 0; i < kBlock; i += W) {
+    const vf norm = load(p.v_norm + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vf e = exp2v<true>(load(s.scores[r] + i) - shift[r]), product = e * norm;
+      sum[r] += e;
+      most[r] = vmax(most[r], product);
+      store(s.scores[r] + i, e);
+      store(s.products[r] + i, product);
     }
-    const float largest_product = largest(most);
-    unit[r] = largest_product * (32768.0f / 32767.0f / kTop);
-    to_fixed([&](int i) __attribute__((always_inline)) {
-      return load(x + i) * load(p.v_norm + i);
-    }, kBlock, 32767.0f / largest_product, s.p_fixed[r]);
+  }
+  largest_each<R>(most, top_product);
+  sum_each<R>(sum, total);
+  for (int r = 0; r < R; r++) {
+    unit[r] = top_product[r] * (32768.0f / 32767.0f / kTop);
+    to_fixed([&](int i) __attribute__((always_inline)) { return load(s.products[r] + i); }, kBlock,
+             32767.0f / top_product[r], s.p_fixed[r]);
     // Weigh the block against what the row has seen.
+    const int row = r0 + r;
     weight[r] = 0.0f;
-    if (top != -__builtin_inff()) {
-      state.see(row, d, top);
-      weight[r] = exp2s(top - state.max[row]);
-      state.sum[row] += weight[r] * sum_of(sum);
+    if (top[r] != -__builtin_inff()) {
+      state.see(row, d, top[r]);
+      weight[r] = exp2s(top[r] - state.max[row]);
+      state.sum[row] += weight[r] * total[r];
     }
   }
 
   // Values.
-  for (int g = 0; g < at.v_groups; g++) {
+  zero_sums<R>(page + at.v_zero, at.v_groups, s.scores[0], kBlock, kBlock, s.v_zero_sum);
+  for (int g = 0, tile = 0; g < at.v_groups; g++) {
     for (int r = 0; r < R; r++)
-      multiply_split(s.p_fixed[r], p.v_fixed + g * kBlock, kBlock,
-                     s.parts + g * 2 * kSpan + 128 * r);
-  }
-  zero_sums<R>(p.v_zero, at.v_groups, s.scores[0], kBlock, kBlock, s.v_zero_sum);
-  const int tiles_per_v_group = (d / 32) / at.v_groups;
-  for (int tile = 0; tile < d / 32; tile++) {
-    const int g = tile / tiles_per_v_group;
-    const uint8_t *codes = page + at.v_codes + tile * (VB == 2 ? 1024 : 2048);
-    dot<VB, R, VB == 2 ? 2 : 1, AHEAD>(codes, VB == 2 ? 16 : 32, 0,
-                                       s.parts + g * 2 * kSpan, s.dots, stream);
-    for (int r = 0; r < R; r++) {
-      const float scale = weight[r] * unit[r], zero = weight[r] * s.v_zero_sum[g * kRows + r];
-      float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
-      for (int i = 0; i < 32; i += W)
-        store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? scale : scale * (1.0f / kSlot1<VB>)) +
-                           (load(acc + i) + zero));
+      multiply_split(s.p_fixed[r], p.v_fixed + g * kBlock, kBlock, s.parts + 128 * r);
+    for (int end = tile + at.group_tiles; tile < end; tile++) {
+      const uint8_t *codes = page + at.v_codes + tile * (VB == 2 ? 1024 : 2048);
+      dot<VB, R, VB == 2 ? 2 : 1, AHEAD>(codes, VB == 2 ? 16 : 32, 0, s.parts, s.dots, stream);
+      for (int r = 0; r < R; r++) {
+        const float scale = weight[r] * unit[r], zero = weight[r] * s.v_zero_sum[g * kRows + r];
+        float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
+        for (int i = 0; i < 32; i += W)
+          store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? scale : scale * (1.0f / kSlot1<VB>)) +
+                             (load(acc + i) + zero));
+      }
     }
   }
 }
@@ -167,19 +182,14 @@ static void rotate_back(float *x, int rows, int d) {
     }
     store(x + i, y);
   }
-  for (int h = W; h < n; h *= 2)  // vectors of a row with each other
-    for (int64_t i = 0; i < (int64_t)rows * d; i += W) {
-      if (i % d & h) continue;
-      const vf a = load(x + i), b = load(x + i + h);
-      store(x + i, a + b);
-      store(x + i + h, a - b);
-    }
+  for (int h = W; h < n; h *= 2)  // vectors of a row with each other: [.., 2, h]
+    for (float *a = x; a < x + (int64_t)rows * d; a += 2 * h)
+      for (int i = 0; i < h; i += W) {
+        const vf y = load(a + i), z = load(a + h + i);
+        store(a + i, y + z);
+        store(a + h + i, y - z);
+      }
 }
-
-template <int R>
-struct Rows {
-  static constexpr int value = R;
-};
 
 template <int KB, int VB>
 static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
@@ -214,16 +224,16 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
                                              state);
       };
       switch (n) {
-        case 1: attend(Rows<1>()); break;
-        case 2: attend(Rows<2>()); break;
-        case 3: attend(Rows<3>()); break;
+        case 1: attend(Constant<1>()); break;
+        case 2: attend(Constant<2>()); break;
+        case 3: attend(Constant<3>()); break;
 #if defined(KIVI_AMX)
-        case 5: attend(Rows<5>()); break;
-        case 6: attend(Rows<6>()); break;
-        case 7: attend(Rows<7>()); break;
-        case 8: attend(Rows<8>()); break;
+        case 5: attend(Constant<5>()); break;
+        case 6: attend(Constant<6>()); break;
+        case 7: attend(Constant<7>()); break;
+        case 8: attend(Constant<8>()); break;
 #endif
-        default: attend(Rows<4>()); break;
+        default: attend(Constant<4>()); break;
       }
       r0 += n;
     }

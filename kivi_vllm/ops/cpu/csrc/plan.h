@@ -18,14 +18,9 @@ int64_t cost_of(const Unit &u) {
          64;
 }
 
-// A tile whose pages are shared out: `count` units from `first` on.
-struct Split {
-  size_t first;
-  int count;
-};
-
+// Its memory is kept from call to call.
 struct Plan {
-  std::vector<Unit> units;
+  std::vector<Unit> tiles, units;
   std::vector<Split> splits;
   std::vector<float> partials;
 };
@@ -67,13 +62,15 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
 
 // Split the tiles' pages so that every thread has work, down to four pages a part.
 void make_plan(const KiviCall &c, Plan &plan) {
-  std::vector<Unit> tiles;
-  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], tiles);
+  plan.tiles.clear();
+  plan.units.clear();
+  plan.splits.clear();
+  for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], plan.tiles);
   int64_t total = 0;
-  for (const Unit &u : tiles) total += cost_of(u);
+  for (const Unit &u : plan.tiles) total += cost_of(u);
   const int64_t most = c.threads > 1 ? total / (4 * c.threads) + 1 : INT64_MAX;
   int64_t floats = 0;
-  for (const Unit &u : tiles) {
+  for (const Unit &u : plan.tiles) {
     const int64_t blocks = u.block_hi - u.block_lo;
     const int64_t wanted = c.threads > 1 ? (cost_of(u) + most - 1) / most : 1;
     const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
@@ -81,7 +78,7 @@ void make_plan(const KiviCall &c, Plan &plan) {
       plan.units.push_back(u);
       continue;
     }
-    plan.splits.push_back({plan.units.size(), (int)parts});
+    plan.splits.push_back({(int64_t)plan.units.size(), (int)parts, (int)parts});
     for (int64_t p = 0; p < parts; p++) {
       Unit part = u;
       part.block_lo = u.block_lo + blocks * p / parts;
@@ -94,11 +91,12 @@ void make_plan(const KiviCall &c, Plan &plan) {
     }
     floats += parts * partial_floats(u, c.head_size);
   }
-  plan.partials.resize(floats);
+  if ((int64_t)plan.partials.size() < floats) plan.partials.resize(floats);
   float *at = plan.partials.data();
-  for (const Split &split : plan.splits)
+  for (Split &split : plan.splits)
     for (int p = 0; p < split.count; p++) {
       Unit &part = plan.units[split.first + p];
+      part.split = &split;
       part.partial = at;
       at += partial_floats(part, c.head_size);
     }

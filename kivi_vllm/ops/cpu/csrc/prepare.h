@@ -1,4 +1,4 @@
-// The state of a unit's query rows, and a page's scales and zeros made ready for them.
+// The state of a unit's query rows, and a page's scales made ready for them.
 
 constexpr int kMaxHead = 256;
 constexpr int kKGroups = kBlock / 32;      // at most
@@ -35,31 +35,47 @@ struct Queries {
   int64_t position(int row) const { return start + row / heads; }
 };
 
-// A page's scales and zeros, ready for any number of rows.
+// A page's scales, ready for any number of rows.
 struct Prepared {
-  alignas(64) float k_zero[kKGroups * kMaxHead];  // [group][head_size]
-  float v_zero[kVGroups * kBlock];                // [group][128]
-  float v_norm[kBlock];                           // each token's largest scale
+  alignas(64) float v_norm[kBlock];  // each token's largest scale
   int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
   float k_factor[kKGroups];
 };
 
+// Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST at once, until all are done.
+template <int MOST, class F>
+static INLINE void for_groups(int groups, F f) {
+  int g = 0;
+  for (; g + MOST <= groups; g += MOST) f(g, Constant<MOST>());
+  if constexpr (MOST > 2)
+    for (; g + 2 <= groups; g += 2) f(g, Constant<2>());
+  for (; g < groups; g++) f(g, Constant<1>());
+}
+
 // Scales of keys [groups][n], times `balance` [n], to fixed point, each group with its own unit.
 static INLINE void prepare_keys(const uint16_t *scale, const float *balance, int groups, int n,
                                 int16_t *fixed, float *factor) {
-  alignas(64) float x[kMaxHead];
-  for (int g = 0; g < groups; g++, scale += n, fixed += n) {
-    vf m = {};
+  alignas(64) float x[kKGroups * kMaxHead];
+  for_groups<4>(groups, [&](int g0, auto count) __attribute__((always_inline)) {
+    constexpr int G = count.value;
+    vf m[G] = {};
     for (int i = 0; i < n; i += W) {
-      const vf y = load_half(scale + i) * load(balance + i);
-      m = vmax(m, y);
-      store(x + i, y);
+      const vf b = load(balance + i);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const vf y = load_half(scale + (g0 + g) * n + i) * b;
+        m[g] = vmax(m[g], y);
+        store(x + (g0 + g) * n + i, y);
+      }
     }
-    const float top = largest(m);
-    factor[g] = top * (32768.0f / kTop);
-    to_fixed([&](int i) __attribute__((always_inline)) { return load(x + i); }, n,
-             top > 0 ? kTop / top : 0.0f, fixed);
-  }
+    float top[G];
+    largest_each<G>(m, top);
+    for (int g = 0; g < G; g++) {
+      factor[g0 + g] = top[g] * (32768.0f / kTop);
+      to_fixed([&](int i) __attribute__((always_inline)) { return load(x + (g0 + g) * n + i); }, n,
+               top[g] > 0 ? kTop / top[g] : 0.0f, fixed + (g0 + g) * n);
+    }
+  });
 }
 
 // Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
@@ -84,19 +100,17 @@ static INLINE void prepare_values(const uint16_t *scale, int groups, int16_t *fi
     }, kBlock, kTop, fixed);
 }
 
-static INLINE void prepare_zeros(const uint16_t *zero, int n, float *out) {
-  for (int i = 0; i < n; i += W) store(out + i, load_half(zero + i));
-}
-
 // Byte offsets of a page's fields, as in format.py.
 struct Layout {
   int k_groups, v_groups, head_size;
+  int group_tiles;  // tiles of 32 tokens, or channels, in a group
   int k_scale, k_zero, k_codes, v_scale, v_zero, v_codes;
   explicit Layout(const KiviCall &c) {
     const int d = (int)c.head_size, g = (int)c.group_size;
     head_size = d;
     k_groups = kBlock / g;
     v_groups = d / g;
+    group_tiles = g / 32;
     k_scale = 0;
     k_zero = k_scale + 2 * k_groups * d;
     k_codes = k_zero + 2 * k_groups * d;
@@ -110,9 +124,7 @@ static INLINE void prepare_page(const uint8_t *page, const float *balance, const
                                 Prepared &p) {
   const auto halves = [&](int offset) { return (const uint16_t *)(page + offset); };
   prepare_keys(halves(at.k_scale), balance, at.k_groups, at.head_size, p.k_fixed, p.k_factor);
-  prepare_zeros(halves(at.k_zero), at.k_groups * at.head_size, p.k_zero);
   prepare_values(halves(at.v_scale), at.v_groups, p.v_fixed, p.v_norm);
-  prepare_zeros(halves(at.v_zero), at.v_groups * kBlock, p.v_zero);
 }
 
 // Some channels of K have scales many times those of the others, on all pages. 16 bits of scale

@@ -9,17 +9,28 @@ struct RawScratch {
   alignas(64) float scores[kMaxRows * kKeys];
 };
 
-// fp32 copies of n tokens' K, transposed, [head_size][kKeys] with columns beyond n undefined, and of
-// their V, [n][head_size]; read in the order of memory.
+// Tokens that are fetched before they are needed: they lie in short runs, of which the processor
+// foresees little.
+constexpr int kTokensAhead = 8;
+
+// fp32 copies of n tokens' K, transposed, [head_size][kKeys] with zeros up to `columns`, and of their
+// V, [n][head_size]; read in the order of memory. (Any numbers would do for zeros but those that
+// arithmetic is slow with, of which there are many in what the scratch memory held before.)
 template <int DT>
-static void convert(const uint8_t *const *k, const uint8_t *const *v, int n, int d, float *rows,
-                    float *keys, float *values) {
+static void convert(const uint8_t *const *k, const uint8_t *const *v, int n, int columns, int d,
+                    float *rows, float *keys, float *values) {
   constexpr int size = DT == KIVI_FP32 ? 4 : 2;
-  for (int j0 = 0; j0 < n; j0 += W) {
-    for (int j = j0; j < min_of(j0 + W, n); j++) {
+  for (int j0 = 0; j0 < columns; j0 += W) {
+    const int filled = min_of(W, n - j0);
+    for (int j = j0; j < j0 + filled; j++) {
+      if (j + kTokensAhead < n) {
+        fetch(k[j + kTokensAhead], d * size);
+        fetch(v[j + kTokensAhead], d * size);
+      }
       for (int i = 0; i < d; i += W) store(rows + (j - j0) * d + i, load_as<DT>(k[j] + i * size));
       for (int i = 0; i < d; i += W) store(values + j * d + i, load_as<DT>(v[j] + i * size));
     }
+    __builtin_memset(rows + filled * d, 0, sizeof(float) * (W - filled) * d);
     for (int i = 0; i < d; i += W) {
       vf x[W];
 #pragma GCC unroll 16
@@ -60,32 +71,39 @@ static INLINE void multiply_rows(const float *a, int lda, const float *b, int ld
 constexpr int kM = W == 16 ? 12 : 4;    // rows whose sums of two vectors fill the registers
 constexpr int kFew = W == 16 ? 4 : 2;  // and of four
 
-// The same for any number of rows and a number of columns that is a multiple of 32. Few rows take
+// The same for up to kFew rows.
+template <int N>
+static INLINE void multiply_few(int rows, const float *a, int lda, const float *b, int ldb, int k,
+                                float *c, int ldc, bool add) {
+  switch (rows) {
+    case 1: multiply_rows<1, N>(a, lda, b, ldb, k, c, ldc, add); break;
+    case 2: multiply_rows<2, N>(a, lda, b, ldb, k, c, ldc, add); break;
+#if defined(__AVX512F__)
+    case 3: multiply_rows<3, N>(a, lda, b, ldb, k, c, ldc, add); break;
+    default: multiply_rows<4, N>(a, lda, b, ldb, k, c, ldc, add);
+#endif
+  }
+}
+
+// The same for any number of rows and a number of columns that is a multiple of W. Few rows take
 // more columns at once: as many sums under way as the latency of an addition needs.
 static void multiply(const float *a, int lda, const float *b, int ldb, int rows, int k, int columns,
                      float *c, int ldc, bool add) {
   int m = 0;
-  for (; m + kM <= rows; m += kM)
-    for (int n = 0; n < columns; n += 2 * W)
+  for (; m + kM <= rows; m += kM) {
+    int n = 0;
+    for (; n + 2 * W <= columns; n += 2 * W)
       multiply_rows<kM, 2>(a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+    if (n < columns)
+      multiply_rows<kM, 1>(a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+  }
   while (m < rows) {
     const int taken = min_of(rows - m, kFew);
     int n = 0;
-    for (; n + 4 * W <= columns; n += 4 * W) {
-      const float *x = a + m * lda;
-      float *z = c + m * ldc + n;
-      switch (taken) {
-        case 1: multiply_rows<1, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
-        case 2: multiply_rows<2, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
-#if defined(__AVX512F__)
-        case 3: multiply_rows<3, 4>(x, lda, b + n, ldb, k, z, ldc, add); break;
-        default: multiply_rows<4, 4>(x, lda, b + n, ldb, k, z, ldc, add);
-#endif
-      }
-    }
-    for (; n < columns; n += 2 * W)
-      for (int i = m; i < m + taken; i++)
-        multiply_rows<1, 2>(a + i * lda, lda, b + n, ldb, k, c + i * ldc + n, ldc, add);
+    for (; n + 4 * W <= columns; n += 4 * W)
+      multiply_few<4>(taken, a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+    for (; n < columns; n += W)
+      multiply_few<1>(taken, a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
     m += taken;
   }
 }
@@ -119,13 +137,13 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     const int n = (int)min_of<int64_t>(kKeys, high - first), led = first < low ? lead : 0;
     source.find(0, led, s.k, s.v);
     source.find(first + led, n - led, s.k + led, s.v + led);
+    const int columns = (n + W - 1) / W * W;
     if (c.dtype == KIVI_FP32)
-      convert<KIVI_FP32>(s.k, s.v, n, d, s.rows, s.keys, s.values);
+      convert<KIVI_FP32>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
     else if (c.dtype == KIVI_FP16)
-      convert<KIVI_FP16>(s.k, s.v, n, d, s.rows, s.keys, s.values);
+      convert<KIVI_FP16>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
     else
-      convert<KIVI_BF16>(s.k, s.v, n, d, s.rows, s.keys, s.values);
-    const int columns = (n + 31) / 32 * 32;
+      convert<KIVI_BF16>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
     // Earlier tokens of the unit than the tile's first see none of it.
     const int r0 = (int)max_of<int64_t>(0, first - q.start) * q.heads;
     const int rows = q.rows - r0;

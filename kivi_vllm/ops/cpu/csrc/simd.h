@@ -11,6 +11,12 @@ constexpr int W = 4;
 
 #define INLINE __attribute__((always_inline)) inline
 
+// A number that a template takes from an argument.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
@@ -207,27 +213,43 @@ static INLINE vf tanhv(vf x) {
   return (vf)((((vi)series & small) | ((vi)t & ~small)) | sign);
 }
 
-// sums[i] = sum of the lanes of v[i], added up in the same order whatever N is.
-template <int N>
-static INLINE void sum_each(const vf *v, float *sums) {
+// out[i] = the lanes of v[i] joined, in the same order whatever N is. Several at once cost little
+// more than one, which is mostly waiting.
 #if defined(__AVX512F__)
+template <int N, class JOIN>
+static INLINE void join_each(const vf *v, float *out, JOIN join) {
 #pragma GCC unroll 2
   for (int i = 0; i < N; i += 4) {
     const __m512 a = (__m512)v[i], b = (__m512)v[min_of(i + 1, N - 1)];
     const __m512 c = (__m512)v[min_of(i + 2, N - 1)], d = (__m512)v[min_of(i + 3, N - 1)];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-    __m512 s = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e));
-    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xb1));
+    const vf ab = join((vf)_mm512_unpacklo_ps(a, b), (vf)_mm512_unpackhi_ps(a, b));
+    const vf cd = join((vf)_mm512_unpacklo_ps(c, d), (vf)_mm512_unpackhi_ps(c, d));
+    vf s = join((vf)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                (vf)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0x4e));
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0xb1));
     float four[4];
-    _mm_storeu_ps(four, _mm512_castps512_ps128(s));
-    for (int k = 0; k < 4 && i + k < N; k++) sums[i + k] = four[k];
+    _mm_storeu_ps(four, _mm512_castps512_ps128((__m512)s));
+    for (int k = 0; k < 4 && i + k < N; k++) out[i + k] = four[k];
   }
+}
+#endif
+
+template <int N>
+static INLINE void sum_each(const vf *v, float *sums) {
+#if defined(__AVX512F__)
+  join_each<N>(v, sums, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
 #else
   for (int i = 0; i < N; i++) sums[i] = sum_of(v[i]);
+#endif
+}
+
+template <int N>
+static INLINE void largest_each(const vf *v, float *most) {
+#if defined(__AVX512F__)
+  join_each<N>(v, most, [](vf a, vf b) __attribute__((always_inline)) { return vmax(a, b); });
+#else
+  for (int i = 0; i < N; i++) most[i] = largest(v[i]);
 #endif
 }
 

@@ -9,6 +9,12 @@ constexpr int kMaxRows = 128;  // query rows (tokens x heads) of a unit
 constexpr int kFitRounds = 2;  // FIT_ROUNDS of codec.py
 constexpr int kKeys = 64;      // full-precision tokens of one step of the online softmax
 
+// A tile whose pages are shared out: `count` units from `first` on, of which `left` are not done.
+struct Split {
+  int64_t first;
+  int count, left;
+};
+
 // A piece of attention: some query tokens of one request, for the query heads [g0, g1) of one kv
 // head, over whole pages [block_lo, block_hi) and full-precision tokens [raw_lo, raw_hi) and [sink_lo, sink_hi).
 struct Unit {
@@ -20,6 +26,7 @@ struct Unit {
   int64_t raw_lo, raw_hi;
   int64_t sink_lo, sink_hi;     // of the sinks, which are full-precision tokens too
   float *partial;               // where to leave (max, sum, accumulator) of a part; null: output
+  Split *split;                 // of a part
 };
 
 struct Kernels {
