@@ -60,19 +60,39 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
   }
 }
 
+// Work of one part beside its pages and tokens, in the same unit.
+constexpr int64_t kPartCost = 320;
+
+// How many parts of each of `tiles` equal tiles take the least time.
+int64_t parts_of_equal(int64_t tiles, int64_t cost, int64_t threads) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t parts = 1; parts <= 4 * threads; parts++) {
+    const int64_t turns = (tiles * parts + threads - 1) / threads;
+    const int64_t time = turns * (cost / parts + kPartCost);
+    if (time < least) best = parts, least = time;
+  }
+  return best;
+}
+
 // Split the tiles' pages so that every thread has work, down to four pages a part.
 void make_plan(const KiviCall &c, Plan &plan) {
   plan.tiles.clear();
   plan.units.clear();
   plan.splits.clear();
   for (int64_t i = 0; i < c.num_rows; i++) add_tiles(c, c.rows[i], plan.tiles);
-  int64_t total = 0;
-  for (const Unit &u : plan.tiles) total += cost_of(u);
-  const int64_t most = c.threads > 1 ? total / (4 * c.threads) + 1 : INT64_MAX;
+  int64_t total = 0, largest = 0;
+  for (const Unit &u : plan.tiles) {
+    total += cost_of(u);
+    largest = max_of(largest, cost_of(u));
+  }
+  const int64_t count = (int64_t)plan.tiles.size();
+  const bool equal = total == largest * count;  // the heads of one sequence are
+  const int64_t equal_parts = equal ? parts_of_equal(count, largest, c.threads) : 1;
+  const int64_t most = total / (4 * c.threads) + 1;
   int64_t floats = 0;
   for (const Unit &u : plan.tiles) {
     const int64_t blocks = u.block_hi - u.block_lo;
-    const int64_t wanted = c.threads > 1 ? (cost_of(u) + most - 1) / most : 1;
+    const int64_t wanted = c.threads == 1 ? 1 : equal ? equal_parts : (cost_of(u) + most - 1) / most;
     const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
     if (parts <= 1) {
       plan.units.push_back(u);

@@ -1,5 +1,6 @@
-// Attention over full-precision tokens: fp32 matrix products on tiles of `kKeys` tokens, which are
-// gathered from the tails, the ring and the step's own keys and values, and converted on the way.
+// Attention over full-precision tokens, `kKeys` at a time, from wherever they lie: sinks, tails, ring,
+// the step's own. Many query rows make fp32 copies of them, for matrix products; a few read them in
+// place, because for them making a copy is most of the work.
 
 struct RawScratch {
   const uint8_t *k[kKeys], *v[kKeys];
@@ -108,6 +109,94 @@ static void multiply(const float *a, int lda, const float *b, int ldb, int rows,
   }
 }
 
+constexpr int kFewRows = 4;  // read tokens in place
+
+// scores[r][j] = dot(q[r], K of token j); beyond n, up to a multiple of 4, are other numbers.
+template <int DT, int R>
+static void scores_in_place(const float *q, const uint8_t *const *k, const uint8_t *const *v, int n,
+                            int d, float *scores) {
+  constexpr int size = DT == KIVI_FP32 ? 4 : 2;
+  constexpr int T = W == 16 ? 4 : 2;  // tokens at once
+  for (int j = 0; j < n; j += T) {
+    const uint8_t *at[T];
+    for (int t = 0; t < T; t++) {
+      at[t] = k[min_of(j + t, n - 1)];
+      if (j + t + kTokensAhead < n) {
+        fetch(k[j + t + kTokensAhead], d * size);
+        fetch(v[j + t + kTokensAhead], d * size);
+      }
+    }
+    vf s[R * T];
+#pragma GCC unroll 16
+    for (int x = 0; x < R * T; x++) s[x] = vf{};
+    for (int i = 0; i < d; i += W) {
+      vf y[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) y[r] = load(q + (int64_t)r * d + i);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        const vf x = load_as<DT>(at[t] + i * size);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) s[r * T + t] += x * y[r];
+      }
+    }
+    for (int r = 0; r < R; r++) sum_each<T>(s + r * T, scores + r * kKeys + j);
+  }
+}
+
+// acc[r] += sum_j p[r][j] * V of token j, N vectors of the channels from `i` on.
+template <int DT, int R, int N>
+static INLINE void add_values(const float *p, const uint8_t *const *v, int n, int d, int i,
+                              float *acc) {
+  constexpr int size = DT == KIVI_FP32 ? 4 : 2;
+  vf s[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int m = 0; m < N; m++) s[r][m] = load(acc + (int64_t)r * d + i + m * W);
+  for (int j = 0; j < n; j++) {
+    vf x[N];
+#pragma GCC unroll 4
+    for (int m = 0; m < N; m++) x[m] = load_as<DT>(v[j] + (i + m * W) * size);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const vf z = all(p[r * kKeys + j]);
+#pragma GCC unroll 4
+      for (int m = 0; m < N; m++) s[r][m] += z * x[m];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int m = 0; m < N; m++) store(acc + (int64_t)r * d + i + m * W, s[r][m]);
+}
+
+template <int DT, int R>
+static void values_in_place(const float *p, const uint8_t *const *v, int n, int d, float *acc) {
+  constexpr int N = R > 2 || W < 16 ? 2 : 4;  // sums enough for the latency of an addition
+  int i = 0;
+  for (; i + N * W <= d; i += N * W) add_values<DT, R, N>(p, v, n, d, i, acc);
+  for (; i < d; i += W) add_values<DT, R, 1>(p, v, n, d, i, acc);
+}
+
+// Call f with the dtype, and with the number of rows, as constants.
+template <class F>
+static INLINE void with_dtype(int64_t dtype, F f) {
+  if (dtype == KIVI_FP32) return f(Constant<KIVI_FP32>());
+  if (dtype == KIVI_FP16) return f(Constant<KIVI_FP16>());
+  f(Constant<KIVI_BF16>());
+}
+
+template <class F>
+static INLINE void with_rows(int rows, F f) {
+  switch (rows) {
+    case 1: return f(Constant<1>());
+    case 2: return f(Constant<2>());
+    case 3: return f(Constant<3>());
+    default: return f(Constant<4>());
+  }
+}
+
 // Online softmax of one row over `n` scores (a multiple of W), which become probabilities.
 static INLINE void softmax_row(State &state, int row, int d, float *x, int n) {
   vf m = load(x);
@@ -138,17 +227,21 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     source.find(0, led, s.k, s.v);
     source.find(first + led, n - led, s.k + led, s.v + led);
     const int columns = (n + W - 1) / W * W;
-    if (c.dtype == KIVI_FP32)
-      convert<KIVI_FP32>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
-    else if (c.dtype == KIVI_FP16)
-      convert<KIVI_FP16>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
-    else
-      convert<KIVI_BF16>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
     // Earlier tokens of the unit than the tile's first see none of it.
     const int r0 = (int)max_of<int64_t>(0, first - q.start) * q.heads;
     const int rows = q.rows - r0;
-    float *scores = s.scores;
-    multiply(q.q + (int64_t)r0 * d, d, s.keys, kKeys, rows, d, columns, scores, kKeys, false);
+    const bool few = rows <= kFewRows;
+    const float *query = q.q + (int64_t)r0 * d;
+    float *scores = s.scores, *acc = state.acc + (int64_t)r0 * d;
+    with_dtype(c.dtype, [&](auto dtype) {
+      if (few)
+        with_rows(rows, [&](auto count) {
+          scores_in_place<dtype.value, count.value>(query, s.k, s.v, n, d, scores);
+        });
+      else
+        convert<dtype.value>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
+    });
+    if (!few) multiply(query, d, s.keys, kKeys, rows, d, columns, scores, kKeys, false);
     for (int r = 0; r < rows; r++) {
       float *x = scores + r * kKeys;
       const int64_t t = q.position(r0 + r);
@@ -157,6 +250,13 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
       hide((int)min_of<int64_t>(oldest, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
       softmax_row(state, r0 + r, d, x, columns);
     }
-    multiply(scores, kKeys, s.values, d, rows, n, d, state.acc + (int64_t)r0 * d, d, true);
+    if (few)
+      with_dtype(c.dtype, [&](auto dtype) {
+        with_rows(rows, [&](auto count) {
+          values_in_place<dtype.value, count.value>(scores, s.v, n, d, acc);
+        });
+      });
+    else
+      multiply(scores, kKeys, s.values, d, rows, n, d, acc, d, true);
   }
 }
