@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,15 +176,16 @@ def _store_decode(case: Case, settings: Settings) -> Result:
         for i in range(bf16.sets)
     ]
     cursor = Cursor(kivi2.sets)
+    attend = _attention(kivi2, 1, total, own)
 
-    def store(name: str, of: list[Row]) -> Timed:
+    def store(name: str, of: list[Row], before: Sequence[Call] = ()) -> Timed:
         calls = [kivi2.store(name, i, of, own.key, own.value) for i in range(kivi2.sets)]
-        return Timed(calls, cursor)
+        return Timed(calls, cursor, before)
 
     times = interleave(
         {
-            "attend": Timed(_attention(kivi2, 1, total, own), cursor),
-            "store_ring": store("store_ring", middle),
+            "attend": Timed(attend, cursor),
+            "store_ring": store("store_ring", middle, attend),
             "store_blocks_idle": store("store_blocks", middle),
             "store_blocks": store("store_blocks", last),
             "bf16_store": Timed(

@@ -36,15 +36,20 @@ class Timed:
     Attributes:
         calls: one per part.
         cursor: the pool's.
+        before: for each part, what a step does just before the call; not timed.
 
     """
 
     calls: Sequence[Callable[[], object]]
     cursor: Cursor
+    before: Sequence[Callable[[], object]] = ()
 
     def next(self) -> Callable[[], object]:
-        """The call over the next part."""
-        return self.calls[self.cursor.next()]
+        """The call over the next part, ready to be made."""
+        i = self.cursor.next()
+        if self.before:
+            self.before[i]()
+        return self.calls[i]
 
 
 def once(call: Callable[[], object]) -> Timed:
@@ -134,7 +139,8 @@ def store_columns(times: Mapping[str, Times]) -> dict[str, float]:
     """Columns of what storing costs, `store_ms`, beside the step's attention, `attend`.
 
     At decode `store_blocks` was timed twice: where it finds nothing to do (`_idle`), and
-    where every sequence completes a block, which it does once in `B` steps.
+    where every sequence completes a block, which it does once in `B` steps; `store_ring`
+    right behind `attend` on the same caches, as in a step.
     """
     store = times["store_ring"].ms
     if "store_blocks_idle" in times:
