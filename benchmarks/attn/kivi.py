@@ -95,6 +95,7 @@ class KiviPool:
         self.ring_tables = ring.to(place.device)
         self.sink_tables = shuffled(sets, batch, 1, seed=3).to(place.device)
         self.params = AttentionParams(scale=shape.head_size**-0.5)
+        self._layers: dict[tuple[int, tuple[Row, ...]], tuple[Any, LayerCache]] = {}
 
     def read_bytes(self, blocks: int, raw_tokens: int) -> int:
         """Bytes that attending of one batch reads: packed blocks, raw tokens, sinks."""
@@ -137,12 +138,19 @@ class KiviPool:
         """A step over set i, prefill exact, as the operators take it."""
         return self.place.step(Step(of, self.tables[i], per_position=False))
 
+    def layer(self, i: int, of: list[Row]) -> tuple[Any, LayerCache]:
+        """The step over set i and the layer's caches, which all calls of a step share."""
+        key = i, tuple(of)
+        if key not in self._layers:
+            self._layers[key] = self.step(i, of), self.cache(i)
+        return self._layers[key]
+
     def store(
         self, name: str, i: int, of: list[Row], key: torch.Tensor, value: torch.Tensor
     ) -> Callable[[], object]:
         """A call of `store_blocks` or `store_ring` on set i."""
         operator = getattr(self.place.operators(), name)
-        return partial(operator, self.step(i, of), self.cache(i), key, value)
+        return partial(operator, *self.layer(i, of), key, value)
 
     def attention(
         self,
@@ -154,9 +162,8 @@ class KiviPool:
         output: torch.Tensor,
     ) -> Callable[[], object]:
         """A call of `attend` on set i; query and output [tokens, num_heads, head_size]."""
-        step, cache = self.step(i, of), self.cache(i)
         attend = self.place.operators().attend
-        return partial(attend, step, cache, query, key, value, self.params, output)
+        return partial(attend, *self.layer(i, of), query, key, value, self.params, output)
 
     def ranges(self, i: int, blocks: int, raw_tokens: int) -> Ranges:
         """What attending on set i reads, but for the step's own tokens.

@@ -109,7 +109,7 @@ static void multiply(const float *a, int lda, const float *b, int ldb, int rows,
   }
 }
 
-constexpr int kFewRows = 4;  // read tokens in place
+constexpr int kInPlace = 4;  // rows that read tokens in place
 
 // scores[r][j] = dot(q[r], K of token j); beyond n, up to a multiple of 4, are other numbers.
 template <int DT, int R>
@@ -230,18 +230,18 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     // Earlier tokens of the unit than the tile's first see none of it.
     const int r0 = (int)max_of<int64_t>(0, first - q.start) * q.heads;
     const int rows = q.rows - r0;
-    const bool few = rows <= kFewRows;
+    const bool in_place = rows <= kInPlace;
     const float *query = q.q + (int64_t)r0 * d;
     float *scores = s.scores, *acc = state.acc + (int64_t)r0 * d;
     with_dtype(c.dtype, [&](auto dtype) {
-      if (few)
+      if (in_place)
         with_rows(rows, [&](auto count) {
           scores_in_place<dtype.value, count.value>(query, s.k, s.v, n, d, scores);
         });
       else
         convert<dtype.value>(s.k, s.v, n, columns, d, s.rows, s.keys, s.values);
     });
-    if (!few) multiply(query, d, s.keys, kKeys, rows, d, columns, scores, kKeys, false);
+    if (!in_place) multiply(query, d, s.keys, kKeys, rows, d, columns, scores, kKeys, false);
     for (int r = 0; r < rows; r++) {
       float *x = scores + r * kKeys;
       const int64_t t = q.position(r0 + r);
@@ -250,7 +250,7 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
       hide((int)min_of<int64_t>(oldest, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
       softmax_row(state, r0 + r, d, x, columns);
     }
-    if (few)
+    if (in_place)
       with_dtype(c.dtype, [&](auto dtype) {
         with_rows(rows, [&](auto count) {
           values_in_place<dtype.value, count.value>(scores, s.v, n, d, acc);
