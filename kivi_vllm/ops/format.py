@@ -46,7 +46,6 @@ The same bytes, taken for the full-precision cache of recent tokens, hold
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -172,8 +171,8 @@ class PageFormat:
         return self._hash
 
     @cached_property
-    def _hash(self) -> int:
-        return hash(dataclasses.astuple(self))
+    def _hash(self) -> int:  # of integers, so that it may travel to another process
+        return hash((self.k_bits, self.v_bits, self.page_bytes, self.raw_tokens, self.sink_tokens))
 
     @classmethod
     def of(cls, config: KiviConfig, head_size: int, raw_dtype: torch.dtype) -> PageFormat:

@@ -89,6 +89,23 @@ def test_wrong_tensors_are_named(name: str, i: int) -> None:
         call(change(name, WRONG[name][i]))
 
 
+def test_what_fits_elsewhere_is_not_taken_here() -> None:
+    """Forms of tensors that have passed are remembered: of these ones for that cache."""
+    call(inputs())
+    with pytest.raises(ValueError, match="key is"):  # a good query and output
+        call(
+            change("key", lambda x: x.new_zeros(3, 4, 64))
+            | {"value": torch.zeros(3, 4, 64).to(BF16)}
+        )
+    far = inputs()
+    far["cache"] = replace(far["cache"], pages=far["cache"].pages.to("meta"))
+    far |= {name: far[name].to("meta") for name in ("key", "value")}
+    with pytest.raises(ValueError, match="pages is"):
+        call(far)
+    with pytest.raises(ValueError, match="key is"):
+        call(inputs() | {name: far[name] for name in ("key", "value")})
+
+
 def test_wrong_slopes_and_tails_are_named() -> None:
     with pytest.raises(ValueError, match="alibi_slopes is"):
         call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))

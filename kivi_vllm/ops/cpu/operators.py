@@ -97,6 +97,7 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         return made[3]
     fmt, pages = cache.fmt, cache.pages
     checks.check_numbers(cache)
+    where = _known(pages, (fmt,), lambda: _pages(cache))  # first: tensors are compared with them
     form = _form("key", step, cache, key, value)
     strides = _strides.get(form)
     if strides is None:
@@ -104,7 +105,6 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
             checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
         strides = _fits(form, key, value)
     token, head, value_token, value_head = strides
-    where = _known(pages, (fmt,), lambda: _pages(cache))
     tails = ctypes.create_string_buffer(
         b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
     )

@@ -63,10 +63,10 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
 // Work of one part beside its pages and tokens, in the same unit.
 constexpr int64_t kPartCost = 320;
 
-// How many parts of each of `tiles` equal tiles take the least time.
+// How many parts of each of `tiles` equal tiles take the least time; about four a thread at most.
 int64_t parts_of_equal(int64_t tiles, int64_t cost, int64_t threads) {
   int64_t best = 1, least = INT64_MAX;
-  for (int64_t parts = 1; parts <= 4 * threads; parts++) {
+  for (int64_t parts = 1; tiles * (parts - 1) <= 4 * threads && parts <= 4 * threads; parts++) {
     const int64_t turns = (tiles * parts + threads - 1) / threads;
     const int64_t time = turns * (cost / parts + kPartCost);
     if (time < least) best = parts, least = time;

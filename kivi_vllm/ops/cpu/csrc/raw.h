@@ -111,7 +111,7 @@ static void multiply(const float *a, int lda, const float *b, int ldb, int rows,
 
 constexpr int kInPlace = 4;  // rows that read tokens in place
 
-// scores[r][j] = dot(q[r], K of token j); beyond n, up to a multiple of 4, are other numbers.
+// scores[r][j] = dot(q[r], K of token j); what lies beyond n stays unknown.
 template <int DT, int R>
 static void scores_in_place(const float *q, const uint8_t *const *k, const uint8_t *const *v, int n,
                             int d, float *scores) {
