@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kivi_vllm.ops import checks
-from kivi_vllm.ops.checks import DTYPES, MOST_KNOWN
+from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Step
 
@@ -34,7 +34,6 @@ NO_RAW = (0,) * 8
 _CPU = torch.device("cpu")
 
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
-_strides: dict[tuple[Any, ...], tuple[int, ...]] = {}  # in bytes, of tensors that fit, by form
 
 
 def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -64,7 +63,7 @@ def attend(
     common = _common(step, cache, key, value)
     slopes = params.alibi_slopes
     form = _form("query", step, cache, query, output)
-    strides = None if slopes is not None else _strides.get(form)
+    strides = None if slopes is not None else GOOD.get(form)
     if strides is None:
         checks.check_query(step, cache, query, params, output)
         strides = _fits(form, query, output)
@@ -99,7 +98,7 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     checks.check_numbers(cache)
     where = _known(pages, (fmt,), lambda: _pages(cache))  # first: tensors are compared with them
     form = _form("key", step, cache, key, value)
-    strides = _strides.get(form)
+    strides = GOOD.get(form)
     if strides is None:
         for name, x in (("key", key), ("value", value)):
             checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
@@ -191,10 +190,8 @@ def _form(
 
 def _fits(form: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
     """Tensors of this form have passed; returns the strides of tokens and heads of KiviTensor."""
-    if len(_strides) >= MOST_KNOWN:
-        _strides.clear()
     strides = tuple(n * z.itemsize for z in (x, y) for n in z.stride()[:2])
-    _strides[form] = strides
+    remember(form, strides)
     return strides
 
 

@@ -215,26 +215,14 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
       const int left = queries.rows - r0;
       const int turns = (left + kRows - 1) / kRows;
       const int n = (left + turns - 1) / turns;  // 5 rows as 3 and 2, not 4 and 1
-      const auto attend = [&](auto rows) __attribute__((always_inline)) {
+      with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
         if (r0 == 0)
           attend_page<KB, VB, rows.value, kAhead>(queries, r0, first, low, high, plain, page, stream, at,
                                                   s, state);
         else
           attend_page<KB, VB, rows.value, 0>(queries, r0, first, low, high, plain, page, stream, at, s,
                                              state);
-      };
-      switch (n) {
-        case 1: attend(Constant<1>()); break;
-        case 2: attend(Constant<2>()); break;
-        case 3: attend(Constant<3>()); break;
-#if defined(KIVI_AMX)
-        case 5: attend(Constant<5>()); break;
-        case 6: attend(Constant<6>()); break;
-        case 7: attend(Constant<7>()); break;
-        case 8: attend(Constant<8>()); break;
-#endif
-        default: attend(Constant<4>()); break;
-      }
+      });
       r0 += n;
     }
   }

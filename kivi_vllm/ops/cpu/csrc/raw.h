@@ -14,6 +14,14 @@ struct RawScratch {
 // foresees little.
 constexpr int kTokensAhead = 8;
 
+static INLINE void fetch_ahead(const uint8_t *const *k, const uint8_t *const *v, int j, int n,
+                               int bytes) {
+  j += kTokensAhead;
+  if (j >= n) return;
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(k[j] + i, 0, 3);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(v[j] + i, 0, 3);
+}
+
 // fp32 copies of n tokens' K, transposed, [head_size][kKeys] with zeros up to `columns`, and of their
 // V, [n][head_size]; read in the order of memory. (Any numbers would do for zeros but those that
 // arithmetic is slow with, of which there are many in what the scratch memory held before.)
@@ -24,10 +32,7 @@ static void convert(const uint8_t *const *k, const uint8_t *const *v, int n, int
   for (int j0 = 0; j0 < columns; j0 += W) {
     const int filled = min_of(W, n - j0);
     for (int j = j0; j < j0 + filled; j++) {
-      if (j + kTokensAhead < n) {
-        fetch(k[j + kTokensAhead], d * size);
-        fetch(v[j + kTokensAhead], d * size);
-      }
+      fetch_ahead(k, v, j, n, d * size);
       for (int i = 0; i < d; i += W) store(rows + (j - j0) * d + i, load_as<DT>(k[j] + i * size));
       for (int i = 0; i < d; i += W) store(values + j * d + i, load_as<DT>(v[j] + i * size));
     }
@@ -43,10 +48,10 @@ static void convert(const uint8_t *const *k, const uint8_t *const *v, int n, int
   }
 }
 
-// C[m][0..N*W) (+)= A[m][0..k) B[0..k)[0..N*W), all fp32, rows lda, ldb and ldc apart.
-template <int M, int N>
-static INLINE void multiply_rows(const float *a, int lda, const float *b, int ldb, int k, float *c,
-                                 int ldc, bool add) {
+// C[m][0..N*W) (+)= A[m][0..k) B[0..k)[0..N*W), all fp32, rows lda and ldc apart; b(i, n) loads
+// vector n of B's row i.
+template <int M, int N, class LOAD>
+static INLINE void multiply_rows(const float *a, int lda, LOAD b, int k, float *c, int ldc, bool add) {
   vf x[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; m++)
@@ -55,7 +60,7 @@ static INLINE void multiply_rows(const float *a, int lda, const float *b, int ld
   for (int i = 0; i < k; i++) {
     vf y[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) y[n] = load(b + i * ldb + n * W);
+    for (int n = 0; n < N; n++) y[n] = b(i, n);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       const vf z = all(a[m * lda + i]);
@@ -72,39 +77,29 @@ static INLINE void multiply_rows(const float *a, int lda, const float *b, int ld
 constexpr int kM = W == 16 ? 12 : 4;    // rows whose sums of two vectors fill the registers
 constexpr int kFew = W == 16 ? 4 : 2;  // and of four
 
-// The same for up to kFew rows.
-template <int N>
-static INLINE void multiply_few(int rows, const float *a, int lda, const float *b, int ldb, int k,
-                                float *c, int ldc, bool add) {
-  switch (rows) {
-    case 1: multiply_rows<1, N>(a, lda, b, ldb, k, c, ldc, add); break;
-    case 2: multiply_rows<2, N>(a, lda, b, ldb, k, c, ldc, add); break;
-#if defined(__AVX512F__)
-    case 3: multiply_rows<3, N>(a, lda, b, ldb, k, c, ldc, add); break;
-    default: multiply_rows<4, N>(a, lda, b, ldb, k, c, ldc, add);
-#endif
-  }
-}
-
 // The same for any number of rows and a number of columns that is a multiple of W. Few rows take
 // more columns at once: as many sums under way as the latency of an addition needs.
 static void multiply(const float *a, int lda, const float *b, int ldb, int rows, int k, int columns,
                      float *c, int ldc, bool add) {
+  const auto block = [&](auto M, auto N, int m, int n) __attribute__((always_inline)) {
+    const auto at = [&](int i, int v) __attribute__((always_inline)) {
+      return load(b + i * ldb + n + v * W);
+    };
+    multiply_rows<M.value, N.value>(a + m * lda, lda, at, k, c + m * ldc + n, ldc, add);
+  };
   int m = 0;
   for (; m + kM <= rows; m += kM) {
     int n = 0;
-    for (; n + 2 * W <= columns; n += 2 * W)
-      multiply_rows<kM, 2>(a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
-    if (n < columns)
-      multiply_rows<kM, 1>(a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+    for (; n + 2 * W <= columns; n += 2 * W) block(Constant<kM>(), Constant<2>(), m, n);
+    if (n < columns) block(Constant<kM>(), Constant<1>(), m, n);
   }
   while (m < rows) {
     const int taken = min_of(rows - m, kFew);
-    int n = 0;
-    for (; n + 4 * W <= columns; n += 4 * W)
-      multiply_few<4>(taken, a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
-    for (; n < columns; n += W)
-      multiply_few<1>(taken, a + m * lda, lda, b + n, ldb, k, c + m * ldc + n, ldc, add);
+    with_constant<kFew>(taken, [&](auto M) __attribute__((always_inline)) {
+      int n = 0;
+      for (; n + 4 * W <= columns; n += 4 * W) block(M, Constant<4>(), m, n);
+      for (; n < columns; n += W) block(M, Constant<1>(), m, n);
+    });
     m += taken;
   }
 }
@@ -121,10 +116,7 @@ static void scores_in_place(const float *q, const uint8_t *const *k, const uint8
     const uint8_t *at[T];
     for (int t = 0; t < T; t++) {
       at[t] = k[min_of(j + t, n - 1)];
-      if (j + t + kTokensAhead < n) {
-        fetch(k[j + t + kTokensAhead], d * size);
-        fetch(v[j + t + kTokensAhead], d * size);
-      }
+      fetch_ahead(k, v, j + t, n, d * size);
     }
     vf s[R * T];
 #pragma GCC unroll 16
@@ -144,57 +136,27 @@ static void scores_in_place(const float *q, const uint8_t *const *k, const uint8
   }
 }
 
-// acc[r] += sum_j p[r][j] * V of token j, N vectors of the channels from `i` on.
-template <int DT, int R, int N>
-static INLINE void add_values(const float *p, const uint8_t *const *v, int n, int d, int i,
-                              float *acc) {
-  constexpr int size = DT == KIVI_FP32 ? 4 : 2;
-  vf s[R][N];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int m = 0; m < N; m++) s[r][m] = load(acc + (int64_t)r * d + i + m * W);
-  for (int j = 0; j < n; j++) {
-    vf x[N];
-#pragma GCC unroll 4
-    for (int m = 0; m < N; m++) x[m] = load_as<DT>(v[j] + (i + m * W) * size);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const vf z = all(p[r * kKeys + j]);
-#pragma GCC unroll 4
-      for (int m = 0; m < N; m++) s[r][m] += z * x[m];
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int m = 0; m < N; m++) store(acc + (int64_t)r * d + i + m * W, s[r][m]);
-}
-
+// acc[r] += sum_j p[r][j] * V of token j.
 template <int DT, int R>
 static void values_in_place(const float *p, const uint8_t *const *v, int n, int d, float *acc) {
   constexpr int N = R > 2 || W < 16 ? 2 : 4;  // sums enough for the latency of an addition
+  const auto block = [&](auto N, int i) __attribute__((always_inline)) {
+    const auto at = [&](int j, int m) __attribute__((always_inline)) {
+      return load_as<DT>(v[j] + (i + m * W) * (DT == KIVI_FP32 ? 4 : 2));
+    };
+    multiply_rows<R, N.value>(p, kKeys, at, n, acc + i, d, true);
+  };
   int i = 0;
-  for (; i + N * W <= d; i += N * W) add_values<DT, R, N>(p, v, n, d, i, acc);
-  for (; i < d; i += W) add_values<DT, R, 1>(p, v, n, d, i, acc);
+  for (; i + N * W <= d; i += N * W) block(Constant<N>(), i);
+  for (; i < d; i += W) block(Constant<1>(), i);
 }
 
-// Call f with the dtype, and with the number of rows, as constants.
+// Call f with the dtype as a constant.
 template <class F>
 static INLINE void with_dtype(int64_t dtype, F f) {
   if (dtype == KIVI_FP32) return f(Constant<KIVI_FP32>());
   if (dtype == KIVI_FP16) return f(Constant<KIVI_FP16>());
   f(Constant<KIVI_BF16>());
-}
-
-template <class F>
-static INLINE void with_rows(int rows, F f) {
-  switch (rows) {
-    case 1: return f(Constant<1>());
-    case 2: return f(Constant<2>());
-    case 3: return f(Constant<3>());
-    default: return f(Constant<4>());
-  }
 }
 
 // Online softmax of one row over `n` scores (a multiple of W), which become probabilities.
@@ -235,7 +197,7 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     float *scores = s.scores, *acc = state.acc + (int64_t)r0 * d;
     with_dtype(c.dtype, [&](auto dtype) {
       if (in_place)
-        with_rows(rows, [&](auto count) {
+        with_constant<kInPlace>(rows, [&](auto count) {
           scores_in_place<dtype.value, count.value>(query, s.k, s.v, n, d, scores);
         });
       else
@@ -252,7 +214,7 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     }
     if (in_place)
       with_dtype(c.dtype, [&](auto dtype) {
-        with_rows(rows, [&](auto count) {
+        with_constant<kInPlace>(rows, [&](auto count) {
           values_in_place<dtype.value, count.value>(scores, s.v, n, d, acc);
         });
       });

@@ -17,6 +17,14 @@ struct Constant {
   static constexpr int value = N;
 };
 
+// Call f with a number from 1 to MOST as a constant.
+template <int MOST, class F>
+static INLINE void with_constant(int n, F f) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return with_constant<MOST - 1>(n, f);
+  f(Constant<MOST>());
+}
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));

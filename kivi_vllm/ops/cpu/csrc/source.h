@@ -1,9 +1,5 @@
 // Where the K and V of a request's positions lie: the one place that knows what is kept where.
 
-static INLINE void fetch(const uint8_t *p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
-}
-
 struct Source {
   const KiviCall &c;
   const KiviRow &row;
