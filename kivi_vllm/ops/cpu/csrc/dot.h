@@ -199,55 +199,74 @@ static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *
 
 #elif defined(__AVX2__)
 
-static INLINE __m256i dp(__m256i sum, __m256i codes, __m256i part) {
-  const __m256i pairs = _mm256_maddubs_epi16(codes, part);  // codes <= 15: cannot saturate
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
+// So many groups of four are summed in 16 bits: a pair of products is at most 2 * 128 * 15.
+constexpr int kShort = 8;
+static_assert(kShort == kChunk);
 
-// One query row and one half of the lanes at a time: 4 sums.
-template <int BITS, int HALF>
+// R query rows and one half of the lanes: sums[r][slot] += 256 * high + low.
+template <int BITS, int HALF, int R, int AHEAD>
 static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts,
-                            __m256i (*sums)[2]) {
+                            __m256i (*sums)[2], Stream &stream) {
   const __m256i m0 = _mm256_set1_epi8(BITS == 2 ? 3 : 15);
   const __m256i m1 = _mm256_set1_epi8(BITS == 2 ? 12 : 15);
+  for (int base = 0; base < quads; base += kShort, codes += kShort * 64) {
+    const int8_t *p = parts + quad_offset(base);
+    stream.fetch<AHEAD>();
+    __m256i s[2 * R][2] = {};
+#pragma GCC unroll 1
+    for (int i = 0; i < kShort / kLanes; i++, p += 4)
 #pragma GCC unroll 2
-  for (int q = 0; q < quads; q++) {
-    __m256i x = _mm256_loadu_si256((const __m256i *)(codes + q * 64));
-    if (HALF) x = _mm256_srli_epi16(x, 4);
-    const __m256i c0 = _mm256_and_si256(x, m0);
-    const __m256i c1 = _mm256_and_si256(BITS == 2 ? x : _mm256_srli_epi16(x, 4), m1);
+      for (int k = 0; k < kLanes; k++) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(codes + (i * kLanes + k) * 64));
+        if (HALF) x = _mm256_srli_epi16(x, 4);
+        const __m256i c0 = _mm256_and_si256(x, m0);
+        const __m256i c1 = _mm256_and_si256(BITS == 2 ? x : _mm256_srli_epi16(x, 4), m1);
+#pragma GCC unroll 4
+        for (int r = 0; r < 2 * R; r++) {
+          int four;
+          __builtin_memcpy(&four, p + r * 64 + k * 16, 4);
+          const __m256i b = _mm256_set1_epi32(four);
+          s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(c0, b));
+          s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(c1, b));
+        }
+      }
 #pragma GCC unroll 2
-    for (int r = 0; r < 2; r++) {
-      int four;
-      __builtin_memcpy(&four, parts + r * 64 + quad_offset(q), 4);
-      const __m256i b = _mm256_set1_epi32(four);
-      sums[r][0] = dp(sums[r][0], c0, b);
-      sums[r][1] = dp(sums[r][1], c1, b);
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++)
+        sums[r][i] = _mm256_add_epi32(
+            sums[r][i], _mm256_add_epi32(_mm256_madd_epi16(s[2 * r][i], _mm256_set1_epi16(256)),
+                                         _mm256_madd_epi16(s[2 * r + 1][i], _mm256_set1_epi16(1))));
   }
 }
 
 template <int BITS, int R, int HALVES, int AHEAD>
+static INLINE void dot_rows(const uint8_t *codes, int quads, int half, const int8_t *parts,
+                            int32_t (*out)[32], Stream &stream) {
+  for (int lanes = 0; lanes < 2; lanes++) {
+    const uint8_t *c = codes + 32 * lanes;
+    __m256i sums[R][2] = {};
+    if (HALVES == 2) {
+      dot_half<BITS, 0, R, AHEAD>(c, quads, parts, sums, stream);
+      dot_half<BITS, 1, R, AHEAD>(c, quads, parts + kSpan, sums, stream);
+    } else if (half) {
+      dot_half<BITS, 1, R, AHEAD>(c, quads, parts, sums, stream);
+    } else {
+      dot_half<BITS, 0, R, AHEAD>(c, quads, parts, sums, stream);
+    }
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2; i++)
+        _mm256_storeu_si256((__m256i *)(out[r] + 16 * i + 8 * lanes), sums[r][i]);
+  }
+}
+
+// Two rows at once: more sums than that do not fit the registers.
+template <int BITS, int R, int HALVES, int AHEAD>
 static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
                        int32_t (*out)[32], Stream &stream) {
-  for (int r = 0; r < R; r++)
-    for (int lanes = 0; lanes < 2; lanes++) {
-      const uint8_t *c = codes + 32 * lanes;
-      const int8_t *p = parts + 2 * r * 64;
-      __m256i sums[2][2] = {};
-      if (HALVES == 2) {
-        dot_half<BITS, 0>(c, quads, p, sums);
-        dot_half<BITS, 1>(c, quads, p + kSpan, sums);
-      } else if (half) {
-        dot_half<BITS, 1>(c, quads, p, sums);
-      } else {
-        dot_half<BITS, 0>(c, quads, p, sums);
-      }
-      for (int s = 0; s < 2; s++)
-        _mm256_storeu_si256((__m256i *)(out[r] + 16 * s + 8 * lanes),
-                            _mm256_add_epi32(_mm256_slli_epi32(sums[0][s], 8), sums[1][s]));
-    }
-  for (int q = 0; q < quads * HALVES; q += 4) stream.fetch<AHEAD>();
+  if constexpr (R > 2)
+    dot_rows<BITS, R - 2, HALVES, 0>(codes, quads, half, parts + 256, out + 2, stream);
+  dot_rows<BITS, R == 1 ? 1 : 2, HALVES, AHEAD>(codes, quads, half, parts, out, stream);
 }
 
 #else
