@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from attn.cases import VLLM_DTYPES, B, Shape
+from attn.cases import SHAPES, VLLM_DTYPES, B, Shape
 from attn.check import BATCH, Outputs, truth
 from attn.memory import Ranges, allocate, replicate, shuffled
 
@@ -22,6 +23,23 @@ _STORAGE = {"bf16": torch.bfloat16, "fp8": torch.uint8}
 def load() -> None:
     """Load vLLM's kernels; once a process."""
     current_platform.import_kernels()
+
+
+@functools.cache
+def refused() -> dict[str, str]:
+    """Keys of `VLLM_DTYPES` that vLLM does not have on this processor, with what it says."""
+    reasons = {}
+    for name in VLLM_DTYPES:
+        try:
+            VllmPool(next(iter(SHAPES.values())), name, 1, 1, 1)
+        except NotImplementedError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def names() -> list[str]:
+    """Keys of `VLLM_DTYPES` that can be measured here."""
+    return [name for name in VLLM_DTYPES if name not in refused()]
 
 
 @dataclass(frozen=True)

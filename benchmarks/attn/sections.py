@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from attn import baseline
 from attn.baseline import VllmPool
-from attn.cases import KIVI_DTYPES, RESIDUAL, SHAPES, VLLM_DTYPES, B, Case, Shape
+from attn.cases import KIVI_DTYPES, RESIDUAL, SHAPES, B, Case, Shape
 from attn.floor import reader
 from attn.kivi import KiviPool, rows
 from attn.machine import GIB
@@ -81,7 +82,7 @@ def _decode(case: Case, settings: Settings) -> Result:
     total = case.context + RESIDUAL
     pools: dict[str, Pool] = {}
     read: dict[str, int] = {}
-    for name in VLLM_DTYPES:
+    for name in baseline.names():
         read[name] = VllmPool(shape, name, 1, batch, 1).read_bytes(total)
         sets = cold_sets(read[name], settings.llc)
         pools[name] = VllmPool(shape, name, sets, batch, blocks + 1)
@@ -103,11 +104,11 @@ def _decode(case: Case, settings: Settings) -> Result:
     for floor in set(_FLOORS.values()) - set(times):  # no native library
         row |= {f"{floor}_{what}": None for what in ("ms", "q1", "q3")}
     row["iterations"] = len(times["bf16"].seconds)
-    row["ratio_bf16"] = round(times["bf16"].ms / times["kivi2"].ms, 3)
-    row["ratio_fp8"] = round(times["fp8"].ms / times["kivi2"].ms, 3)
-    row["share_of_floor"] = None
-    if "floor" in times:
-        row["share_of_floor"] = round(times["floor"].ms / times["kivi2"].ms, 3)
+    parts = {"ratio_bf16": "bf16", "ratio_fp8": "fp8", "share_of_floor": "floor"}
+    for column, other in parts.items():
+        row[column] = round(times[other].ms / times["kivi2"].ms, 3) if other in times else None
+    if reasons := baseline.refused():
+        row["unavailable"] = reasons
     row |= {f"{name}_bytes": nbytes for name, nbytes in read.items()}
     return row | _huge_share(pools)
 

@@ -18,7 +18,7 @@ import torch
 import vllm  # noqa: F401  (loads the plugins)
 
 from attn import baseline
-from attn.cases import KIVI_DTYPES, SHAPES, VLLM_DTYPES, Case, Shape
+from attn.cases import KIVI_DTYPES, SHAPES, Case, Shape
 from attn.check import Variant, check, kivi
 from attn.events import reporting
 from attn.floor import library
@@ -50,7 +50,7 @@ def _measure(request: dict[str, Any], say: Any) -> None:
 def _errors(shape: Shape) -> dict[str, float]:
     """The relative errors of both sides, by cache."""
     variants: dict[str, Variant] = {
-        name: partial(baseline.checked, shape, name) for name in VLLM_DTYPES
+        name: partial(baseline.checked, shape, name) for name in baseline.names()
     }
     variants |= {dtype: partial(kivi, shape, dtype) for dtype in KIVI_DTYPES}
     return check(shape, variants, CPU.device)
@@ -71,7 +71,7 @@ def _header(threads: int) -> dict[str, Any]:
         "operators": operators().__name__,
         "isa": native.isa if native is not None else "none (PyTorch)",
         "vllm_isa": {
-            name: baseline.VllmPool(shape, name, 1, 1, 1).isa for name in baseline.VLLM_DTYPES
+            name: baseline.VllmPool(shape, name, 1, 1, 1).isa for name in baseline.names()
         },
         "binding": {str(threads): binding},
         "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},

@@ -1,0 +1,135 @@
+"""Builds of the CPU kernels against each other, in turn in one process: see README.md here."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from attn import machine
+from attn.cases import DEFAULTS, RESIDUAL, SHAPES, B, Shape
+from rich.console import Console
+from rich.table import Table
+
+from kivi_vllm.cli import main
+from kivi_vllm.errors import UserError
+from kivi_vllm.files import check_folder, write_json
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def builds(
+    libraries: Annotated[
+        list[Path], typer.Argument(help="Two or more libkivi_cpu.so; the first is compared with.")
+    ],
+    shape: Annotated[list[str] | None, typer.Option(help=", ".join(SHAPES))] = None,
+    context: Annotated[int, typer.Option(min=B, help="Cached tokens.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    new: Annotated[int, typer.Option(min=1, help="Tokens of each in the step.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    isa: Annotated[str | None, typer.Option(help="Instruction set; default: the best.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing per shape.")] = 10.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write rows.")] = None,
+) -> None:
+    """Time one layer's attention over a kivi2 cache with several builds of the CPU kernels."""
+    check_folder("--json", json_path)
+    shapes = shape or list(DEFAULTS["cpu"].shapes)
+    if unknown := [name for name in shapes if name not in SHAPES]:
+        raise UserError(f"--shape {unknown[0]} is not known", f"use one of: {', '.join(SHAPES)}")
+    if missing := [path for path in libraries if not path.is_file()]:
+        raise UserError(f"{missing[0]} is not a file", "name libraries that setup.py built")
+    if len(libraries) < 2:
+        raise UserError("one build has nothing to be compared with", "name another")
+    os.environ |= machine.binding(threads)  # before OpenMP is loaded, with torch
+    header = machine.header("builds.py") | {"threads": threads, "new": new}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {}
+        for i, path in enumerate(libraries):  # a library of the same name is loaded only once
+            paths[path.stem] = Path(shutil.copy(path, Path(folder) / f"{i}.so"))
+        for name in shapes:
+            row, header["isa"] = _compare(
+                SHAPES[name], paths, context // B * B, batch, new, threads, isa, seconds
+            )
+            rows.append({"shape": name, "context": context // B * B, "batch": batch} | row)
+            if json_path is not None:
+                write_json(json_path, {"header": header, "rows": rows})
+    _show(rows, list(paths))
+
+
+def _compare(
+    shape: Shape,
+    paths: dict[str, Path],
+    context: int,
+    batch: int,
+    new: int,
+    threads: int,
+    isa: str | None,
+    seconds: float,
+) -> tuple[dict[str, Any], str]:
+    """A row of medians and quartiles in ms by build, and `ratio_NAME` to the first."""
+    import torch
+    from attn.kivi import KiviPool, rows
+    from attn.memory import cold_sets
+    from attn.timing import Cursor, Timed, columns, interleave
+    from attn.tokens import TEMPLATE_BLOCKS, Tokens
+
+    from kivi_vllm.ops.cpu import operators
+    from kivi_vllm.ops.cpu.library import Library
+
+    torch.set_num_threads(threads)
+    libraries = {name: Library(path, isa) for name, path in paths.items()}
+    blocks, total = context // B, context + max(RESIDUAL, new)
+    read = KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(blocks, RESIDUAL)
+    sets = cold_sets(read, machine.llc_bytes())
+    pool = KiviPool(shape, "kivi2", sets, batch, -(-total // B))
+    template = Tokens(shape, TEMPLATE_BLOCKS * B)
+    pool.allocate(huge_pages=True)
+    pool.fill(template.key, template.value)
+    own = Tokens(shape, batch * new)
+    of = rows(batch, new, total)
+    outputs = {}
+
+    def run(library: Library, call: Callable[[], object]) -> None:
+        operators.load = lambda: library
+        call()
+
+    things = {}
+    cursor = Cursor(sets)
+    for name, library in libraries.items():
+        outputs[name] = torch.full_like(own.output, float("nan"))
+        args = (own.query, own.key, own.value, outputs[name])
+        calls = [partial(run, library, pool.attention(i, of, *args)) for i in range(sets)]
+        things[name] = Timed(calls, cursor)
+        calls[0]()
+    first, *others = outputs.values()
+    error = max(float((x - first).abs().max() / first.abs().max()) for x in others)
+    if not error < 0.02:
+        raise UserError(f"the builds' outputs differ by {error:.2g}", "run the tests", status=1)
+    times = interleave(things, seconds)
+    row = columns(times) | {"difference": error}
+    base = times[next(iter(times))].ms
+    row |= {f"ratio_{name}": round(base / one.ms, 3) for name, one in times.items()}
+    return row, next(iter(libraries.values())).isa
+
+
+def _show(rows: list[dict[str, Any]], names: list[str]) -> None:
+    table = Table(title="One layer's attention (median, ms)", title_justify="left")
+    for column in ("shape", "context", "batch", *names, *(f"{n} ×" for n in names[1:])):
+        table.add_column(column, justify="left" if column == "shape" else "right")
+    for row in rows:
+        times = [f"{row[f'{name}_ms']:.4g}" for name in names]
+        ratios = [f"{row[f'ratio_{name}']:.3f}" for name in names[1:]]
+        table.add_row(row["shape"], str(row["context"]), str(row["batch"]), *times, *ratios)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(app)
