@@ -18,6 +18,8 @@ from kivi_vllm.cli import main
 from kivi_vllm.errors import UserError
 from kivi_vllm.files import check_folder, write_json
 
+OPERATORS = ("attend", "store_blocks")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -26,6 +28,7 @@ def builds(
     libraries: Annotated[
         list[Path], typer.Argument(help="Two or more libkivi_cpu.so; the first is compared with.")
     ],
+    operator: Annotated[str, typer.Option(help=f"{' or '.join(OPERATORS)}.")] = "attend",
     shape: Annotated[list[str] | None, typer.Option(help=", ".join(SHAPES))] = None,
     context: Annotated[int, typer.Option(min=B, help="Cached tokens.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
@@ -35,8 +38,13 @@ def builds(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of timing per shape.")] = 10.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write rows.")] = None,
 ) -> None:
-    """Time one layer's attention over a kivi2 cache with several builds of the CPU kernels."""
+    """Time one layer's attention over a kivi2 cache with several builds of the CPU kernels.
+
+    Or its quantizing, where every sequence of the step completes a block.
+    """
     check_folder("--json", json_path)
+    if operator not in OPERATORS:
+        raise UserError(f"--operator {operator} is not known", f"use {' or '.join(OPERATORS)}")
     shapes = shape or list(DEFAULTS["cpu"].shapes)
     if unknown := [name for name in shapes if name not in SHAPES]:
         raise UserError(f"--shape {unknown[0]} is not known", f"use one of: {', '.join(SHAPES)}")
@@ -45,7 +53,8 @@ def builds(
     if len(libraries) < 2:
         raise UserError("one build has nothing to be compared with", "name another")
     os.environ |= machine.binding(threads)  # before OpenMP is loaded, with torch
-    header = machine.header("builds.py") | {"threads": threads, "new": new}
+    header = machine.header("builds.py") | {"threads": threads, "operator": operator}
+    context -= context % B
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
@@ -53,15 +62,16 @@ def builds(
             paths[path.stem] = Path(shutil.copy(path, Path(folder) / f"{i}.so"))
         for name in shapes:
             row, header["isa"] = _compare(
-                SHAPES[name], paths, context // B * B, batch, new, threads, isa, seconds
+                operator, SHAPES[name], paths, context, batch, new, threads, isa, seconds
             )
-            rows.append({"shape": name, "context": context // B * B, "batch": batch} | row)
+            rows.append({"shape": name, "context": context, "batch": batch, "new": new} | row)
             if json_path is not None:
                 write_json(json_path, {"header": header, "rows": rows})
-    _show(rows, list(paths))
+    _show(operator, rows, list(paths))
 
 
 def _compare(
+    operator: str,
     shape: Shape,
     paths: dict[str, Path],
     context: int,
@@ -83,7 +93,8 @@ def _compare(
 
     torch.set_num_threads(threads)
     libraries = {name: Library(path, isa) for name, path in paths.items()}
-    blocks, total = context // B, context + max(RESIDUAL, new)
+    blocks = context // B
+    total = context + (max(RESIDUAL, new) if operator == "attend" else -(-new // B) * B)
     read = KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(blocks, RESIDUAL)
     sets = cold_sets(read, machine.llc_bytes())
     pool = KiviPool(shape, "kivi2", sets, batch, -(-total // B))
@@ -92,24 +103,32 @@ def _compare(
     pool.fill(template.key, template.value)
     own = Tokens(shape, batch * new)
     of = rows(batch, new, total)
-    outputs = {}
 
     def run(library: Library, call: Callable[[], object]) -> None:
         operators.load = lambda: library
         call()
 
-    things = {}
+    if operator == "attend":
+        args = (own.query, own.key, own.value, own.output)
+        calls = [pool.attention(i, of, *args) for i in range(sets)]
+    else:
+        calls = [pool.store(operator, i, of, own.key, own.value) for i in range(sets)]
+    things, results = {}, []
     cursor = Cursor(sets)
+    pages = pool.tables[0].flatten().long()
     for name, library in libraries.items():
-        outputs[name] = torch.full_like(own.output, float("nan"))
-        args = (own.query, own.key, own.value, outputs[name])
-        calls = [partial(run, library, pool.attention(i, of, *args)) for i in range(sets)]
-        things[name] = Timed(calls, cursor)
-        calls[0]()
-    first, *others = outputs.values()
-    error = max(float((x - first).abs().max() / first.abs().max()) for x in others)
-    if not error < 0.02:
-        raise UserError(f"the builds' outputs differ by {error:.2g}", "run the tests", status=1)
+        things[name] = Timed([partial(run, library, call) for call in calls], cursor)
+        if operator == "attend":
+            own.output.fill_(float("nan"))
+        else:
+            pool.pages[pages] = 0
+        things[name].calls[0]()
+        result = own.output if operator == "attend" else pool.pages[pages]
+        results.append(result.double())
+    scale = results[0].abs().max()
+    error = float(torch.stack([(x - results[0]).abs().max() / scale for x in results]).max())
+    if not error <= (0.02 if operator == "attend" else 0.0):  # NaN too
+        raise UserError(f"the builds' results differ by {error:.2g}", "run the tests", status=1)
     times = interleave(things, seconds)
     row = columns(times) | {"difference": error}
     base = times[next(iter(times))].ms
@@ -117,8 +136,8 @@ def _compare(
     return row, next(iter(libraries.values())).isa
 
 
-def _show(rows: list[dict[str, Any]], names: list[str]) -> None:
-    table = Table(title="One layer's attention (median, ms)", title_justify="left")
+def _show(operator: str, rows: list[dict[str, Any]], names: list[str]) -> None:
+    table = Table(title=f"{operator}, one layer (median, ms)", title_justify="left")
     for column in ("shape", "context", "batch", *names, *(f"{n} ×" for n in names[1:])):
         table.add_column(column, justify="left" if column == "shape" else "right")
     for row in rows:

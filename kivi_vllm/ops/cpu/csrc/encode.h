@@ -84,10 +84,8 @@ static void quantize(EncodeScratch &s, int rows, int columns, int group, float t
       step = either(nan, all(kNan), step < kMax ? step : all(kMax));
       from = from < -kMax ? all(-kMax) : from;
       from = either(nan, all(kNan), from > kMax ? all(kMax) : from);
-      for (int j = 0; j < W; j++) {
-        scale[i + j] = float_to_half(step[j]);
-        zero[i + j] = float_to_half(from[j]);
-      }
+      store_half(scale + i, step);
+      store_half(zero + i, from);
       step = load_half(scale + i);
       from = load_half(zero + i);
       const vi positive = step > 0.0f;  // not 0, not NaN
@@ -96,7 +94,7 @@ static void quantize(EncodeScratch &s, int rows, int columns, int group, float t
       for (int t = 0; t < group; t++) {
         const vf y = half_even(clamp((load(x + t * columns) - from) / divisor, all(top)));
         const vi code = __builtin_convertvector(y, vi) & positive;
-        for (int j = 0; j < W; j++) codes[t * columns + j] = (uint8_t)code[j];
+        *(vb_mem *)(codes + t * columns) = __builtin_convertvector(code, vb);
       }
     }
 }

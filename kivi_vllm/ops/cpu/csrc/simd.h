@@ -29,9 +29,11 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint8_t vb_mem __attribute__((vector_size(W), aligned(1), may_alias));
 
 static INLINE vf load(const float *p) { return *(const vf_mem *)p; }
 static INLINE void store(float *p, vf x) { *(vf_mem *)p = x; }
@@ -75,11 +77,9 @@ static INLINE float largest(vf x) {
 #endif
 }
 
+#if !defined(__AVX2__)
 // fp16 bits of a scalar, round to nearest even, and back.
 static INLINE float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
   uint32_t bits = (rest << 13) + 0x38000000u;            // rebias the exponent
   if (rest >= 0x7c00) bits += 0x38000000u;               // infinity, NaN
@@ -91,13 +91,9 @@ static INLINE float half_to_float(uint16_t h) {
   float f;
   __builtin_memcpy(&f, &bits, 4);
   return f;
-#endif
 }
 
 static INLINE uint16_t float_to_half(float f) {
-#if defined(__F16C__)
-  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-#else
   uint32_t bits;
   __builtin_memcpy(&bits, &f, 4);
   const uint16_t sign = (bits >> 16) & 0x8000;
@@ -113,8 +109,8 @@ static INLINE uint16_t float_to_half(float f) {
   }
   bits += 0xc8000fff + ((bits >> 13) & 1);
   return sign | (uint16_t)(bits >> 13);
-#endif
 }
+#endif
 
 static INLINE vf load_half(const uint16_t *p) {
 #if defined(__AVX512F__)
@@ -125,6 +121,16 @@ static INLINE vf load_half(const uint16_t *p) {
   vf x;
   for (int i = 0; i < W; i++) x[i] = half_to_float(p[i]);
   return x;
+#endif
+}
+
+static INLINE void store_half(uint16_t *p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; i++) p[i] = float_to_half(x[i]);
 #endif
 }
 
@@ -157,7 +163,7 @@ static INLINE void store_any(int64_t dtype, uint8_t *p, vf x) {
   if (dtype == KIVI_FP32) {
     store((float *)p, x);
   } else if (dtype == KIVI_FP16) {
-    for (int i = 0; i < W; i++) ((uint16_t *)p)[i] = float_to_half(x[i]);
+    store_half((uint16_t *)p, x);
   } else {
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -223,29 +229,43 @@ static INLINE vf tanhv(vf x) {
 
 // out[i] = the lanes of v[i] joined, in the same order whatever N is. Several at once cost little
 // more than one, which is mostly waiting.
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
+#define KIVI_UNPACK(half, type, a, b) (vf)_mm512_unpack##half##_p##type(a, b)
+typedef __m512 vps;
+typedef __m512d vpd;
+#else
+#define KIVI_UNPACK(half, type, a, b) (vf)_mm256_unpack##half##_p##type(a, b)
+typedef __m256 vps;
+typedef __m256d vpd;
+#endif
 template <int N, class JOIN>
 static INLINE void join_each(const vf *v, float *out, JOIN join) {
 #pragma GCC unroll 2
   for (int i = 0; i < N; i += 4) {
-    const __m512 a = (__m512)v[i], b = (__m512)v[min_of(i + 1, N - 1)];
-    const __m512 c = (__m512)v[min_of(i + 2, N - 1)], d = (__m512)v[min_of(i + 3, N - 1)];
-    const vf ab = join((vf)_mm512_unpacklo_ps(a, b), (vf)_mm512_unpackhi_ps(a, b));
-    const vf cd = join((vf)_mm512_unpacklo_ps(c, d), (vf)_mm512_unpackhi_ps(c, d));
-    vf s = join((vf)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
-                (vf)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
-    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0x4e));
-    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0xb1));
+    const vps a = (vps)v[i], b = (vps)v[min_of(i + 1, N - 1)];
+    const vps c = (vps)v[min_of(i + 2, N - 1)], d = (vps)v[min_of(i + 3, N - 1)];
+    const vf ab = join(KIVI_UNPACK(lo, s, a, b), KIVI_UNPACK(hi, s, a, b));
+    const vf cd = join(KIVI_UNPACK(lo, s, c, d), KIVI_UNPACK(hi, s, c, d));
+    vf s = join(KIVI_UNPACK(lo, d, (vpd)ab, (vpd)cd), KIVI_UNPACK(hi, d, (vpd)ab, (vpd)cd));
     float four[4];
-    _mm_storeu_ps(four, _mm512_castps512_ps128((__m512)s));
+#if defined(__AVX512F__)
+    s = join(s, (vf)_mm512_shuffle_f32x4((vps)s, (vps)s, 0x4e));
+    s = join(s, (vf)_mm512_shuffle_f32x4((vps)s, (vps)s, 0xb1));
+    _mm_storeu_ps(four, _mm512_castps512_ps128((vps)s));
+#else
+    s = join(s, (vf)_mm256_permute2f128_ps((vps)s, (vps)s, 1));
+    _mm_storeu_ps(four, _mm256_castps256_ps128((vps)s));
+#endif
     for (int k = 0; k < 4 && i + k < N; k++) out[i + k] = four[k];
   }
 }
+#undef KIVI_UNPACK
 #endif
 
 template <int N>
 static INLINE void sum_each(const vf *v, float *sums) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   join_each<N>(v, sums, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
 #else
   for (int i = 0; i < N; i++) sums[i] = sum_of(v[i]);
@@ -254,7 +274,7 @@ static INLINE void sum_each(const vf *v, float *sums) {
 
 template <int N>
 static INLINE void largest_each(const vf *v, float *most) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   join_each<N>(v, most, [](vf a, vf b) __attribute__((always_inline)) { return vmax(a, b); });
 #else
   for (int i = 0; i < N; i++) most[i] = largest(v[i]);
