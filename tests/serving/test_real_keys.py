@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kivi_vllm.ops.cpu import library
-from tests.unit.native import TOLERANCE, simulator
+from tests.unit.native import simulator
 from tests.unit.simulator import Case
 
 TOKENS = 700
@@ -46,10 +46,9 @@ def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def test_error_on_real_keys_and_values(dtype: str, best: bool, isa: str, captured: list) -> None:
     library.load().select(isa)
     recipe: dict[str, Any] = dict(sinks=4, rotate=True, clip=True) if best else {}
-    for layer in (0, 1, 7, 15, 29):
+    for layer in (0, 1, 7, 14, 18, 29):  # 7, 14 and 18 have the largest errors
         case = Case(dtype=dtype, heads=(9, 3), model=torch.bfloat16, tokens=TOKENS, **recipe)
-        # One head at one position of 9,000 has 0.0057: large scores, and a small sum of values.
-        sim = simulator(case, tolerance=6e-3 if best else TOLERANCE)
+        sim = simulator(case)
         request = sim.add(TOKENS)
         for mine, real in zip((request.q, request.k, request.v), captured[layer], strict=True):
             mine[:] = real

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit.native import simulator
+from tests.unit.native import TOLERANCE, simulator
 from tests.unit.simulator import Case
 from tests.unit.test_attend import BF16, CASES, FP16, MHA, MQA
+
+# Scores eight times as large as models have them: what 16 bits lack of them weighs more.
+STEEP, STEEP_TOLERANCE = Case(heads=MQA, scale=1.0, tokens=400, dtype="kivi4"), 8e-3
 
 MORE = [
     *(Case(heads=(n, 1), head_size=32, tokens=200) for n in (5, 6, 7, 8, 71, 130)),
@@ -20,13 +23,13 @@ MORE = [
     Case(model=torch.float32, residual=128, dtype="kivi2", head_size=128, group=128),
     Case(dtype="kivi_raw", residual=128, model=FP16, window=130),
     Case(heads=MHA, scale=0.5, tokens=400),  # peaked
-    Case(heads=MQA, scale=1.0, tokens=400, dtype="kivi4"),
+    STEEP,
 ]
 
 
 @pytest.mark.parametrize("case", CASES + MORE, ids=str)
 def test_ragged_batches_of_random_chunks(isa: str, case: Case) -> None:
-    sim = simulator(case)
+    sim = simulator(case, tolerance=STEEP_TOLERANCE if case is STEEP else TOLERANCE)
     requests = [sim.add(case.tokens), sim.add(max(1, case.tokens - 70)), sim.add(2)]
     sim.run(*requests)
     assert all(r.output.isfinite().all() for r in requests)

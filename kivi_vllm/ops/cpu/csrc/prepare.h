@@ -129,16 +129,21 @@ static INLINE void prepare_page(const uint8_t *page, const float *balance, const
 
 // Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
 // times 16 bits of query would be spent on the products of large scales with large queries, which
-// need not meet: so each scale is divided by its like on the request's first page, and the
-// query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
+// need not meet: so each scale is divided by its channel's largest on the request's first page, and
+// the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
 static void balance_queries(const uint8_t *page, const Layout &at, Queries &q, float *balance,
                             float *scratch) {
   const int d = at.head_size;
-  const uint16_t *scale = (const uint16_t *)(page + at.k_scale) + (at.k_groups - 1) * d;
-  vf m = load_half(scale);
-  for (int i = W; i < d; i += W) m = vmax(m, load_half(scale + i));
+  const uint16_t *scale = (const uint16_t *)(page + at.k_scale);
+  vf m = {};
+  for (int i = 0; i < d; i += W) {
+    vf most = load_half(scale + i);
+    for (int g = 1; g < at.k_groups; g++) most = vmax(most, load_half(scale + g * d + i));
+    store(scratch + i, most);
+    m = vmax(m, most);
+  }
   const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
-  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load_half(scale + i), all(least)));
+  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load(scratch + i), all(least)));
   for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
   for (int r = 0; r < q.rows; r++) {
     const auto x = [&](int i) __attribute__((always_inline)) {

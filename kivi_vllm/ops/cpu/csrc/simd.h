@@ -229,43 +229,29 @@ static INLINE vf tanhv(vf x) {
 
 // out[i] = the lanes of v[i] joined, in the same order whatever N is. Several at once cost little
 // more than one, which is mostly waiting.
-#if defined(__AVX2__)
 #if defined(__AVX512F__)
-#define KIVI_UNPACK(half, type, a, b) (vf)_mm512_unpack##half##_p##type(a, b)
-typedef __m512 vps;
-typedef __m512d vpd;
-#else
-#define KIVI_UNPACK(half, type, a, b) (vf)_mm256_unpack##half##_p##type(a, b)
-typedef __m256 vps;
-typedef __m256d vpd;
-#endif
 template <int N, class JOIN>
 static INLINE void join_each(const vf *v, float *out, JOIN join) {
 #pragma GCC unroll 2
   for (int i = 0; i < N; i += 4) {
-    const vps a = (vps)v[i], b = (vps)v[min_of(i + 1, N - 1)];
-    const vps c = (vps)v[min_of(i + 2, N - 1)], d = (vps)v[min_of(i + 3, N - 1)];
-    const vf ab = join(KIVI_UNPACK(lo, s, a, b), KIVI_UNPACK(hi, s, a, b));
-    const vf cd = join(KIVI_UNPACK(lo, s, c, d), KIVI_UNPACK(hi, s, c, d));
-    vf s = join(KIVI_UNPACK(lo, d, (vpd)ab, (vpd)cd), KIVI_UNPACK(hi, d, (vpd)ab, (vpd)cd));
+    const __m512 a = (__m512)v[i], b = (__m512)v[min_of(i + 1, N - 1)];
+    const __m512 c = (__m512)v[min_of(i + 2, N - 1)], d = (__m512)v[min_of(i + 3, N - 1)];
+    const vf ab = join((vf)_mm512_unpacklo_ps(a, b), (vf)_mm512_unpackhi_ps(a, b));
+    const vf cd = join((vf)_mm512_unpacklo_ps(c, d), (vf)_mm512_unpackhi_ps(c, d));
+    vf s = join((vf)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                (vf)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0x4e));
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0xb1));
     float four[4];
-#if defined(__AVX512F__)
-    s = join(s, (vf)_mm512_shuffle_f32x4((vps)s, (vps)s, 0x4e));
-    s = join(s, (vf)_mm512_shuffle_f32x4((vps)s, (vps)s, 0xb1));
-    _mm_storeu_ps(four, _mm512_castps512_ps128((vps)s));
-#else
-    s = join(s, (vf)_mm256_permute2f128_ps((vps)s, (vps)s, 1));
-    _mm_storeu_ps(four, _mm256_castps256_ps128((vps)s));
-#endif
+    _mm_storeu_ps(four, _mm512_castps512_ps128((__m512)s));
     for (int k = 0; k < 4 && i + k < N; k++) out[i + k] = four[k];
   }
 }
-#undef KIVI_UNPACK
 #endif
 
 template <int N>
 static INLINE void sum_each(const vf *v, float *sums) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
   join_each<N>(v, sums, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
 #else
   for (int i = 0; i < N; i++) sums[i] = sum_of(v[i]);
@@ -274,7 +260,7 @@ static INLINE void sum_each(const vf *v, float *sums) {
 
 template <int N>
 static INLINE void largest_each(const vf *v, float *most) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
   join_each<N>(v, most, [](vf a, vf b) __attribute__((always_inline)) { return vmax(a, b); });
 #else
   for (int i = 0; i < N; i++) most[i] = largest(v[i]);
