@@ -18,10 +18,10 @@ def test_compiled_model_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) ->
     expected = own_attention(model)
     # `tests.engine` switches compilation off for all others.
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
-    with engine(model, "kivi_raw", enforce_eager=False, max_num_batched_tokens=200) as llm:
+    settings = dict(enforce_eager=False, max_num_batched_tokens=200)
+    with torch._dynamo.config.patch(disable=False), engine(model, "kivi_raw", **settings) as llm:
         compilation = llm.llm_engine.vllm_config.compilation_config
         assert compilation.mode.name != "NONE"
         assert compilation.backend == "inductor"

@@ -35,8 +35,7 @@ def test_two_stages_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     expected = own_attention(model, max_tokens=12)
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    with engine(model, "kivi2", **settings) as llm:
+    with torch._dynamo.config.patch(disable=False), engine(model, "kivi2", **settings) as llm:
         quantized = generate(llm, PROMPTS, 12)
         tokens = capacity(llm)
     assert [a.tokens for a in quantized] != [a.tokens for a in expected]
