@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from attn import machine
-from attn.cases import DEFAULTS, SECTIONS, SHAPES, B, by_importance, plan
+from attn.cases import DEFAULTS, SECTIONS, SHAPES, B, among, by_importance, plan
 from attn.children import Event, on_cpu, on_gpu
 from attn.report import facts, show
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -62,15 +62,15 @@ def attention(
 ) -> None:
     """Time one layer's attention in every cache format, on caches larger than the processor's."""
     check_folder("--json", json_path)
-    _among("--device", [device], DEVICES)
+    among("--device", [device], DEVICES)
     if device == "cpu" and (smoke or seconds is not None):
         raise UserError("--seconds and --smoke are for --device cuda", "leave them out")
     if device == "cuda" and threads:
         raise UserError("--threads is for --device cpu", "leave it out")
     defaults = DEFAULTS["smoke" if smoke else device]
     cases = plan(
-        _among("--section", section or SECTIONS, SECTIONS),
-        _among("--shape", shape or defaults.shapes, SHAPES),
+        among("--section", section or SECTIONS, SECTIONS),
+        among("--shape", shape or defaults.shapes, SHAPES),
         [_blocks(n) for n in context or defaults.contexts],
         batch or defaults.batches,
         [_chunk(text) for text in prefill or ()] or defaults.chunks,
@@ -115,13 +115,6 @@ def attention(
         show(rows, device, cases)
         for line in facts(header):
             print(line)
-
-
-def _among(option: str, given: Sequence[str], known: Iterable[str]) -> Sequence[str]:
-    for name in given:
-        if name not in known:
-            raise UserError(f"{option} {name!r} is not known", f"use one of: {', '.join(known)}")
-    return given
 
 
 def _blocks(tokens: int) -> int:

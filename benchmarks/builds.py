@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from attn import machine
-from attn.cases import DEFAULTS, RESIDUAL, SHAPES, B, Shape
+from attn.cases import DEFAULTS, RESIDUAL, SHAPES, B, Shape, among
 from rich.console import Console
 from rich.table import Table
 
@@ -43,15 +43,14 @@ def builds(
     Or its quantizing, where every sequence of the step completes a block.
     """
     check_folder("--json", json_path)
-    if operator not in OPERATORS:
-        raise UserError(f"--operator {operator} is not known", f"use {' or '.join(OPERATORS)}")
-    shapes = shape or list(DEFAULTS["cpu"].shapes)
-    if unknown := [name for name in shapes if name not in SHAPES]:
-        raise UserError(f"--shape {unknown[0]} is not known", f"use one of: {', '.join(SHAPES)}")
+    among("--operator", [operator], OPERATORS)
+    shapes = among("--shape", shape or DEFAULTS["cpu"].shapes, SHAPES)
     if missing := [path for path in libraries if not path.is_file()]:
         raise UserError(f"{missing[0]} is not a file", "name libraries that setup.py built")
     if len(libraries) < 2:
         raise UserError("one build has nothing to be compared with", "name another")
+    if len({path.stem for path in libraries}) < len(libraries):
+        raise UserError("two of the builds have the same name", "copy one to another name")
     os.environ |= machine.binding(threads)  # before OpenMP is loaded, with torch
     header = machine.header("builds.py") | {"threads": threads, "operator": operator}
     context -= context % B
