@@ -13,7 +13,8 @@ demo: setup  ## serve a small model with the 2-bit cache and ask it something
 	@$(BIN)/kivi-vllm demo
 
 test: lint  ## lint, types and tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
 
 lint: setup  ## ruff and mypy

@@ -19,6 +19,8 @@ from tests.engine import engine
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
+pytestmark = pytest.mark.alone
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"
 SETTINGS: dict[str, Any] = dict(dtype="float32", max_model_len=512)
 # Answers that depend on the prompt alone, not on the rows that came before it.

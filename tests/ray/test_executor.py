@@ -15,6 +15,8 @@ from tests.ray.conftest import AddNode
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
+pytestmark = pytest.mark.alone
+
 
 def test_two_stages_of_two_workers_equal_one(
     add_node: AddNode, gpus_of_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

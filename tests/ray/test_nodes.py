@@ -16,6 +16,8 @@ from tests.refusals.configs import engine_config, refusal
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
+pytestmark = pytest.mark.alone
+
 OURS = f"kivi_vllm {importlib.metadata.version('kivi-vllm')}"
 
 

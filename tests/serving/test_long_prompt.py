@@ -1,4 +1,4 @@
-"""A fact early in a prompt of 7,000 tokens: `kivi4` answers as bf16 does."""
+"""A fact early in a prompt of 7,000 tokens: `kivi4` answers as the full-precision cache does."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 
 model, dtype = sys.argv[1:]
 llm = LLM(model, kv_cache_dtype=dtype, max_model_len=8192, kv_cache_memory_bytes=512 << 20,
-          enforce_eager=True)
+          enforce_eager=True, dtype="float32")  # bf16 is emulated on many a CPU
 tokenizer = llm.get_tokenizer()
 fact = "Remember this: the password of the old lighthouse is 'marigold'. "
 filler = " ".join(f"On day {n} the keeper wrote down the wind and the tide." for n in range(3000))
