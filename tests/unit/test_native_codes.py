@@ -61,6 +61,32 @@ def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageForm
     assert torch.equal(torch.from_numpy(ours), torch.from_numpy(theirs))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ties_and_their_neighbours(isa: str, bits: int) -> None:
+    """Numbers halfway between two codes, and those next to them in fp32, for any scale."""
+    fmt = PageFormat(bits, bits, 32, 64, torch.float32)
+    top = 2**bits - 1
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        # Scales of all exponents of fp16, subnormal ones too, with zeros of 0.
+        scale = torch.rand(128, 64, generator=generator) * 2.0 ** (seed * 30 // 20 - 17)
+        scale = scale.half().clamp(2.0**-24, 65504 / top).float()
+        codes = torch.randint(0, top, scale.shape, generator=generator) + 0.5
+        steps = torch.randint(-2, 3, scale.shape, generator=generator, dtype=torch.int32)
+        blocks = []
+        for dim in (0, 1):  # the groups of K, of V
+            s = scale.unflatten(dim, (-1, 32)).narrow(dim + 1, 0, 1)
+            x = codes.unflatten(dim, (-1, 32)) * s
+            x = (x.view(torch.int32) + steps.unflatten(dim, (-1, 32))).view(torch.float32)
+            x.narrow(dim + 1, 0, 1).zero_()
+            x.narrow(dim + 1, 1, 1).copy_(top * s)
+            blocks.append(x.flatten(dim, dim + 1))
+        ours, theirs = (stored(ops, fmt, *blocks) for ops in (operators, reference))
+        assert torch.equal(ours, theirs)
+        field = fmt.fields["k_scale"].of(theirs)
+        assert torch.equal(field.float(), scale[::32])  # the ties are where they were meant to be
+
+
 @pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi_raw"])
 @pytest.mark.parametrize("residual", [0, 32, 128])
 @pytest.mark.parametrize("best", [False, True], ids=["paper", "best"])

@@ -57,6 +57,16 @@ static INLINE vf vmax(vf a, vf b) {
 #endif
 }
 
+static INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 static INLINE float sum_of(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -131,6 +141,20 @@ static INLINE void store_half(uint16_t *p, vf x) {
   _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < W; i++) p[i] = float_to_half(x[i]);
+#endif
+}
+
+// The low byte of each lane. Compilers take the lanes out one by one.
+static INLINE void store_bytes(uint8_t *p, vi x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+  const __m256i first = _mm256_set1_epi32(0x0c080400);
+  const __m256i y = _mm256_shuffle_epi8((__m256i)x, first);  // of each half, its four
+  _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(y),
+                                                    _mm256_extracti128_si256(y, 1)));
+#else
+  *(vb_mem *)p = __builtin_convertvector(x, vb);
 #endif
 }
 
