@@ -63,12 +63,12 @@ def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageForm
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_ties_and_their_neighbours(isa: str, bits: int) -> None:
-    """Numbers halfway between two codes, and those next to them in fp32, for any scale."""
+    """Numbers halfway between two codes, and those next to them in fp32."""
     fmt = PageFormat(bits, bits, 32, 64, torch.float32)
     top = 2**bits - 1
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        # Scales of all exponents of fp16, subnormal ones too, with zeros of 0.
+        # Scales from fp16's smallest, subnormal ones too, to 2^11, with zeros of 0.
         scale = torch.rand(128, 64, generator=generator) * 2.0 ** (seed * 30 // 20 - 17)
         scale = scale.half().clamp(2.0**-24, 65504 / top).float()
         codes = torch.randint(0, top, scale.shape, generator=generator) + 0.5
