@@ -16,7 +16,8 @@ from tests.soak.checks import audit, resident_bytes
 MAX_TOKENS = 160
 MAX_PROMPT = 700
 TOLERANCE = 1e-4
-"""Of log-probabilities, as in tests/invariance; 0 is what one sees, thanks to `exact_products`."""
+"""Of log-probabilities, as in tests/invariance; 0 is what one sees, thanks to `exact_products` and
+the heads of `engines.model`."""
 
 AUDIT_EVERY = 50
 """Steps between two looks at all reference counts."""
