@@ -106,7 +106,7 @@ json=$OUT/attention-cuda.json
 if wanted attention; then
     left=$((LIMIT - SECONDS - 60))
     if ((ATTENTION_S > left)); then ATTENTION_S=$((left > 30 ? left : 30)); fi
-    part attention $((ATTENTION_S + 60)) "$PYTHON" benchmarks/attention.py --device cuda \
+    part attention $((ATTENTION_S + 60)) "$PYTHON" -m benchmarks.attention --device cuda \
         --seconds "$ATTENTION_S" --json "$json"
 fi
 
@@ -124,7 +124,7 @@ if wanted throughput; then
         then load=(--load-format dummy); fi
         export VLLM_USE_FLASHINFER_SAMPLER=${VLLM_USE_FLASHINFER_SAMPLER:-0}
         # shellcheck disable=SC2086  # VLLM_ARGS are several words
-        part throughput $((LIMIT - SECONDS - 20)) "$PYTHON" benchmarks/throughput.py "$MODEL" \
+        part throughput $((LIMIT - SECONDS - 20)) "$PYTHON" -m benchmarks.engine.throughput "$MODEL" \
             --input-len 4096 --output-len 256 --num-prompts 128 "${options[@]}" \
             --json "$OUT/throughput-cuda.json" \
             -- --max-model-len 8192 ${load[@]+"${load[@]}"} $VLLM_ARGS
@@ -138,7 +138,7 @@ if wanted serving; then
         options=()
         for dtype in $DTYPES; do options+=(--kv-cache-dtype "$dtype"); done
         # shellcheck disable=SC2086  # they are several words
-        part serving $((LIMIT - SECONDS - 20)) "$PYTHON" benchmarks/serving.py "$MODEL" \
+        part serving $((LIMIT - SECONDS - 20)) "$PYTHON" -m benchmarks.serving "$MODEL" \
             --memory "$MEMORY" "${options[@]}" $SERVING_ARGS --json "$OUT/serving-cuda.json" \
             -- $VLLM_ARGS
     fi
@@ -152,7 +152,7 @@ if wanted plots; then
     elif wanted attention && [ ! "$json" -nt "$work/start" ]; then
         note plots "skipped: $json is not of this run"
     else
-        part plots 60 "$PYTHON" benchmarks/plot_attention.py "$json" -o "$OUT/attention-cuda"
+        part plots 60 "$PYTHON" -m benchmarks.attention.plot "$json" -o "$OUT/attention-cuda"
     fi
 fi
 

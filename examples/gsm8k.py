@@ -4,7 +4,7 @@
 
 Without arguments: SmolLM2-135M-Instruct, and `auto`, `kivi2` and `kivi4`, one after the other. The
 problems in `gsm8k.jsonl` are in GSM8K's format: the first 6 are the examples, the others are asked.
-For the benchmark itself: `benchmarks/evaluate.py gsm8k`.
+For the benchmark itself: `benchmarks/quality/tasks gsm8k`.
 """
 
 import json
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kivi_vllm.default_model import default_model
+from kivi_vllm.cli.default_model import default_model
 
 SHOTS = 6
 DTYPES = ["auto", "kivi2", "kivi4"]

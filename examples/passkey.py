@@ -4,7 +4,7 @@
 
 Without arguments: SmolLM2-135M-Instruct, 60 lines of filler (about 1,500 tokens), and `auto` beside
 `kivi2`. KIVI's example has 12k tokens: 480 lines, for a model that is made for so many. By length
-and depth, with scores: `benchmarks/evaluate.py passkey`.
+and depth, with scores: `benchmarks/quality/tasks passkey`.
 """
 
 import os
@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 
-from kivi_vllm.default_model import default_model
+from kivi_vllm.cli.default_model import default_model
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

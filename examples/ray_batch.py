@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from kivi_vllm.cli import main
-from kivi_vllm.default_model import default_model
-from kivi_vllm.errors import UserError
-from kivi_vllm.progress import console, note
+from kivi_vllm.cli.default_model import default_model
+from kivi_vllm.cli.errors import UserError
+from kivi_vllm.cli.main import main
+from kivi_vllm.cli.progress import console, note
 
 Row = dict[str, Any]
 

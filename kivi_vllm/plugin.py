@@ -13,9 +13,9 @@ def register() -> None:
     """
     from vllm.logger import init_logger
 
-    from kivi_vllm.attention import compat
+    from kivi_vllm.attention.hooks import wraps
 
-    ok, found = compat.supported_vllm()
+    ok, found = wraps.supported_vllm()
     if not ok:
         init_logger("vllm.kivi_vllm").warning(
             "kivi_vllm is not registered: found %s. Install a supported version of "
@@ -23,10 +23,10 @@ def register() -> None:
             found,
         )
         return
-    compat.register_dtypes()
-    compat.register_backend_name()
-    compat.register_cache_specs()
-    compat.select_backend_by_dtype()
-    compat.attach_residual_to_layers()
-    compat.show_requests_to_managers()
-    compat.check_engine_config()
+    wraps.register_dtypes()
+    wraps.register_backend_name()
+    wraps.register_cache_specs()
+    wraps.select_backend_by_dtype()
+    wraps.attach_residual_to_layers()
+    wraps.show_requests_to_managers()
+    wraps.check_engine_config()

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kivi_vllm import doctor
-from kivi_vllm.cli import app
-from kivi_vllm.default_model import cache_folder
-from kivi_vllm.demo import Demo
-from kivi_vllm.errors import UserError
-from kivi_vllm.process import members, running, stop
-from kivi_vllm.server import cause, free_port, kv_tokens, latest
+from kivi_vllm.cli import doctor
+from kivi_vllm.cli.default_model import cache_folder
+from kivi_vllm.cli.demo import Demo
+from kivi_vllm.cli.errors import UserError
+from kivi_vllm.cli.main import app
+from kivi_vllm.cli.process import members, running, stop
+from kivi_vllm.cli.server import cause, free_port, kv_tokens, latest
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
@@ -66,8 +66,8 @@ import signal, sys
 from pathlib import Path
 # As in a terminal: what a shell starts in the background inherits that it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from kivi_vllm.cli import main
-from kivi_vllm.demo import Demo
+from kivi_vllm.cli.main import main
+from kivi_vllm.cli.demo import Demo
 mode, script, model, pids = sys.argv[1:]
 def command(model, dtype, port, options):
     return [sys.executable, script, mode, dtype, str(port), pids]
@@ -217,7 +217,7 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch) -> None:
 def _doctor(**env: str) -> tuple[int, dict]:
     """Run `kivi-vllm doctor --json`; nothing but JSON may be on stdout."""
     done = subprocess.run(
-        [sys.executable, "-c", "from kivi_vllm.cli import main; main()", "doctor", "--json"],
+        [sys.executable, "-c", "from kivi_vllm.cli.main import main; main()", "doctor", "--json"],
         env={**os.environ, **env},
         cwd=ROOT,
         capture_output=True,

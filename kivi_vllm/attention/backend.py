@@ -19,7 +19,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from kivi_vllm.attention.cache import LAYOUTS, num_draft_tokens, page_spec
+from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
+from kivi_vllm.attention.groups.pages import page_spec
+from kivi_vllm.attention.layer import LAYOUTS
 from kivi_vllm.config import (
     BLOCK_SIZE,
     DTYPES,

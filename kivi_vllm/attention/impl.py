@@ -12,7 +12,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kivi_vllm.attention.backend import KiviDeviceMetadata, KiviMetadata
-from kivi_vllm.attention.cache import RawCache, num_draft_tokens
+from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
+from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
@@ -66,7 +67,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
 
     def _prepare_device(self, vllm_config: VllmConfig) -> None:
         """Choose and allocate what a GPU needs, before vLLM measures the free memory."""
-        from kivi_vllm.attention.first_chunk import choose
+        from kivi_vllm.ops.triton.first_chunk import choose
         from kivi_vllm.ops.triton.workspace import reserve
 
         device = torch.device("cuda", torch.accelerator.current_device_index())

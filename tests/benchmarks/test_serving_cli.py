@@ -1,4 +1,4 @@
-"""`benchmarks/serving.py` without servers: mistakes, the loads as vLLM takes them, its results."""
+"""`benchmarks/serving` without servers: mistakes, the loads as vLLM takes them, its results."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from benchmarks.serving import report, sweep
+from benchmarks.serving.observed import Observer, Sample
+from benchmarks.serving.sweep import LATENCIES, PERCENTILES, WARM_UP, Row
+from benchmarks.serving.workloads import WORKLOADS, Sizes, rising, saturating
+from kivi_vllm.cli.errors import UserError
 
-from serve import report, sweep  # noqa: E402
-from serve.observed import Observer, Sample  # noqa: E402
-from serve.sweep import LATENCIES, PERCENTILES, WARM_UP, Row  # noqa: E402
-from serve.workloads import WORKLOADS, Sizes, rising, saturating  # noqa: E402
-
-from kivi_vllm.errors import UserError  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 SIZES = Sizes(input_len=3500, output_len=128, prefixes=8, scale=1.0, max_model_len=8192)
 
 
 def serving(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "serving.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "benchmarks.serving", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_prompts_spread_from_3000_to_4000() -> None:
     from transformers import AutoTokenizer
     from vllm.benchmarks.datasets import RandomDataset
 
-    from kivi_vllm.default_model import default_model
+    from kivi_vllm.cli.default_model import default_model
 
     (load,) = saturating("long", SIZES)
     tokenizer = AutoTokenizer.from_pretrained(default_model())
@@ -160,9 +159,9 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = tmp_path / "serving.json"
     report.write(path, header, [*ROWS, *rates, *contexts])
     assert json.loads(path.read_text())["rows"][0] == asdict(ROWS[0])
-    command = [sys.executable, str(BENCHMARKS / "plot_serving.py"), str(path)]
+    command = [sys.executable, "-m", "benchmarks.serving.plot", str(path)]
     done = subprocess.run(
-        [*command, "-o", str(tmp_path / "p")], capture_output=True, text=True, check=True
+        [*command, "-o", str(tmp_path / "p")], capture_output=True, text=True, check=True, cwd=ROOT
     )
     files = {Path(name).name for name in done.stdout.split()}
     kinds = ("capacity", "load", "rate", "pareto", "context")

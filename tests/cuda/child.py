@@ -151,15 +151,16 @@ def answers(
     """
     import torch
 
-    from kivi_vllm.attention import support
     from kivi_vllm.ops import dispatch
     from tests.engine import engine, generate
 
     reference, steps = ReferenceOperators(), Steps()
     captured, replayed = graphs.captured, graphs.replayed
+    from kivi_vllm.attention import refusals
+
     with contextlib.ExitStack() as stack:
         # The interpreter has no 16-bit numbers of a GPU: float32, whatever does not fit there.
-        stack.enter_context(mock.patch.object(support, "GPU_DTYPES", (torch.float32,)))
+        stack.enter_context(mock.patch.object(refusals, "GPU_DTYPES", (torch.float32,)))
         if operators == "reference":
             chosen = mock.Mock(return_value=reference)
             stack.enter_context(mock.patch.object(dispatch, "operators", chosen))

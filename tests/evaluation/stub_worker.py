@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation import worker
+from benchmarks.quality import worker
+from kivi_vllm.cli.errors import UserError
 
 
 class Stub:

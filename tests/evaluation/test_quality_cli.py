@@ -1,4 +1,4 @@
-"""`benchmarks/quality.py`: mistakes show before any engine starts; pictures of a result."""
+"""`benchmarks/quality`: mistakes show before any engine starts; pictures of a result."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation import quality_report, run
-from kivi_vllm.evaluation.sections import Result, Workload
+from benchmarks.quality import child_engine, report
+from benchmarks.quality.sections import Result, Workload
+from kivi_vllm.cli.errors import UserError
 from tests.engine import tiny_model
 from tests.evaluation.tokenizers import bytes_tokenizer
 
@@ -22,11 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("quality")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return importlib.import_module("benchmarks.quality.__main__")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +74,9 @@ def test_mistakes_show_before_any_engine_starts(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run.Engine, "_start", lambda self: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        child_engine.Engine, "_start", lambda self: pytest.fail("an engine was started")
+    )
     with pytest.raises(UserError, match=message) as found:
         quality.quality(**{"model": model, **DEFAULTS, **changes})
     assert found.value.remedy
@@ -144,7 +142,7 @@ RESULTS = [_result("auto", 46080, 0.0), _result("kivi2", 4320, 0.2)]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    quality_report.show(RESULTS)
+    report.show(RESULTS)
     said = capsys.readouterr().out
     for piece in ("512–1,024", "1,024–2,048", "4,320", "1.200 (1.080–1.320)", "80.0%", "1/1"):
         assert piece in said
@@ -154,7 +152,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_file_is_whole_and_flat(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
-    quality_report.write(path, {"dtype": "float32"}, RESULTS)
+    report.write(path, {"dtype": "float32"}, RESULTS)
     data = json.loads(path.read_text())
     assert [len(data[name]) for name in ("caches", "perplexity", "passkey", "generation")] == [
         2,
@@ -170,13 +168,13 @@ def test_pictures(quality: ModuleType, tmp_path: Path) -> None:
     plot_quality = sys.modules["plot_quality"]
     header = {"model": {"name": "m"}, "dtype": "float32"}
     path = tmp_path / "q.json"
-    quality_report.write(path, header, RESULTS)
+    report.write(path, header, RESULTS)
     plot_quality.plot(path, tmp_path / "p")
     names = {f"p-pydoc-{what}.{ending}" for what in ("kl", "size") for ending in ("png", "svg")}
     assert {one.name for one in tmp_path.iterdir()} == {"q.json", *names}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     with pytest.raises(UserError, match="no two rows"):
-        quality_report.write(path, header, RESULTS[:1])
+        report.write(path, header, RESULTS[:1])
         plot_quality.plot(path, tmp_path / "p")
     path.write_text("{}")
     with pytest.raises(UserError, match=r"no result of quality\.py"):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation import perplexity, run
-from kivi_vllm.evaluation.rows import CacheRow
-from kivi_vllm.evaluation.run import Engine, EngineError, Settings
-from kivi_vllm.process import members
+from benchmarks.quality import child_engine, perplexity
+from benchmarks.quality.child_engine import Engine, EngineError, Settings
+from benchmarks.quality.rows import CacheRow
+from kivi_vllm.cli.errors import UserError
+from kivi_vllm.cli.process import members
 from tests.engine import random_prompt, tiny_model
 
 LENGTH = 500
@@ -98,7 +98,7 @@ def test_the_engine_and_the_simulation_agree(
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children start at once, and do what `stub_worker` says."""
-    monkeypatch.setattr(run, "WORKER", "tests.evaluation.stub_worker")
+    monkeypatch.setattr(child_engine, "WORKER", "tests.evaluation.stub_worker")
 
 
 ROW = CacheRow.parse("auto")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kivi_vllm.evaluation import generation
-from kivi_vllm.evaluation.metrics import TokenFigures, compare_logits, joined, summary
+from benchmarks.quality import generation
+from benchmarks.quality.metrics import TokenFigures, compare_logits, joined, summary
 
 
 def _logits(tokens: int = 50, vocabulary: int = 300, spread: float = 4.0) -> torch.Tensor:

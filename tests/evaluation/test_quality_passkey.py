@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation import passkey, texts
+from benchmarks.quality import passkey, texts
+from kivi_vllm.cli.errors import UserError
 from tests.evaluation.tokenizers import bytes_tokenizer
 
 LENGTH = 1500

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.quality.child_engine import Settings
+from benchmarks.quality.perplexity import HISTORY_CHUNK, chunk
+from benchmarks.quality.rows import CacheRow, vllm_dtypes
+from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import DTYPES
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation.perplexity import HISTORY_CHUNK, chunk
-from kivi_vllm.evaluation.rows import CacheRow, vllm_dtypes
-from kivi_vllm.evaluation.run import Settings
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality import quantized_cache, simulation
+from benchmarks.quality.rows import CacheRow
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
-from kivi_vllm.evaluation import quantized_cache, simulation
-from kivi_vllm.evaluation.rows import CacheRow
 from tests.unit import kivi_numpy
 
 HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 32, 300

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation.metrics import TokenFigures
-from kivi_vllm.evaluation.tasks import gsm8k, passkey, pg19
-from kivi_vllm.evaluation.tasks.data import DataSet, read_jsonl
-from kivi_vllm.evaluation.tasks.items import Item, fitting_length, mean, means, run
+from benchmarks.quality.metrics import TokenFigures
+from benchmarks.quality.tasks import gsm8k, passkey, pg19
+from benchmarks.quality.tasks.data import DataSet, read_jsonl
+from benchmarks.quality.tasks.items import Item, fitting_length, mean, means, run
+from kivi_vllm.cli.errors import UserError
 
 DATA = Path(__file__).with_name("data")
 

@@ -1,10 +1,9 @@
-"""`benchmarks/evaluate.py`, with the real loaders and a tokenizer, and an engine that is played."""
+"""`benchmarks/quality/tasks`, with the real loaders and a tokenizer, and a played engine."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation.metrics import TokenFigures
-from kivi_vllm.evaluation.run import Generation
-from kivi_vllm.evaluation.tasks import compare, longbench
-from kivi_vllm.evaluation.tasks.tokens import Tokens
+from benchmarks.quality.child_engine import Generation
+from benchmarks.quality.metrics import TokenFigures
+from benchmarks.quality.tasks import compare, longbench
+from benchmarks.quality.tasks.tokens import Tokens
+from kivi_vllm.cli.errors import UserError
 
 DATA = Path(__file__).with_name("data")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -46,15 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def evaluate() -> ModuleType:
     """The script as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("evaluate", BENCHMARKS / "evaluate.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return importlib.import_module("benchmarks.quality.tasks.__main__")
 
 
 class PlayedEngine:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation.tasks import longbench, longbench_metrics
-from kivi_vllm.evaluation.tasks.items import run
-from kivi_vllm.evaluation.tasks.longbench_tasks import KIVI_TASKS, TASKS
+from benchmarks.quality.tasks import longbench, longbench_metrics
+from benchmarks.quality.tasks.items import run
+from benchmarks.quality.tasks.longbench_tasks import KIVI_TASKS, TASKS
+from kivi_vllm.cli.errors import UserError
 from tests.evaluation.test_tasks import Parrot, Words
 
 DATA = Path(__file__).with_name("data") / "longbench"

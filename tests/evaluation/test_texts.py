@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kivi_vllm.errors import UserError
-from kivi_vllm.evaluation import texts
-from kivi_vllm.evaluation.text_formats import r_lines, strip_markup, wiki_articles
+from benchmarks.quality import texts
+from benchmarks.quality.text_formats import r_lines, strip_markup, wiki_articles
+from kivi_vllm.cli.errors import UserError
 from tests.evaluation.tokenizers import bytes_tokenizer
 
 

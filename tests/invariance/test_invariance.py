@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.attention.ring import RingManager
+from kivi_vllm.attention.groups.ring import RingManager
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kivi_vllm.process import running, tail
-from kivi_vllm.server import free_port
+from kivi_vllm.cli.process import running, tail
+from kivi_vllm.cli.server import free_port
 
 START_S = 90.0
 Python = str

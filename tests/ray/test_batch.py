@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.default_model import default_model
-from kivi_vllm.process import running, tail
+from kivi_vllm.cli.default_model import default_model
+from kivi_vllm.cli.process import running, tail
 from tests.engine import engine
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
-from kivi_vllm.attention import nodes
+from kivi_vllm.attention import ray_nodes
 from tests.ray.conftest import AddNode
 from tests.refusals.configs import engine_config, refusal
 
@@ -59,7 +59,7 @@ def test_every_node_is_asked(
 
 def test_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    monkeypatch.setattr(nodes, "TIMEOUT_S", 4.0)
+    monkeypatch.setattr(ray_nodes, "TIMEOUT_S", 4.0)
     message = refusal(**_start())
     assert "Ray does not say what the nodes of its cluster have: no answer within 8 s" in message
     assert "see `ray status`" in message

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.attention import support
+from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
 from tests.engine import engine
 from tests.refusals.configs import engine_config, gemma3n, gpt_oss
@@ -18,7 +18,7 @@ from tests.refusals.configs import engine_config, gemma3n, gpt_oss
 @pytest.fixture(autouse=True)
 def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the check at start; and what an engine that fails half way leaves behind."""
-    monkeypatch.setattr(support, "_model", lambda vllm_config: iter(()))
+    monkeypatch.setattr(refusals, "_model", lambda vllm_config: iter(()))
     yield
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -50,7 +50,7 @@ def test_kv_cache_shared_between_layers() -> None:
 @pytest.fixture
 def config() -> Iterator[Any]:
     """A configuration in which single layers can be made."""
-    from kivi_vllm.plan import _one_worker
+    from kivi_vllm.cli.plan import _one_worker
 
     config = engine_config()
     with _one_worker(config):
@@ -91,7 +91,7 @@ def test_values_of_another_head_size(config: Any) -> None:
 def test_layers_of_different_page_sizes() -> None:
     import torch
 
-    from kivi_vllm.attention.cache import ring_spec
+    from kivi_vllm.attention.groups.ring import ring_spec
     from kivi_vllm.ops.format import PageFormat
 
     spec = ring_spec(2, PageFormat(2, 2, 32, 64, torch.bfloat16), num_drafts=0)

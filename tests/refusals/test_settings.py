@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.attention import support
+from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
 from tests.engine import tiny_model
 from tests.refusals.configs import config_only, engine_config, refusal
@@ -81,7 +81,7 @@ def test_chunked_local_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     config.model_config.attention_chunk_size = 256
     config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM itself then does
     with pytest.raises(KiviConfigError) as caught:
-        support.check(config)
+        refusals.check(config)
     assert "models with chunked local attention are not supported" in str(caught.value)
     assert "disable-hybrid" not in str(caught.value)
 
@@ -124,7 +124,7 @@ def test_setting_that_this_vllm_itself_refuses_earlier(
     config = engine_config()
     setattr(config.parallel_config, field, value)
     with pytest.raises(KiviConfigError) as caught:
-        support.check(config)
+        refusals.check(config)
     assert str(caught.value) == _PREFIX + message
 
 
@@ -142,7 +142,7 @@ def test_device_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, is_cpu=False)
     message = r"operators for CPUs and NVIDIA GPUs only.* use --kv-cache-dtype"
     with pytest.raises(KiviConfigError, match=message):
-        support.check(config)
+        refusals.check(config)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_gpus(
         get_device_capability=DeviceCapability(*capability),
         get_device_name="Tesla T4",
     )
-    monkeypatch.setattr(support, "vllm_version", lambda: vllm)
+    monkeypatch.setattr(refusals, "vllm_version", lambda: vllm)
     with pytest.raises(KiviConfigError) as caught:
-        support.check(config)
+        refusals.check(config)
     assert str(caught.value) == _PREFIX + message
 
 
@@ -186,9 +186,9 @@ def test_models_that_gpus_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = engine_config(config_only(head_dim=32), dtype="float32")
     pretend(monkeypatch, is_cpu=False, is_cuda=True, get_device_capability=DeviceCapability(9, 0))
-    monkeypatch.setattr(support, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(refusals, "vllm_version", lambda: "0.33.0")
     with pytest.raises(KiviConfigError) as caught:
-        support.check(config)
+        refusals.check(config)
     first, second = str(caught.value).splitlines()
     assert "head size 32 is not supported on GPUs (supported: 64, 96, 128, 256)" in first
     assert "--dtype float32 is not supported on GPUs; use --dtype bfloat16" in second

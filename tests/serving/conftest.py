@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.default_model import cache_folder, default_model
-from kivi_vllm.process import running
-from kivi_vllm.server import Server, free_port, serve_command, serve_environment
+from kivi_vllm.cli.default_model import cache_folder, default_model
+from kivi_vllm.cli.process import running
+from kivi_vllm.cli.server import Server, free_port, serve_command, serve_environment
 
 START_S = 600.0
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
-from kivi_vllm.server import kv_tokens
+from kivi_vllm.cli.server import kv_tokens
 from tests import metrics
 from tests.deploy.expressions import FROM_PROMETHEUS, dashboard, exported
 from tests.serving.conftest import Served
@@ -179,8 +179,8 @@ def test_prefix_hit_gives_the_same_answer(served: Served, length: int) -> None:
 
 
 def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_path: Path) -> None:
-    """benchmarks/serve/observed.py around vLLM's own load."""
-    observed = Path(__file__).parents[2] / "benchmarks" / "serve" / "observed.py"
+    """benchmarks/serving/observed.py around vLLM's own load."""
+    observed = Path(__file__).parents[2] / "benchmarks" / "serving" / "observed.py"
     vllm = Path(sys.executable).with_name("vllm")
     # Often, so that a machine of any speed is seen at work.
     command = [sys.executable, str(observed), "--every", "0.1"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from kivi_vllm.attention.ring import RingManager
+from kivi_vllm.attention.groups.ring import RingManager
 from tests.engine import Answer, engine, generate, tiny_model
 from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 

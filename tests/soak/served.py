@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kivi_vllm.default_model import cache_folder
-from kivi_vllm.process import members, running
-from kivi_vllm.server import Server, serve_command, serve_environment
+from kivi_vllm.cli.default_model import cache_folder
+from kivi_vllm.cli.process import members, running
+from kivi_vllm.cli.server import Server, serve_command, serve_environment
 from tests.soak.engines import model
 
 START_S = 300.0

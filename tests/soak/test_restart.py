@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kivi_vllm.process import is_tracker, members
-from kivi_vllm.server import Server, free_port
+from kivi_vllm.cli.process import is_tracker, members
+from kivi_vllm.cli.server import Server, free_port
 from tests import metrics
 from tests.soak.served import Client, Crowd, Reply, named, serving, shared_memory
 from tests.soak.settings import LONG, REQUESTS, SEED

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
-from kivi_vllm.attention.cache import page_spec, ring_spec, tail_spec
-from kivi_vllm.attention.groups import PageManager
-from kivi_vllm.attention.ring import RingManager, RingSpec
-from kivi_vllm.attention.tail import TailManager
+from kivi_vllm.attention.groups.pages import PageManager, page_spec
+from kivi_vllm.attention.groups.ring import RingManager, RingSpec, ring_spec
+from kivi_vllm.attention.groups.tails import TailManager, tail_spec
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.reference import ring_start
 

@@ -9,7 +9,7 @@ import pytest
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm import plugin
-from kivi_vllm.attention import compat
+from kivi_vllm.attention.hooks import wraps
 
 
 @pytest.mark.parametrize(
@@ -25,18 +25,18 @@ from kivi_vllm.attention import compat
     ],
 )
 def test_supported(version: str, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: version)
-    ok, found = compat.supported_vllm()
+    monkeypatch.setattr(wraps, "vllm_version", lambda: version)
+    ok, found = wraps.supported_vllm()
     assert ok is supported
     assert version in found
 
 
 def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    steps = [name for name in vars(compat) if name.startswith(("register_", "select_", "attach_"))]
+    steps = [name for name in vars(wraps) if name.startswith(("register_", "select_", "attach_"))]
     assert len(steps) == 5
     for name in [*steps, "check_engine_config"]:
-        monkeypatch.setattr(compat, name, lambda name=name: called.append(name))
+        monkeypatch.setattr(wraps, name, lambda name=name: called.append(name))
     warnings: list[str] = []
 
     class Catch(logging.Handler):
@@ -47,12 +47,12 @@ def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     handler = Catch()
     logger.addHandler(handler)
     try:
-        monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.2")
+        monkeypatch.setattr(wraps, "vllm_version", lambda: "0.31.2")
         plugin.register()
         assert not called
         assert len(warnings) == 1
         assert "found vLLM 0.31.2, not one of 0.32, 0.33" in warnings[0]
-        monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0")
+        monkeypatch.setattr(wraps, "vllm_version", lambda: "0.32.0")
         plugin.register()
         assert len(called) == 6
     finally:

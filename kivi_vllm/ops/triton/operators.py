@@ -20,7 +20,7 @@ from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.step import DeviceStep
 
 if TYPE_CHECKING:
-    from kivi_vllm.attention.first_chunk import FirstChunk
+    from kivi_vllm.ops.triton.first_chunk import FirstChunk
 
 __all__ = ["attend", "store_blocks", "store_ring"]
 

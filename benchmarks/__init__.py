@@ -1,0 +1,1 @@
+"""Measurements: one folder a question."""

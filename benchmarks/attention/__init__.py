@@ -1,0 +1,1 @@
+"""What `benchmarks/attention` is made of: cases, pools, both sides' calls, timing, tables."""

@@ -1,0 +1,1 @@
+"""`--device cuda` of `benchmarks/attention`: the GPU's pools, contenders, clock and cases."""

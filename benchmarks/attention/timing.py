@@ -1,0 +1,154 @@
+"""Timing of calls in turn, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.attention.cases import B
+
+AT_LEAST, AT_MOST = 3, 2000
+"""Rounds, whatever the budget."""
+
+
+class Cursor:
+    """Which part of a pool comes next, for all that read this pool."""
+
+    def __init__(self, sets: int) -> None:
+        self.sets = sets
+        self._next = 0
+
+    def next(self) -> int:
+        """Move on."""
+        i = self._next
+        self._next = (i + 1) % self.sets
+        return i
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The same work over other parts of a pool.
+
+    Attributes:
+        calls: one per part.
+        cursor: the pool's.
+        before: for each part, what a step does just before the call; not timed.
+
+    """
+
+    calls: Sequence[Callable[[], object]]
+    cursor: Cursor
+    before: Sequence[Callable[[], object]] = ()
+
+    def next(self) -> Callable[[], object]:
+        """The call over the next part, ready to be made."""
+        i = self.cursor.next()
+        if self.before:
+            self.before[i]()
+        return self.calls[i]
+
+
+def once(call: Callable[[], object]) -> Timed:
+    """Work that is the same every time."""
+    return Timed([call], Cursor(1))
+
+
+@dataclass
+class Times:
+    """Durations of one thing, in seconds."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float, float]:
+        """Lower quartile, median, upper quartile, in milliseconds."""
+        low, middle, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low * 1e3, middle * 1e3, high * 1e3
+
+    @property
+    def ms(self) -> float:
+        """The median in milliseconds."""
+        return self.quartiles_ms[1]
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Seconds of one call, by the clock of the processor."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(
+    things: Mapping[str, Timed],
+    budget: float,
+    warm_up: bool = True,
+    seed: int = 0,
+    stopwatch: Callable[[Callable[[], object]], float] = wall,
+) -> dict[str, Times]:
+    """Time each thing once a round, in random order, until `budget` seconds have gone.
+
+    Args:
+        things: what to time, by name.
+        budget: seconds of all rounds together; at least `AT_LEAST` rounds are made.
+        warm_up: call everything once before.
+        seed: of the order.
+        stopwatch: makes a call and says how many seconds it took.
+
+    """
+    shuffle = random.Random(seed).shuffle
+    if warm_up:
+        for thing in things.values():
+            thing.next()()
+    times = {name: Times() for name in things}
+    order = list(things)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + budget
+        for made in range(AT_MOST):
+            if made >= AT_LEAST and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for name in order:
+                times[name].seconds.append(stopwatch(things[name].next()))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def columns(times: Mapping[str, Times]) -> dict[str, float]:
+    """Medians and quartiles as a row's columns: `NAME_ms`, `NAME_q1`, `NAME_q3`."""
+    row: dict[str, float] = {}
+    for name, one in times.items():
+        low, middle, high = one.quartiles_ms
+        row |= {
+            f"{name}_ms": round(middle, 5),
+            f"{name}_q1": round(low, 5),
+            f"{name}_q3": round(high, 5),
+        }
+    return row
+
+
+def store_columns(times: Mapping[str, Times]) -> dict[str, float]:
+    """Columns of what storing costs, `store_ms`, beside the step's attention, `attend`.
+
+    At decode `store_blocks` was timed twice: where it finds nothing to do (`_idle`), and
+    where every sequence completes a block, which it does once in `B` steps; `store_ring`
+    right behind `attend` on the same caches, as in a step.
+    """
+    store = times["store_ring"].ms
+    if "store_blocks_idle" in times:
+        store += times["store_blocks_idle"].ms + times["store_blocks"].ms / B
+    else:
+        store += times["store_blocks"].ms
+    return columns(times) | {
+        "iterations": len(times["attend"].seconds),
+        "store_ms": round(store, 5),
+        "share_of_attend": round(store / times["attend"].ms, 5),
+    }

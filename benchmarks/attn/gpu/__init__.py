@@ -1,1 +1,0 @@
-"""`--device cuda` of `benchmarks/attention.py`: the GPU's pools, contenders, clock and cases."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: children, machine facts, pictures, runs of vLLM."""

@@ -1,0 +1,114 @@
+"""What the drivers of vLLM's own benchmarks share: its command, its runs, the header."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine
+from kivi_vllm.cli.default_model import cache_folder
+from kivi_vllm.cli.errors import UserError
+from kivi_vllm.cli.process import running, tail
+from kivi_vllm.cli.progress import step
+from kivi_vllm.cli.server import cause, latest, serve_environment
+
+
+def vllm_command() -> str:
+    """vLLM's command line: the script beside our Python.
+
+    Raises:
+        UserError: there is none.
+
+    """
+    script = Path(sys.executable).with_name("vllm")
+    if not script.exists():
+        raise UserError(f"there is no {script}", "install vLLM for this Python", status=1)
+    return str(script)
+
+
+def environment(model: str) -> dict[str, str]:
+    """Environment of a vLLM process whose log is read."""
+    env = serve_environment(cache_folder())
+    env["NO_PROXY"] = ",".join(filter(None, (env.get("NO_PROXY"), "127.0.0.1,localhost")))
+    if not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
+        del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
+    return env
+
+
+def header(script: str, model: str) -> dict[str, Any]:
+    """Command, machine, versions and model of a measurement, for its JSON file."""
+    return machine.header(script) | {
+        "model": Path(model).name,
+        # What of the environment decides how fast a CPU is.
+        "environment": {
+            name: os.environ[name]
+            for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KIVI_VLLM_CPU_ISA")
+            if name in os.environ
+        },
+    }
+
+
+def run_to_end(
+    what: str, command: Sequence[str], log: Path, *, model: str, title: str, remedy: str
+) -> str:
+    """Run one of vLLM's benchmarks in a process of its own, showing where its log is.
+
+    Args:
+        what: it is, for the error.
+        command: to run.
+        log: file of its output.
+        model: that it runs.
+        title: for the progress.
+        remedy: if it fails.
+
+    Returns:
+        The log.
+
+    Raises:
+        UserError: it failed; with the first error in its log, and the log's end.
+
+    """
+    with step(title) as update:
+        with running(command, log, environment(model)) as process, _ended_with(process.pid):
+            while process.poll() is None:
+                time.sleep(0.5)
+                update(latest(tail(log, 5)))
+        text = log.read_text(errors="replace")
+        if process.returncode:
+            # A server that does not start says why before what waits for it does.
+            where = f" The first error in its log: {first}" if (first := cause(text)) else ""
+            raise UserError(
+                f"{what} ended with status {process.returncode}.{where}\n"
+                f"The end of its log:\n{tail(log, 30)}",
+                remedy,
+                status=1,
+            )
+    return text
+
+
+@contextmanager
+def _ended_with(pid: int) -> Iterator[None]:
+    """On leaving, end what a process that was cut short has started.
+
+    A sweep starts its server in a session of its own, so that `running` does not see it.
+    """
+    import psutil
+
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, ours, and what after it, vLLM's."""
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]

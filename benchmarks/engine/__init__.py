@@ -1,0 +1,1 @@
+"""A whole engine: throughput, and where its time goes."""

@@ -1,0 +1,169 @@
+"""The rule of a KIVI cache, simulated in `transformers`' model: a second implementation.
+
+A window is computed at once. Position t sees position s as it was iff s >= F(t) =
+max(0, 128 * floor(t / 128) - R) or s < sink_tokens, and as its page gives it back otherwise.
+Nothing here is shared with the engine but the codec and the configuration: no pages, rings, chunks
+or kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kivi_vllm.cli.errors import UserError
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "kivi_simulated"
+
+
+class TransformersModel:
+    """A model of `transformers` in this process; the base of the rows that vLLM does not compute.
+
+    Args:
+        arguments: `model`, `dtype` and `max_model_len` of the comparison, the row's `options`.
+        attention: name of an attention implementation.
+
+    """
+
+    def __init__(self, arguments: dict[str, Any], attention: str = "sdpa") -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        dtype = arguments["dtype"]
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(dtype, dtype))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            arguments["model"], dtype=dtype, attn_implementation=attention
+        )
+        self.model.to(self.device).eval()
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing limits the cache."""
+        return dict(kv_cache_tokens=None, kv_bytes_per_token=None)
+
+    def generate(
+        self, prompts: list[Any], params: dict[str, Any], done: Callable[[int], None]
+    ) -> list[tuple[str, list[int]]]:
+        """Not here."""
+        raise UserError(
+            "simulated and transformers rows are for the perplexity section only",
+            "leave them out of the other sections",
+        )
+
+    def hidden_states(self, window: Sequence[int]) -> np.ndarray:
+        """The model's final hidden states of a window at once."""
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(window)], device=self.device)
+            output = self.model.base_model(input_ids=ids, use_cache=False)
+        states: np.ndarray = output.last_hidden_state[0].float().cpu().numpy()
+        return states
+
+    def logits(self, states: np.ndarray) -> torch.Tensor:
+        """The model's own logits of given hidden states."""
+        import torch
+
+        with torch.inference_mode():
+            head = self.model.get_output_embeddings()
+            given = torch.from_numpy(states).to(self.device, head.weight.dtype)
+            logits: torch.Tensor = head(given).float()
+            config = self.model.config
+            if (scale := getattr(config, "logit_scale", None)) is not None:
+                logits = logits * scale
+            if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+                logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+class SimulatedModel(TransformersModel):
+    """A KIVI dtype's rule inside `transformers`.
+
+    Args:
+        dtype: one of ours.
+        arguments: see `TransformersModel`; `options` are the `kivi` entry.
+
+    """
+
+    def __init__(self, dtype: str, arguments: dict[str, Any]) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        options = {k: v for k, v in arguments["options"].items() if k != "prefill"}
+        config = KiviConfig.from_options(dtype, {**options, "prefill": "cached"})
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention(config))
+        super().__init__(arguments, NAME)
+        if getattr(self.model.config, "sliding_window", None) and getattr(
+            self.model.config, "use_sliding_window", True
+        ):
+            raise UserError(
+                "the simulation has no sliding windows, and this model does", "leave the row out"
+            )
+
+
+def as_cached(
+    k: torch.Tensor, v: torch.Tensor, config: KiviConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What pages give back of a sequence's blocks: k, v [heads, n * 128, D] -> the same, fp32."""
+    import torch
+
+    from kivi_vllm.ops.codec import decode_pages, encode_pages
+    from kivi_vllm.ops.format import PageFormat
+
+    fmt = PageFormat.of(config, k.shape[-1], k.dtype)
+    k_blocks, v_blocks = (x.unflatten(-2, (-1, BLOCK_SIZE)).contiguous() for x in (k, v))
+    pages = encode_pages(k_blocks, v_blocks, fmt)
+    first = encode_pages(k_blocks[:, :1], v_blocks[:, :1], fmt, config.sink_tokens)
+    pages = torch.cat([first, pages[:, 1:]], 1)
+    k_back, v_back = decode_pages(pages, fmt)
+    return k_back.flatten(-3, -2), v_back.flatten(-3, -2)
+
+
+def attention(config: KiviConfig) -> Callable[..., tuple[torch.Tensor, None]]:
+    """An attention function for `transformers` in which positions see what the cache would hold."""
+    residual, sinks = config.residual_length, config.sink_tokens
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """One layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+        import torch
+
+        q, k, v = query[0].float(), key[0], value[0]
+        (kv_heads, tokens, size) = k.shape
+        scale = size**-0.5 if scaling is None else scaling
+        whole = tokens // BLOCK_SIZE * BLOCK_SIZE
+        kd, vd = k.float().clone(), v.float().clone()
+        if whole:
+            kd[:, :whole], vd[:, :whole] = as_cached(k[:, :whole], v[:, :whole], config)
+        kd[:, :sinks], vd[:, :sinks] = k[:, :sinks].float(), v[:, :sinks].float()
+
+        out = torch.empty_like(q)
+        q = q.unflatten(0, (kv_heads, -1))  # [Hkv, Hq / Hkv, T, D]
+        for start in range(0, tokens, BLOCK_SIZE):
+            end = min(start + BLOCK_SIZE, tokens)
+            first_raw = max(0, start - residual)
+            keys = torch.cat([kd[:, :first_raw], k[:, first_raw:end].float()], 1)
+            values = torch.cat([vd[:, :first_raw], v[:, first_raw:end].float()], 1)
+            scores = q[:, :, start:end] @ keys[:, None].mT * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            t, s = torch.arange(start, end)[:, None], torch.arange(end)
+            scores.masked_fill_((s > t).to(scores.device), -torch.inf)
+            out[:, start:end] = (scores.softmax(-1) @ values[:, None]).flatten(0, 1)
+        return out.to(query.dtype).transpose(0, 1)[None], None
+
+    return attend

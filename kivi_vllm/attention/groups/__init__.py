@@ -1,0 +1,1 @@
+"""The cache groups: one a file, its spec beside its manager."""

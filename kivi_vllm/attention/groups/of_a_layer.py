@@ -1,0 +1,35 @@
+"""Which cache groups a layer has."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kivi_vllm.attention.groups.ring import ring_spec
+from kivi_vllm.attention.groups.sinks import sink_spec
+from kivi_vllm.attention.groups.tails import tail_spec
+from kivi_vllm.config import KiviConfig
+from kivi_vllm.ops.format import PageFormat
+
+
+def residual_specs(
+    num_kv_heads: int, fmt: PageFormat, config: KiviConfig, vllm_config: VllmConfig
+) -> dict[str, AttentionSpec]:
+    """The full-precision caches of one layer by name: the ring, the tails, the sinks."""
+    num_tails = cdiv(config.residual_length, fmt.raw_tokens)
+    num_sinks = int(fmt.sink_tokens > 0)
+    num_drafts = num_draft_tokens(vllm_config)
+    interval = vllm_config.cache_config.prefix_cache_retention_interval
+    tail = tail_spec(num_kv_heads, fmt, num_drafts, interval)
+    return {
+        "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts, num_tails + num_sinks),
+        **{f"kivi_tail{i}": tail for i in range(num_tails)},
+        **({"kivi_sinks": sink_spec(num_kv_heads, fmt)} if num_sinks else {}),
+    }
+
+
+def num_draft_tokens(vllm_config: VllmConfig) -> int:
+    """Draft tokens that one step may store for a sequence."""
+    speculative = vllm_config.speculative_config
+    return speculative.num_speculative_tokens if speculative else 0

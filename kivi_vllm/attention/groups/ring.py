@@ -1,0 +1,215 @@
+"""The ring: spec and manager of the cache group of current blocks, and admission."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
+
+from kivi_vllm.attention.groups.base import SparseManager, raw_fields
+from kivi_vllm.config import BLOCK_SIZE, KiviConfigError
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.reference import ring_start
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingSpec(CircularBufferSpec):
+    """The ring of one layer: the pages of a request's current block.
+
+    `block_size` is nominal, that of the pages, so that the least common multiple
+    over the groups, to which prefix hits are aligned, stays there; a page holds
+    `block_size / tokens_per_state` tokens.
+
+    Attributes:
+        num_drafts: draft tokens that one step may store for a request.
+        num_others: pages that a request claims in other groups with its first whole
+            block, and keeps.
+
+    """
+
+    num_drafts: int
+    num_others: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # vLLM makes layers of different page sizes fit by changing their block sizes:
+        # the ring would have other slots than `PageFormat.raw_tokens` says.
+        if self.block_size != BLOCK_SIZE or self.page_size_padded is not None:
+            raise KiviConfigError(
+                "the KIVI cache needs the same number and size of kv heads in all layers; "
+                "use --kv-cache-dtype auto or fp8 for this model"
+            )
+
+    @cached_property
+    def page_tokens(self) -> int:
+        """Tokens of a page; vLLM's `num_states` computes it anew each time."""
+        return self.num_states
+
+    @cached_property
+    def num_pages(self) -> int:
+        """Most pages that a request holds."""
+        return max(len(self.needed_after(n)) for n in self.lengths)
+
+    @property
+    def lengths(self) -> range:
+        """Lengths of sequences, one of each way in which a block can lie in pages.
+
+        They begin at a multiple of their number, and not where a sequence does.
+        """
+        period = math.lcm(self.block_size, self.page_tokens)
+        first = (1 + cdiv(2 * self.num_drafts, period)) * period
+        return range(first, first + period)
+
+    def needed_after(self, num_tokens: int) -> range:
+        """Entries of the table that the steps after one need that ends at `num_tokens`.
+
+        Twice the drafts is a margin: if vLLM scheduled them asynchronously, those of
+        two steps would be counted as accepted before it is known.
+        """
+        first = ring_start(num_tokens, 1 + 2 * self.num_drafts)
+        return range(first // self.page_tokens, cdiv(num_tokens, self.page_tokens))
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What one request can take."""
+        return self.num_pages * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Length of a block table row: an entry for all pages that there ever were."""
+        return cdiv(max_len, self.page_tokens)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Rings group with rings of the same size only."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
+class RingManager(SparseManager, CircularBufferManager):
+    """Ring pages come as a block grows and go when it is complete.
+
+    A row of the block table has an entry for every `page_tokens` tokens of the whole
+    sequence; those of blocks that one step takes from its own tokens are null. A page
+    that only this step still reads moves on to a new entry: the step writes it after
+    it has read it, so that no request ever holds more than one block needs.
+    """
+
+    kv_cache_spec: RingSpec
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_tokens: dict[str, int] = {}  # of the requests that have blocks
+        self._longest: dict[str, int] = {}  # of all requests that were tried, at their end
+
+    def expect(self, request: Any) -> None:
+        """Note how long the request can become."""
+        self._longest[request.request_id] = request.num_prompt_tokens + request.max_tokens
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Free the pages of blocks that have been completed and read for the last time."""
+        first = ring_start(processed_computed_tokens, 1) // self.kv_cache_spec.page_tokens
+        self._free_below(request_id, first)
+
+    def _plan(self, request_id: str, num_tokens: int) -> tuple[list[int], list[int]]:
+        """(entries whose page may move on, entries that want one) for `num_tokens` tokens."""
+        needed = self.kv_cache_spec.needed_after(num_tokens)
+        known = len(self.req_to_blocks.get(request_id, ()))
+        leaving = [entry for entry in self._held.get(request_id, ()) if entry < needed.start]
+        return leaving, [entry for entry in needed if entry >= known]
+
+    def _missing(self, request_id: str, num_tokens: int) -> int:
+        """Pages that a request of `num_tokens` tokens still lacks."""
+        leaving, wanting = self._plan(request_id, num_tokens)
+        return max(0, len(wanting) - len(leaving))
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Claim them; returns all new entries, null ones too."""
+        leaving, wanting = self._plan(request_id, num_tokens)
+        blocks, held = self.req_to_blocks[request_id], self._held.get(request_id, [])
+        moved = leaving[: len(wanting)]
+        pages = [blocks[entry] for entry in moved]
+        for entry in moved:
+            blocks[entry] = self._null_block
+        del held[: len(moved)]
+        pages += self.block_pool.get_new_blocks(len(wanting) - len(moved))
+        self._num_tokens[request_id] = num_tokens
+        length = wanting[-1] + 1 if wanting else len(blocks)
+        return self._append(request_id, wanting, pages, length)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request; returns its blocks."""
+        self._num_tokens.pop(request_id, None)
+        self._longest.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Pages that `num_tokens` tokens still lack; for a new request, also what it must leave.
+
+        A block is many tokens here, so that many requests run in few pages. A new one
+        that took the last of them would be preempted, or others would, as soon as they
+        grow: it waits until all of them can run for a block.
+        """
+        lacking = self._missing(request_id, num_tokens)
+        if request_id in self._num_tokens or not self._num_tokens:
+            return lacking
+        return max(lacking, self._growth(request_id, num_tokens))
+
+    def _growth(self, request_id: str, num_tokens: int) -> int:
+        """Most pages that all and a new request will have during a block, beyond those held.
+
+        Every request grows by about a token a step, so their rings are not full together,
+        unless they began together; those that reach their end give theirs back.
+        """
+        tokens = self._num_tokens | {request_id: num_tokens}
+        longest = [self._longest.get(name, sys.maxsize) for name in tokens]
+        lengths = np.array([*tokens.values()])[:, None]
+        ahead = lengths + np.arange(BLOCK_SIZE + 1)
+        rings = self._pages_at[ahead % len(self._pages_at)]
+        pages = ahead // BLOCK_SIZE - lengths // BLOCK_SIZE
+        others = ((lengths < BLOCK_SIZE) & (ahead >= BLOCK_SIZE)) * self.kv_cache_spec.num_others
+        taken = (rings + pages + others) * (ahead <= np.array(longest)[:, None])
+        return int(taken.sum(0).max()) - sum(map(len, self._held.values()))
+
+    @cached_property
+    def _pages_at(self) -> np.ndarray:
+        """Ring pages during a decode step that ends at a length, modulo their number.
+
+        From the block of two steps before on: with asynchronous scheduling the result
+        of the last one is not there yet.
+        """
+        before, after = (
+            [self.kv_cache_spec.needed_after(n - ago) for n in self.kv_cache_spec.lengths]
+            for ago in (2, 0)
+        )
+        return np.array([b.stop - a.start for a, b in zip(before, after, strict=True)])
+
+
+def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0) -> RingSpec:
+    """The ring of a layer.
+
+    It holds the current block and the draft tokens of the steps in flight: those
+    are stored before it is known whether they are accepted, while the next step
+    still reads the block's tokens from before them.
+    """
+    fields = raw_fields(num_kv_heads, fmt)
+    return RingSpec(**fields, num_drafts=num_drafts, num_others=num_others)

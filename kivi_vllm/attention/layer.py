@@ -1,0 +1,104 @@
+"""Where the cache lives in vLLM: page, ring, tail and sink groups of one block pool.
+
+Every attention layer has, besides its quantized **pages** (a `FullAttentionSpec`
+whose bytes a token are ours), caches of full-precision tokens, made of pages of
+the same byte size, drawn from the same pool, admitted and freed by vLLM:
+
+- the **ring**, the tokens of a running request's current block: a handful of
+  pages a request, which come as the block grows and go when it is complete, never
+  shared;
+- with `residual_length` R > 0, the **tails**, the last R tokens of completed blocks:
+  of the newest one of each request, and of those that prefix caching may look for;
+- with `sink_tokens` S > 0, the **sinks**, the first S tokens of a sequence: one
+  page, from its first whole block on, which prefix caching finds with that block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
+
+from kivi_vllm.attention.groups.of_a_layer import residual_specs
+from kivi_vllm.config import KiviConfig, KiviConfigError
+from kivi_vllm.ops.format import PageFormat
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+"""Layouts in which the bytes of one (block, kv head) are contiguous."""
+
+
+class RawBackend(AttentionBackend):
+    """What vLLM must know of the ring, tail and sink groups: their metadata, no kernels."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "KIVI_RAW"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("rings, tails and sinks are read by the layer's own KIVI backend")
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        from kivi_vllm.attention.backend import KiviMetadataBuilder
+
+        return KiviMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return LAYOUTS
+
+
+class RawCache(AttentionLayerBase):
+    """A cache of full-precision tokens beside an attention layer.
+
+    vLLM finds it in the static forward context and binds `kv_cache`:
+    [num_blocks, num_kv_heads, raw_tokens, bytes] uint8.
+    """
+
+    def __init__(self, name: str, spec: KVCacheSpec) -> None:
+        self.name = name
+        self.spec = spec
+        self.kv_cache = torch.empty(0)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return RawBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.spec
+
+
+def attach(attn: Attention, config: KiviConfig) -> None:
+    """Give an attention layer its ring, tails and sinks, named after it.
+
+    Raises:
+        KiviConfigError: values of another head size than keys.
+
+    """
+    if attn.head_size_v != attn.head_size:
+        raise KiviConfigError(
+            f"the KIVI cache needs keys and values of one head size, not {attn.head_size} and "
+            f"{attn.head_size_v}; use --kv-cache-dtype auto or fp8 for this model"
+        )
+    vllm_config = get_current_vllm_config()
+    fmt = PageFormat.of(config, attn.head_size, attn.dtype)
+    context = vllm_config.compilation_config.static_forward_context
+    caches = {}
+    for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, vllm_config).items():
+        cache = RawCache(f"{attn.layer_name}.{suffix}", spec)
+        if cache.name in context:
+            raise ValueError(f"Duplicate layer name: {cache.name}")
+        context[cache.name] = caches[suffix] = cache
+    ring, sinks = caches.pop("kivi_ring"), caches.pop("kivi_sinks", None)
+    attn.impl.bind_residual(fmt=fmt, ring=ring, tails=[*caches.values()], sinks=sinks)

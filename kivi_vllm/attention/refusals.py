@@ -1,0 +1,272 @@
+"""What the KIVI cache refuses at start, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from kivi_vllm.attention import ray_nodes
+from kivi_vllm.attention.hooks.wraps import vllm_version
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    CUDA_HEAD_SIZES,
+    CUDA_VLLM,
+    MIN_CAPABILITY,
+    KiviConfig,
+    KiviConfigError,
+    is_kivi,
+)
+from kivi_vllm.ops.dispatch import describe
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.toolchain import find_compiler, torch_finds
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SPECULATION = ("ngram",)
+"""Speculative methods that are tested; the others need a draft model's own cache."""
+
+GPU_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes of models on GPUs; in float32, tiles would not fit the shared memory of all of them."""
+
+_OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse an engine configuration that the KIVI cache cannot serve.
+
+    Args:
+        vllm_config: complete, as the engine will get it. Configurations with
+            other cache dtypes pass untouched.
+
+    Raises:
+        KiviConfigError: every reason, each with its remedy.
+
+    """
+    dtype = vllm_config.cache_config.cache_dtype
+    if not is_kivi(dtype):
+        additional = vllm_config.additional_config
+        if isinstance(additional, dict) and "kivi" in additional:
+            from vllm.logger import init_logger
+
+            init_logger("vllm.kivi_vllm").warning(
+                "the 'kivi' options have no effect with --kv-cache-dtype %s", dtype
+            )
+        return
+    from vllm.platforms import current_platform
+
+    config = KiviConfig.from_vllm(vllm_config)
+    problems = [*_model(vllm_config), *_settings(vllm_config), *_toolchain(vllm_config)]
+    if current_platform.is_cpu():
+        describe("cpu")  # refuses an instruction set that is not there
+    if not problems:
+        fmt = PageFormat.of(
+            config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
+        )
+        problems += _memory(vllm_config, config, fmt)
+    if not problems and vllm_config.parallel_config.use_ray:  # it takes seconds, so last
+        problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
+    if problems:
+        raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+
+
+def _model(vllm_config: VllmConfig) -> Iterator[str]:
+    model = vllm_config.model_config
+    kinds = {
+        "multi-head latent attention (MLA)": model.use_mla,
+        "an encoder-decoder": model.is_encoder_decoder,
+        "state-space or linear attention layers": model.is_hybrid or model.is_attention_free,
+        "pooling instead of generation": model.runner_type != "generate",
+        "multimodal inputs (not tested)": model.is_multimodal_model,
+        "chunked local attention": model.attention_chunk_size is not None,
+        # The layers refuse these too, but only once a worker builds them.
+        "attention sinks": model.hf_text_config.model_type == "gpt_oss",
+        "KV cache sharing between layers": bool(
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0)
+        ),
+    }
+    for kind, present in kinds.items():
+        if present:
+            yield f"models with {kind} are not supported; {_OTHER_DTYPE}"
+
+
+def _settings(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if current_platform.is_cuda():
+        yield from _gpu(vllm_config)
+    elif not current_platform.is_cpu():
+        yield (
+            f"there are operators for CPUs and NVIDIA GPUs only, not for "
+            f"{current_platform.device_name}; use --kv-cache-dtype auto or fp8"
+        )
+    if cache.user_specified_block_size and cache.block_size != BLOCK_SIZE:
+        yield (
+            f"--block-size {cache.block_size} is not supported: pages hold {BLOCK_SIZE} tokens; "
+            "leave --block-size out"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield (
+            "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
+            "leave it out"
+        )
+    connector = vllm_config.kv_transfer_config is not None
+    # These make vLLM itself disable the manager, and are refused by name.
+    disabled_by_vllm = connector or vllm_config.model_config.attention_chunk_size is not None
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not disabled_by_vllm:
+        yield (
+            "the full-precision residual needs the hybrid KV cache manager; "
+            "leave out --disable-hybrid-kv-cache-manager"
+        )
+    attention = vllm_config.attention_config
+    for backend in {attention.backend, *(attention.backend_per_kind or {}).values()} - {None}:
+        if backend.name == "KIVI":
+            continue
+        yield (
+            f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
+            "backend out, it follows from the cache dtype"
+        )
+    if connector:
+        yield (
+            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
+            "and --kv-offloading-size"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in SPECULATION:
+        yield (
+            f"speculation with {speculative.method!r} is not supported; "
+            f"use one of: {', '.join(SPECULATION)}"
+        )
+    sizes = {
+        "data": parallel.data_parallel_size,
+        "decode context": parallel.decode_context_parallel_size,
+        "prefill context": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
+        yield (
+            "speculation in a pipeline is not tested; leave out --speculative-config or "
+            "--pipeline-parallel-size"
+        )
+    if parallel.use_ray and not current_platform.ray_device_key:
+        yield (
+            f"vLLM has no Ray executor on {current_platform.device_name}; "
+            "use --distributed-executor-backend mp"
+        )
+    if parallel.pipeline_parallel_size > 1 and current_platform.is_cpu():
+        yield from _pipeline_on_cpus(vllm_config)
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters are not tested; leave out --enable-lora"
+
+
+def _pipeline_on_cpus(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.config import CompilationMode
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        yield (
+            "vLLM's CPU workers make what stages hand over only when they compile, and fail at the "
+            "first request of an eager pipeline, whatever the cache; leave out --enforce-eager"
+        )
+
+
+def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
+    """What the kernels for NVIDIA GPUs do not serve."""
+    from vllm.platforms import current_platform
+
+    from kivi_vllm.attention.backend import KiviAttentionBackend
+
+    line, remedy = describe("cuda")
+    if line.startswith("none"):
+        yield f"the GPU kernels cannot be loaded: {line}; {remedy}"
+    capability = current_platform.get_device_capability()
+    if not KiviAttentionBackend.supports_compute_capability(capability):
+        yield (
+            f"{current_platform.get_device_name()} has compute capability "
+            f"{capability.major}.{capability.minor}, and the kernels need "
+            f"{'.'.join(map(str, MIN_CAPABILITY))} or newer (Ampere); "
+            "use --kv-cache-dtype auto or fp8"
+        )
+    version = ".".join(vllm_version().split(".")[:2])
+    if version not in CUDA_VLLM:
+        yield (
+            f"GPUs are served with vLLM {' or '.join(CUDA_VLLM)}, not {version}; "
+            f"pip install 'kivi-vllm[cuda]'"
+        )
+    model = vllm_config.model_config
+    if model.get_head_size() not in CUDA_HEAD_SIZES:
+        yield (
+            f"head size {model.get_head_size()} is not supported on GPUs (supported: "
+            f"{', '.join(map(str, CUDA_HEAD_SIZES))}); {_OTHER_DTYPE}"
+        )
+    if model.dtype not in GPU_DTYPES:
+        dtype = str(model.dtype).removeprefix("torch.")
+        yield f"--dtype {dtype} is not supported on GPUs; use --dtype bfloat16"
+    if vllm_config.parallel_config.enable_dbo:
+        yield "dual-batch overlap is not tested; leave out --enable-dbo"
+
+
+def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    if not current_platform.is_cpu():  # there, torch.compile makes Triton kernels
+        return
+    if compilation.mode == CompilationMode.NONE or compilation.backend != "inductor":
+        return
+    compiler = find_compiler()
+    if compiler is None:
+        yield (
+            "torch.compile needs a C++ compiler and none was found; install one "
+            "(apt-get install g++), set CXX, or pass --enforce-eager"
+        )
+    elif not torch_finds(compiler):
+        yield f"torch.compile looks for $CXX or g++ only; set CXX={compiler}"
+
+
+def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Iterator[str]:
+    """Too little for one sequence, where the amount is known before the start."""
+    from vllm.utils.math_utils import cdiv
+
+    from kivi_vllm.attention.groups.of_a_layer import residual_specs
+    from kivi_vllm.attention.groups.pages import page_spec
+
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    available = cache.kv_cache_memory_bytes
+    if model.original_max_model_len == -1:  # vLLM will fit the length to the memory
+        return
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    pages = page_spec(heads, fmt)
+    specs = [pages, *residual_specs(heads, fmt, config, vllm_config).values()]
+    count = 1 + sum(  # one is vLLM's null block
+        cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
+    )
+    block_bytes = pages.page_size_bytes * _layers_of_a_worker(vllm_config)
+    if cache.num_gpu_blocks_override is not None:
+        available = cache.num_gpu_blocks_override * block_bytes
+    if available is None:
+        return
+    needed = count * block_bytes
+    if needed > available:
+        mib = 1 << 20
+        yield (
+            f"one sequence of --max-model-len {model.max_model_len} needs "
+            f"{needed / mib:.1f} MiB of KV cache ({count} blocks), but there are "
+            f"{available / mib:.1f} MiB ({available // block_bytes} blocks); raise "
+            "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
+        )
+
+
+def _layers_of_a_worker(vllm_config: VllmConfig) -> int:
+    """Layers of the largest pipeline stage: it has the fewest blocks, and so all stages have."""
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    bounds = (get_pp_indices(layers, stage, stages) for stage in range(stages))
+    return max(end - start for start, end in bounds)

@@ -1,0 +1,31 @@
+"""Results that are written to files: their folders, and JSON that is never half there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kivi_vllm.cli.errors import UserError
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Refuse an output path whose folder is not there, before anything slow begins.
+
+    Args:
+        option: the command line's name for it.
+        path: to write to later; None if nothing is asked for.
+
+    Raises:
+        UserError: there is no such folder.
+
+    """
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}", "create it")
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    new.replace(path)
