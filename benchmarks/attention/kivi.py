@@ -16,7 +16,7 @@ from benchmarks.attention.memory import Ranges, allocate, replicate, shuffled
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 
 
 def operators() -> ModuleType:
@@ -39,7 +39,7 @@ class Place:
     Attributes:
         device: of all tensors.
         operators: gives the module with `store_blocks`, `attend` and `store_ring`.
-        step: makes what these take of a `reference.Step`.
+        step: makes what these take of a `step.Step`.
         allocate: gives a tensor of so many bytes, on huge pages if asked for.
         columns: the width of block tables is a multiple of this.
 

@@ -17,7 +17,7 @@ from benchmarks.attention.memory import cold_sets, huge_page_bytes
 from benchmarks.attention.timing import Cursor, Timed, columns, interleave, once, store_columns
 from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
 from benchmarks.common.machine import GIB
-from kivi_vllm.ops.reference import Row
+from kivi_vllm.ops.step import Row
 
 _FLOORS = {"kivi2": "floor", "bf16": "bf16_floor"}
 """Whose bytes are also read raw, and the name of that column."""

@@ -31,8 +31,7 @@ from kivi_vllm.config import (
     KiviConfigError,
 )
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
-from kivi_vllm.ops.reference import Row, Step
-from kivi_vllm.ops.triton.step import DeviceStep
+from kivi_vllm.ops.step import DeviceStep, Row, Step
 
 
 @dataclass

@@ -17,7 +17,7 @@ from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw
 
 
 class KiviAttentionImpl(AttentionImpl[KiviMetadata]):

@@ -8,10 +8,11 @@ import torch
 
 from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Step, ring_start
+from kivi_vllm.ops.residual import ring_start
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Step
 
 if TYPE_CHECKING:
-    from kivi_vllm.ops.triton.step import DeviceStep
+    from kivi_vllm.ops.step import DeviceStep
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""

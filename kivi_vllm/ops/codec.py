@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kivi_vllm.config import BLOCK_SIZE
-from kivi_vllm.ops.format import PageFormat, Side, code_index
+from kivi_vllm.ops.codes import pack, unpack
+from kivi_vllm.ops.format import PageFormat
 
 FP16_MAX = 65504.0
 
@@ -108,23 +108,6 @@ def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """fp32 `codes * scale + zero`, broadcast."""
     return codes.float() * scale.float() + zero.float()
-
-
-def pack(codes: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
-    """Pack codes [..., 128, D] into the bytes [..., 16 * D * bits] of a page's k or v_codes."""
-    index = code_index(side, bits, codes.shape[-1]).to(codes.device)
-    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.uint8) * bits
-    return (codes.flatten(-2)[..., index] << shifts).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
-    """Inverse of `pack`."""
-    d = packed.shape[-1] // (16 * bits)
-    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
-    slots = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    codes = torch.empty_like(slots.flatten(-2))
-    codes[..., code_index(side, bits, d).flatten().to(packed.device)] = slots.flatten(-2)
-    return codes.unflatten(-1, (BLOCK_SIZE, d))
 
 
 def encode_pages(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat, sinks: int = 0) -> torch.Tensor:

@@ -9,27 +9,15 @@ num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
 |---------|-------|--------------------|----------|---------------------------------|
 | k_scale | fp16  | [128/G, D]         | 256·D/G  | one per channel and G tokens    |
 | k_zero  | fp16  | [128/G, D]         | 256·D/G  |                                 |
-| k_codes | uint8 | [b, D/4, 16, 4]    | 16·D·b   | see below                       |
+| k_codes | uint8 | [b, D/4, 16, 4]    | 16·D·b   | see `codes`                     |
 | v_scale | fp16  | [D/G, 128]         | 256·D/G  | one per token and G channels    |
 | v_zero  | fp16  | [D/G, 128]         | 256·D/G  |                                 |
-| v_codes | uint8 | [D/32, 8b, 16, 4]  | 16·D·b   | see below                       |
+| v_codes | uint8 | [D/32, 8b, 16, 4]  | 16·D·b   | see `codes`                     |
 
 so `page_bytes = 16·D·(k_bits + v_bits) + 1024·D/G`: 96 bytes a token at
 D = 128, G = 32, 2 bits, where bf16 takes 512.
 
-**Order of the codes.** The fields lie in the order in which a decode kernel uses
-them, and the codes so that 64 bytes are one vector register: 16 lanes of 4
-bytes, where the 4 bytes of a lane are numbers that are summed over (channels of
-K, tokens of V) and the lanes are numbers of the result (tokens of K, channels of
-V). A byte holds 8/b codes ("slots", the lowest bits first), 16 lanes apart or
-more, so that one AND gives a vector of codes:
-
-- byte `(n, q, lane, j)` of k_codes, slot i: token (8/b)·16·n + 16·i + lane,
-  channel 4·q + j;
-- byte `(n, q, lane, j)` of v_codes, slot i: channel 32·n + 16·(i mod 2) + lane,
-  token 64·⌊i/2⌋ + 4·q + j.
-
-`code_index` is this rule in code.
+**Order of the codes.** See `codes`.
 
 **Rotated values.** With `rotate_values`, what v_scale, v_zero and v_codes stand for are
 the values after `codec.rotate`; a sum of values over tokens is rotated back.
@@ -46,11 +34,9 @@ The same bytes, taken for the full-precision cache of recent tokens, hold
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -63,36 +49,7 @@ from kivi_vllm.config import (
     KiviConfigError,
 )
 
-Side = Literal["k", "v"]
-
 RAW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
-def code_index(side: Side, bits: int, head_size: int) -> torch.Tensor:
-    """Where the codes of a page lie: the rule of "Order of the codes" above.
-
-    Args:
-        side: k_codes or v_codes.
-        bits: of a code.
-        head_size: D.
-
-    Returns:
-        [16·D·bits, 8 / bits] int64: for each byte of the field and each of its
-        slots, `token * D + channel` of the code there.
-
-    """
-    slots, d = 8 // bits, head_size
-    quads = d // 4 if side == "k" else 8 * bits
-    n = torch.arange(bits if side == "k" else d // 32)[:, None, None, None, None]
-    q = torch.arange(quads)[:, None, None, None]
-    lane = torch.arange(16)[:, None, None]
-    j, i = torch.arange(4)[:, None], torch.arange(slots)
-    if side == "k":
-        token, channel = slots * 16 * n + 16 * i + lane, 4 * q + j
-    else:
-        channel, token = 32 * n + 16 * (i % 2) + lane, 64 * (i // 2) + 4 * q + j
-    return (token * d + channel).reshape(-1, slots)
 
 
 @dataclass(frozen=True)

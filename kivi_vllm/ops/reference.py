@@ -8,142 +8,21 @@ One attention layer's step is three calls, in this order:
 3. `store_ring` writes the step's last tokens into the ring, over older ones where a
    page has moved on from the block before: `attend` still needed those.
 
-What a query sees (B = 128, R = residual_length): **position t sees position s at
-full precision iff s >= F(t) = max(0, B * floor(t / B) - R) or s < sink_tokens, and
-dequantized from its page otherwise**; keys and values alike. So a query sees its own
-block, the R tokens before it and the sequence's first tokens as they were. The step's
-own tokens come from `key` and `value`; older ones of the current block from the ring;
-the R tokens before it from the tail pages of the block before; the sinks from a page of
-their own.
+What a query sees is the rule of `residual`. The step's own tokens come from `key` and
+`value`; older ones of the current block from the ring; the R tokens before it from the tail
+pages of the block before; the sinks from a page of their own.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
 from kivi_vllm.ops.codec import decode_pages, encode_pages
-from kivi_vllm.ops.format import PageFormat
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1; a < b."""
-
-    index: int
-    q0: int
-    q1: int
-    a: int
-    b: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step computes, shared by all layers of a model.
-
-    Attributes:
-        rows: the requests that have tokens in this step.
-        block_table: [num_reqs, max_blocks], page ids of each request's blocks.
-        per_position: queries of all rows follow F(t) of their own position
-            ("cached"); otherwise those of rows longer than `decode_len` take
-            F(a) of the row's first ("exact").
-        decode_len: longest row that counts as decode: 1 + draft tokens.
-
-    """
-
-    rows: list[Row]
-    block_table: torch.Tensor
-    per_position: bool = True
-    decode_len: int = 1
-
-    @functools.cached_property
-    def row_array(self) -> torch.Tensor:
-        """The rows as [n, 5] int64 on the CPU: index, q0, q1, a, b."""
-        rows = [(r.index, r.q0, r.q1, r.a, r.b) for r in self.rows]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
-
-    @functools.cached_property
-    def num_tokens(self) -> int:
-        """Tokens that the step's tensors must hold at least."""
-        return max((row.q1 for row in self.rows), default=0)
-
-    @functools.cached_property
-    def completes_a_block(self) -> bool:
-        """Whether `store_blocks` has anything to do."""
-        return any(row.a // B != row.b // B for row in self.rows)
-
-    @functools.cached_property
-    def num_reqs(self) -> int:
-        """Rows that the step's tables must have at least."""
-        return 1 + max((row.index for row in self.rows), default=-1)
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Pages of full-precision tokens with the table that finds them.
-
-    Attributes:
-        cache: [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size], the
-            model's dtype; K in [..., :D], V in [..., D:2D].
-        table: [num_reqs, max_pages] page ids.
-
-    """
-
-    cache: torch.Tensor
-    table: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's caches for one step.
-
-    Attributes:
-        fmt: the page format.
-        pages: [num_blocks, num_kv_heads, page_bytes] uint8.
-        ring: the tokens of each request's current block; position s is token
-            `s % fmt.raw_tokens` of the page at entry `s // fmt.raw_tokens`. Entries of
-            tokens that no step needs any more hold anything.
-        tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
-            table finds (a part of) the last R tokens of block j. Those of a block
-            whose entry is 0, vLLM's null page, are not kept.
-        residual_length: R.
-        sinks: with `fmt.sink_tokens`: entry 0 of a table finds the first tokens of the
-            sequence, from its first whole block on.
-        native: what a compiled implementation keeps between the calls of a step.
-
-    """
-
-    fmt: PageFormat
-    pages: torch.Tensor
-    ring: Raw
-    tails: tuple[Raw, ...] = ()
-    residual_length: int = 0
-    sinks: Raw | None = None
-    native: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class AttentionParams:
-    """What the model asks of the attention besides Q, K and V.
-
-    Attributes:
-        scale: factor of q·k.
-        logits_soft_cap: c > 0 replaces a score x by c * tanh(x / c); 0: none.
-        alibi_slopes: [num_heads] fp32 or None; adds slope * (s - t).
-        sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
-
-    """
-
-    scale: float
-    logits_soft_cap: float = 0.0
-    alibi_slopes: torch.Tensor | None = None
-    sliding_window: int = 0
-
+from kivi_vllm.ops.residual import full_precision_from, ring_start
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 
 # -------------------------------------------------------------------- store
 
@@ -206,14 +85,6 @@ def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Te
         tokens = slice(row.q1 - (row.b - start), row.q1)
         cache.ring.cache[pages, :, slots, :d] = key[tokens]
         cache.ring.cache[pages, :, slots, d : 2 * d] = value[tokens]
-
-
-def ring_start(end: int, decode_len: int) -> int:
-    """First position that a step after one of positions up to `end` may need from the ring.
-
-    All but one of the step's last `decode_len` tokens may be drafts that are rejected.
-    """
-    return max(0, end - (decode_len - 1)) // B * B
 
 
 def _ring_slots(
@@ -293,7 +164,7 @@ def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]
     while start < row.b:
         end = min(row.b, (start // B + 1) * B)
         seen_from = start if per_position else row.a
-        yield start, end, max(0, seen_from // B * B - residual)
+        yield start, end, full_precision_from(seen_from, residual)
         start = end
 
 

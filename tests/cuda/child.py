@@ -83,13 +83,15 @@ class ReferenceOperators:
         self.calls = 0
 
     def _step(self, step: Any) -> Any:
+        from kivi_vllm.ops.step import Row, Step
+
         starts, ends = step.query_start_loc.tolist(), step.seq_lens.tolist()
         rows = [
-            self.reference.Row(i, q0, q1, end - (q1 - q0), end)
+            Row(i, q0, q1, end - (q1 - q0), end)
             for i, (q0, q1, end) in enumerate(zip(starts[:-1], starts[1:], ends, strict=True))
             if q1 > q0
         ]
-        return self.reference.Step(rows, step.block_table, step.per_position, step.decode_len)
+        return Step(rows, step.block_table, step.per_position, step.decode_len)
 
     def store_blocks(self, step: Any, *args: Any) -> None:
         self.reference.store_blocks(self._step(step), *args)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from kivi_vllm.ops import reference
-from kivi_vllm.ops.reference import Step
+from kivi_vllm.ops.step import DeviceStep, Step
 from kivi_vllm.ops.triton import operators
-from kivi_vllm.ops.triton.step import DeviceStep
 from tests.unit.simulator import Case, Simulator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kivi_vllm.ops.reference import LayerCache, Raw
-from kivi_vllm.ops.triton.step import DeviceStep
+from kivi_vllm.ops.step import DeviceStep, LayerCache, Raw
 from tests.triton.device import DEVICE, Triton
 from tests.unit.test_native_input import WRONG, change, inputs
 

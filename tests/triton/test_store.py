@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kivi_vllm.ops import reference
-from kivi_vllm.ops.reference import LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import LayerCache, Raw, Row, Step
 from tests.triton.device import BEST, BF16, DEVICE, FP16, Triton, simulator
 from tests.unit.simulator import Case
 

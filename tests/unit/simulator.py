@@ -19,7 +19,7 @@ from kivi_vllm.config import DTYPES
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.codec import FIT_ROUNDS
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 
 B = 128

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import codec
-from kivi_vllm.ops.format import PageFormat, Side, code_index
+from kivi_vllm.ops.codes import Side, code_index, pack, unpack
+from kivi_vllm.ops.format import PageFormat
 from tests.unit import kivi_numpy
 
 DTYPES = {"kivi2": (2, 2), "kivi_k4v2": (4, 2), "kivi4": (4, 4)}
@@ -248,19 +249,19 @@ def test_error_is_half_a_step(data: st.DataObject, fmt: PageFormat) -> None:
 def test_packing_is_inverted(bits: int, seed: int, d: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (128, d), np.uint8)
     for side in ("k", "v"):
-        packed = codec.pack(torch.from_numpy(codes), bits, side)
+        packed = pack(torch.from_numpy(codes), bits, side)
         assert packed.shape == (16 * d * bits,)
         assert torch.equal(packed, torch.from_numpy(kivi_numpy.pack(codes, bits, side)))
-        assert torch.equal(codec.unpack(packed, bits, side), torch.from_numpy(codes))
+        assert torch.equal(unpack(packed, bits, side), torch.from_numpy(codes))
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_every_byte_is_unpacked_and_packed_again(bits: int, side: Side) -> None:
     every = torch.arange(16 * 32 * bits).to(torch.uint8)
-    codes = codec.unpack(every, bits, side)
+    codes = unpack(every, bits, side)
     assert torch.equal(codes, torch.from_numpy(kivi_numpy.unpack(every.numpy(), bits, side, 32)))
-    assert torch.equal(codec.pack(codes, bits, side), every)
+    assert torch.equal(pack(codes, bits, side), every)
 
 
 @given(st.data(), plain_formats, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
@@ -282,7 +283,7 @@ def test_poison_stays_in_its_group(data: st.DataObject, fmt: PageFormat, poison:
             field, bits = fmt.fields[f"{name}_{part}"], getattr(fmt, f"{name}_bits")
             a, b = field.of(clean), field.of(dirty)
             if part == "codes":
-                a, b = (codec.unpack(x.flatten(), bits, name) for x in (a, b))
+                a, b = (unpack(x.flatten(), bits, name) for x in (a, b))
             elif name == "v":
                 a, b = a.mT, b.mT
             assert torch.equal(a[~mask], b[~mask])

@@ -13,9 +13,8 @@ import torch
 
 from kivi_vllm.config import DTYPES, RECIPES
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache, Raw
 from kivi_vllm.ops.triton import operators
-from kivi_vllm.ops.triton.step import DeviceStep
 from tests.unit.ahead import Binary, compiled, inspect
 
 CAPABILITIES = (80, 90, 100)

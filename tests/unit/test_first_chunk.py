@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kivi_vllm.ops.reference import AttentionParams
+from kivi_vllm.ops.step import AttentionParams, DeviceStep
 from kivi_vllm.ops.triton import first_chunk, operators
-from kivi_vllm.ops.triton.step import DeviceStep
 
 PARAMS = AttentionParams(0.125)
 

@@ -15,7 +15,7 @@ from kivi_vllm.attention.groups.pages import PageManager, page_spec
 from kivi_vllm.attention.groups.ring import RingManager, RingSpec, ring_spec
 from kivi_vllm.attention.groups.tails import TailManager, tail_spec
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import ring_start
+from kivi_vllm.ops.residual import ring_start
 
 B = 128
 FORMATS = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import library, operators
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 from tests.unit.native import INSTRUCTION_SETS
 from tests.unit.simulator import Case, Simulator

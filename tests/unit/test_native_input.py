@@ -10,7 +10,7 @@ import torch
 
 from kivi_vllm.ops.cpu import operators
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import AttentionParams, LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 
 BF16 = torch.bfloat16
 

@@ -15,7 +15,7 @@ from benchmarks.attention.memory import replicate, shuffled
 from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
 from benchmarks.common.machine import GIB
 from kivi_vllm.ops.codec import decode_pages
-from kivi_vllm.ops.reference import Step
+from kivi_vllm.ops.step import Step
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -35,7 +35,7 @@ def place(gpu: Gpu) -> Place:
         return module
 
     def step(of: Step) -> Any:
-        from kivi_vllm.ops.triton.step import DeviceStep
+        from kivi_vllm.ops.step import DeviceStep
 
         return DeviceStep.of(of)
 

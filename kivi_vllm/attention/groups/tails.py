@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from kivi_vllm.attention.groups.base import SparseManager, raw_fields
 from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.reference import ring_start
+from kivi_vllm.ops.residual import ring_start
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock

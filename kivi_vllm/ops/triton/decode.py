@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
-from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
-from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kivi_vllm.ops.reference import AttentionParams
+from kivi_vllm.ops.step import AttentionParams
 
 OWN = "this project's Triton kernel"
 

@@ -13,11 +13,10 @@ import torch
 
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import GOOD, remember
-from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.prefill import prefill
-from kivi_vllm.ops.triton.step import DeviceStep
 
 if TYPE_CHECKING:
     from kivi_vllm.ops.triton.first_chunk import FirstChunk

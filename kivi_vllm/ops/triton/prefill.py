@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PRECISION, keys_of, page_constants, values_of
 from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
-from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kivi_vllm.ops.reference import AttentionParams, LayerCache
+from kivi_vllm.ops.step import AttentionParams, LayerCache
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kivi_vllm.ops.reference import LayerCache
+from kivi_vllm.ops.step import DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import codes, quantize, rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
-from kivi_vllm.ops.triton.step import DeviceStep
 from kivi_vllm.ops.triton.tokens import (
     B,
     find_row,
@@ -194,7 +193,7 @@ def _store_ring(
     row, i = find_row(query_start_loc, num_rows, tl.program_id(0), 1)
     q0, a, b = row_of(query_start_loc, seq_lens, row)
     s = a + i
-    needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `reference.ring_start`
+    needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `residual.ring_start`
     if (s < b) & (s >= needed):
         page = tl.load(raw.table + row * raw.table_row + s // C.RAW).to(tl.int64)
         to = raw.ring + page * raw.page_stride + s % C.RAW * raw.token_stride

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
-from kivi_vllm.ops.reference import LayerCache
+from kivi_vllm.ops.step import LayerCache
 
 B: tl.constexpr = tl.constexpr(BLOCK_SIZE)
 

@@ -14,7 +14,7 @@ struct KiviRaw {
   int64_t table_stride, table_width;
 };
 
-// One request of the step: tokens query[q0:q1] at positions a..b-1 (reference.Row).
+// One request of the step: tokens query[q0:q1] at positions a..b-1 (step.Row).
 struct KiviRow {
   int64_t index, q0, q1, a, b;
 };
@@ -24,8 +24,8 @@ struct KiviTensor {
   int64_t token_stride, head_stride;
 };
 
-// One layer's step: reference.Step and LayerCache, and, for kivi_attend alone, the query, the
-// output and reference.AttentionParams.
+// One layer's step: step.Step and LayerCache, and, for kivi_attend alone, the query, the
+// output and step.AttentionParams.
 struct KiviCall {
   const KiviRow *rows;
   int64_t num_rows;

@@ -120,7 +120,7 @@ bool ring_within(const KiviCall &c, int64_t row, int64_t first, int64_t end) {
          raw_within(c.ring, row, first / c.raw_tokens, (end + c.raw_tokens - 1) / c.raw_tokens);
 }
 
-// The first of the row's tokens that a later step may need from the ring (reference.ring_start).
+// The first of the row's tokens that a later step may need from the ring (residual.ring_start).
 int64_t ring_written_from(const KiviCall &c, const KiviRow &row) {
   return max_of(row.a, max_of(0, row.b - (c.decode_len - 1)) / kBlock * kBlock);
 }

@@ -1,0 +1,202 @@
+"""What every operator takes: a step, a layer's caches, and what the model asks of attention."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.ops.format import PageFormat
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1; a < b."""
+
+    index: int
+    q0: int
+    q1: int
+    a: int
+    b: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step computes, shared by all layers of a model.
+
+    Attributes:
+        rows: the requests that have tokens in this step.
+        block_table: [num_reqs, max_blocks], page ids of each request's blocks.
+        per_position: queries of all rows follow F(t) of their own position
+            ("cached"); otherwise those of rows longer than `decode_len` take
+            F(a) of the row's first ("exact").
+        decode_len: longest row that counts as decode: 1 + draft tokens.
+
+    """
+
+    rows: list[Row]
+    block_table: torch.Tensor
+    per_position: bool = True
+    decode_len: int = 1
+
+    @functools.cached_property
+    def row_array(self) -> torch.Tensor:
+        """The rows as [n, 5] int64 on the CPU: index, q0, q1, a, b."""
+        rows = [(r.index, r.q0, r.q1, r.a, r.b) for r in self.rows]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens that the step's tensors must hold at least."""
+        return max((row.q1 for row in self.rows), default=0)
+
+    @functools.cached_property
+    def completes_a_block(self) -> bool:
+        """Whether `store_blocks` has anything to do."""
+        return any(row.a // B != row.b // B for row in self.rows)
+
+    @functools.cached_property
+    def num_reqs(self) -> int:
+        """Rows that the step's tables must have at least."""
+        return 1 + max((row.index for row in self.rows), default=-1)
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What one step computes, shared by all layers of a model.
+
+    As `Step`, for operators that read nothing of it on the host: what was a list of rows is
+    tensors on the device. What a launch must know (how many programs) comes from counts that
+    the scheduler knows, and rows without tokens are skipped, so that a step can be captured
+    into a CUDA graph and replayed. Request r has the tokens `query_start_loc[r]` to
+    `query_start_loc[r + 1]` of the step, which are its positions up to `seq_lens[r]`; none,
+    where it is padding.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] int32.
+        seq_lens: [num_reqs] int32, tokens of each request after the step.
+        block_table: [num_reqs, max_blocks] int32, page ids of each request's blocks.
+        num_decodes: leading requests that have at most `decode_len` tokens.
+        num_decode_tokens: tokens of the step that are theirs, or more.
+        num_tokens: tokens of the step, or more.
+        max_query_len: tokens of the longest request, or more.
+        per_position, decode_len: see `Step`.
+        nothing_cached: requests after the decodes have all their tokens in this step.
+        prefill_lens: tokens of each of those requests in this step.
+
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_decodes: int
+    num_decode_tokens: int
+    num_tokens: int
+    max_query_len: int
+    per_position: bool = True
+    decode_len: int = 1
+    nothing_cached: bool = False
+    prefill_lens: list[int] = field(default_factory=list)
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests, padding included."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def num_prefills(self) -> int:
+        """Requests after the decodes."""
+        return self.num_reqs - self.num_decodes
+
+    @classmethod
+    def of(cls, step: Step) -> DeviceStep:
+        """The same step; requests without tokens in it become rows of length 0."""
+        device = step.block_table.device
+        n = step.block_table.shape[0]
+        lens, ends = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
+        for row in step.rows:
+            lens[row.index], ends[row.index] = row.q1 - row.q0, row.b
+        starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
+        if any(starts[row.index] != row.q0 for row in step.rows):
+            raise ValueError("the rows of a step must lie in the order of their requests")
+        long = (lens > step.decode_len).nonzero().flatten().tolist()
+        num_decodes = long[0] if long else n
+        prefills = slice(num_decodes, n)
+        return cls(
+            query_start_loc=starts.to(device),
+            seq_lens=ends.to(device),
+            block_table=step.block_table,
+            num_decodes=num_decodes,
+            num_decode_tokens=int(starts[num_decodes]),
+            num_tokens=int(starts[-1]),
+            max_query_len=int(lens.max()) if n else 0,
+            per_position=step.per_position,
+            decode_len=step.decode_len,
+            nothing_cached=bool((lens[prefills] == ends[prefills]).all()),
+            prefill_lens=lens[prefills].tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Pages of full-precision tokens with the table that finds them.
+
+    Attributes:
+        cache: [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size], the
+            model's dtype; K in [..., :D], V in [..., D:2D].
+        table: [num_reqs, max_pages] page ids.
+
+    """
+
+    cache: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's caches for one step.
+
+    Attributes:
+        fmt: the page format.
+        pages: [num_blocks, num_kv_heads, page_bytes] uint8.
+        ring: the tokens of each request's current block; position s is token
+            `s % fmt.raw_tokens` of the page at entry `s // fmt.raw_tokens`. Entries of
+            tokens that no step needs any more hold anything.
+        tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
+            table finds (a part of) the last R tokens of block j. Those of a block
+            whose entry is 0, vLLM's null page, are not kept.
+        residual_length: R.
+        sinks: with `fmt.sink_tokens`: entry 0 of a table finds the first tokens of the
+            sequence, from its first whole block on.
+        native: what a compiled implementation keeps between the calls of a step.
+
+    """
+
+    fmt: PageFormat
+    pages: torch.Tensor
+    ring: Raw
+    tails: tuple[Raw, ...] = ()
+    residual_length: int = 0
+    sinks: Raw | None = None
+    native: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What the model asks of the attention besides Q, K and V.
+
+    Attributes:
+        scale: factor of q·k.
+        logits_soft_cap: c > 0 replaces a score x by c * tanh(x / c); 0: none.
+        alibi_slopes: [num_heads] fp32 or None; adds slope * (s - t).
+        sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
+
+    """
+
+    scale: float
+    logits_soft_cap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    sliding_window: int = 0
