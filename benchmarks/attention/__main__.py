@@ -77,7 +77,7 @@ def attention(
         defaults.store,
     )
     budget = defaults.budget if budget is None else budget
-    header = machine.header("attention.py") | {"device": device, "budget_s": budget}
+    header = machine.header("attention") | {"device": device, "budget_s": budget}
     limit = None if memory is None else int(memory * machine.GIB)
     settings: dict[str, Any] = {"budget": budget, "memory": limit}
     if device == "cpu":

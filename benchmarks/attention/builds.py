@@ -52,7 +52,7 @@ def builds(
     if len({path.stem for path in libraries}) < len(libraries):
         raise UserError("two of the builds have the same name", "copy one to another name")
     os.environ |= machine.binding(threads)  # before OpenMP is loaded, with torch
-    header = machine.header("builds.py") | {"threads": threads, "operator": operator}
+    header = machine.header("attention.builds") | {"threads": threads, "operator": operator}
     context -= context % B
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

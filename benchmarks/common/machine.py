@@ -78,12 +78,12 @@ def header(script: str) -> dict[str, Any]:
     """When, how and on what something is measured, for its JSON file.
 
     Args:
-        script: its name in this folder.
+        script: the module of this package that was run.
 
     """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
         "cpu": cpu_model(),
         "cores": len(cores()),
         "gpu": gpu_name(),

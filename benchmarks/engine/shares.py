@@ -87,7 +87,7 @@ def shares(
         "enforce_eager": True,
         "disable_log_stats": True,
     }
-    head = header("shares.py", folder)
+    head = header("engine.shares", folder)
     found: list[Shares] = []
     for name in dict.fromkeys(kv_cache_dtype or ["auto", "fp8", "kivi2"]):
         with step(f"profiling {name}"), _process() as process:

@@ -80,7 +80,7 @@ def throughput(
     }
     workload = [word for name, number in sizes.items() for word in (name, str(number))]
     dtypes = list(dict.fromkeys(kv_cache_dtype or DTYPES))
-    head = header("throughput.py", folder)
+    head = header("engine.throughput", folder)
     runs: list[Run] = []
     failed: dict[str, UserError] = {}
     try:

@@ -103,7 +103,7 @@ class _Run:
         self, model: str, dtypes: list[str], arguments: list[str], path: Path | None
     ) -> None:
         self.model, self.dtypes, self.arguments, self.path = model, dtypes, arguments, path
-        self.header = header("serving.py", model) | {"serve_arguments": arguments}
+        self.header = header("serving", model) | {"serve_arguments": arguments}
         self.rows: list[Row] = []
         self.failed: dict[str, UserError] = {}
 
