@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from benchmarks.attention.cases import B
 
@@ -19,14 +20,11 @@ class Cursor:
     """Which part of a pool comes next, for all that read this pool."""
 
     def __init__(self, sets: int) -> None:
-        self.sets = sets
-        self._next = 0
+        self._turns = cycle(range(sets))
 
     def next(self) -> int:
         """Move on."""
-        i = self._next
-        self._next = (i + 1) % self.sets
-        return i
+        return next(self._turns)
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,8 @@ def columns(times: Mapping[str, Times]) -> dict[str, float]:
     """Medians and quartiles as a row's columns: `NAME_ms`, `NAME_q1`, `NAME_q3`."""
     row: dict[str, float] = {}
     for name, one in times.items():
-        low, middle, high = one.quartiles_ms
-        row |= {
-            f"{name}_ms": round(middle, 5),
-            f"{name}_q1": round(low, 5),
-            f"{name}_q3": round(high, 5),
-        }
+        for what, value in zip(("q1", "ms", "q3"), one.quartiles_ms, strict=True):
+            row[f"{name}_{what}"] = round(value, 5)
     return row
 
 

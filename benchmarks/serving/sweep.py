@@ -8,12 +8,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.vllm_runs import run_to_end, vllm_command
-from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.server import free_port, kv_tokens
 
 PERCENTILES = ("p50", "p95", "p99")
@@ -37,7 +35,7 @@ class Row:
         kv_cache_dtype: of the server.
         workload: its name: long, shared, kivi, context-N or rate-N.
         round: 0 .. --repeat - 1.
-        request_rate: in requests a second; None if all came at once, or one by one.
+        request_rate: in requests a second; None if all were there or came one by one.
         num_prompts, completed, failed: requests.
         duration_s: from the first request to the last answer's end.
         requests_per_s, output_tokens_per_s, tokens_per_s: over that time; `tokens`
@@ -63,16 +61,6 @@ class Row:
     latency_ms: dict[str, dict[str, float]]
     kv_cache_tokens: int | None
     server: dict[str, Any]
-
-
-def check_pandas() -> None:
-    """Refuse where pandas is missing: vLLM would ask for it after the last load."""
-    if find_spec("pandas") is None:
-        raise UserError(
-            "pandas is not installed, which `vllm bench sweep` needs",
-            "pip install pandas",
-            status=1,
-        )
 
 
 def sweep(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention.timing import wall
-from benchmarks.common.machine import GIB, gpu_driver, version_of
+from benchmarks.common.machine import GIB, nvidia_smi, version_of
 
 Call = Callable[[], object]
 
@@ -146,7 +146,7 @@ class Gpu:
         found = self.properties
         return {
             "gpu": found.name,
-            "driver": gpu_driver(),
+            "driver": nvidia_smi("driver_version"),
             "cuda": torch.version.cuda,
             "capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count,
