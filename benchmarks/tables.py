@@ -20,7 +20,8 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md"))
+NAMES = ("README.md", "docs/evidence.md", "benchmarks/results/README.md")
+DOCUMENTS = tuple(ROOT / name for name in NAMES)
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 SHAPES = {
