@@ -20,7 +20,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/results/README.md"))
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md"))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 WAITING, MOST = "running, median while others wait", "most running"
 SHAPES = {

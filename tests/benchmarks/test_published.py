@@ -30,14 +30,14 @@ def test_every_marker_is_closed_and_every_table_stands_somewhere() -> None:
         names = [name for _, name, _ in found]
         assert len(names) == path.read_text().count("<!-- table:") > 0, path
         shown += names
-    assert "load" in [name for _, name, _ in FOUND[tables.DOCUMENTS[0]]]
+    assert "load" in [name for _, name, _ in FOUND[tables.DOCUMENTS[1]]]
     readme = {"capacity", "dtypes", "speed", "load"}
     assert set(tables.TABLES) - readme <= set(shown) <= set(tables.TABLES)
 
 
 def test_a_changed_digit_is_noticed() -> None:
     """The negative control: in every table of the results, the last digit of all."""
-    path = tables.DOCUMENTS[1]
+    path = tables.DOCUMENTS[2]
     for found in tables.MARKED.finditer(path.read_text()):
         at = max(m.start() for m in re.finditer(r"\d", found[0]))
         wrong = found[0][:at] + str((int(found[0][at]) + 1) % 10) + found[0][at + 1 :]
@@ -54,7 +54,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     kivi2["running_while_others_wait"] += 1
     path.write_text(json.dumps(data))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for document in tables.DOCUMENTS:
+    for document in tables.DOCUMENTS[1:]:  # those with tables of loads
         assert tables.rewritten(document.read_text()) != document.read_text()
 
 
