@@ -3,7 +3,8 @@
     python -m benchmarks.tables            prints them all
     python -m benchmarks.tables --write    rewrites them where they stand
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test compares both.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and a figure of a sentence between
+`<!-- figure: NAME -->` and `<!-- end -->`. A test compares them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md"))
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md")
+)
+MARKED = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->\n?).*?(<!-- end -->)", re.S)
 WAITING, MOST = "running, median while others wait", "most running"
 SHAPES = {
     "smollm2": "9/3, head size 64 (SmolLM2-135M)",
@@ -342,6 +345,19 @@ def context() -> Lines:
     return list(lines.values())
 
 
+def short() -> str:
+    """How many times bf16's speed smollm2 has at 1,024 tokens: one sequence, one thread."""
+    return span(
+        _decode("attention-cpu-1-thread", "smollm2", (1,), long=False)["ratio_bf16"], "{:.1f}"
+    )
+
+
+def prefill_gain() -> str:
+    """Prefill on the EPYC, times bf16's speed."""
+    ratios = [row["ratio"] for name in EPYC for row in read(name)["prefill"]]
+    return span(pd.Series(ratios), "{:.1f}")
+
+
 CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
 EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
 TABLES: dict[str, Callable[[], Lines]] = {
@@ -366,16 +382,23 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "context": context,
 }
 """By the name in the markers."""
+FIGURES: dict[str, Callable[[], str]] = {"short-decode": short, "avx2-prefill": prefill_gain}
 
 
 def rewritten(text: str) -> str:
-    """A document with all its marked tables made anew.
+    """A document with all its marked tables and figures made anew.
 
     Raises:
-        KeyError: a marker names no table.
+        KeyError: a marker names none.
 
     """
-    return MARKED.sub(lambda found: found[1] + markdown(TABLES[found[2]]()) + found[3], text)
+
+    def made(found: re.Match[str]) -> str:
+        name = found[2]
+        text = FIGURES[name]() if name in FIGURES else markdown(TABLES[name]())
+        return found[1] + text + found[3]
+
+    return MARKED.sub(made, text)
 
 
 def main(
