@@ -62,7 +62,7 @@ def test_concurrency_is_the_median_while_others_wait() -> None:
     server = {row["kv_cache_dtype"]: row["server"] for row in rows}
     assert [server[name]["running_while_others_wait"] for name in server] == [27, 50, 61]
     assert [server[name]["running_max"] for name in server] == [53, 72, 72]
-    lines = [line.split(" | ") for line in tables.load().splitlines()]
+    lines = [line.split(" | ") for line in tables.markdown(tables.load()).splitlines()]
     (at,) = (i for i, line in enumerate(lines) if "KIVI" in line[0])
     assert lines[at][1:] == [tables.WAITING, "27", "50 (1.85×)", "61 (2.26×) |"]
     assert lines[at + 1][1:] == [tables.MOST, "53", "72 (1.36×), all", "72 (1.36×), all |"]
