@@ -3,7 +3,8 @@
     python -m benchmarks.tables            prints them all
     python -m benchmarks.tables --write    rewrites them where they stand
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test compares both.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and a figure of a sentence between
+`<!-- figure: NAME -->` and `<!-- end -->`. A test compares them.
 """
 
 from __future__ import annotations
@@ -20,19 +21,18 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("README.md", "docs/evidence.md", "benchmarks/results/README.md")
-DOCUMENTS = tuple(ROOT / name for name in NAMES)
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
-
-SHAPES = {
-    "llama2-7b": "32/32, head size 128 (Llama-2-7B)",
-    "llama3-8b": "32/8, head size 128 (Llama-3-8B)",
-    "smollm2": "9/3, head size 64 (SmolLM2-135M)",
-}
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md")
+)
+MARKED = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->\n?).*?(<!-- end -->)", re.S)
 WAITING, MOST = "running, median while others wait", "most running"
-_MEDIAN = "running_while_others_wait"
-
-Cells = list[list[str]]
+SHAPES = {
+    "smollm2": "9/3, head size 64 (SmolLM2-135M)",
+    "llama3-8b": "32/8, head size 128 (Llama-3-8B)",
+    "llama2-7b": "32/32, head size 128 (Llama-2-7B)",
+}
+Lines = Sequence[dict[str, str]]
+"""A table's lines: cells by the column's title."""
 
 
 def read(name: str) -> Any:
@@ -40,23 +40,28 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def markdown(head: Sequence[str], cells: Cells) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def markdown(lines: Lines) -> str:
+    """A Markdown table. Columns of the same name differ in blanks at their ends."""
+    head = list(lines[0])
+    cells = [head, ["---"] * len(head), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(cell.rstrip() for cell in line)} |\n" for line in cells)
 
 
-def span(values: pd.Series, form: str = ".2f", unit: str = "", scale: float = 1.0) -> str:
-    """The smallest and the largest of what is there, or the one that there is."""
-    values = values.dropna() * scale
-    if values.empty:
-        return "–"
-    ends = dict.fromkeys(f"{x:{form}}" for x in (values.min(), values.max()))
-    return "–".join(ends) + unit
+def one(rows: Sequence[dict[str, Any]], **key: Any) -> dict[str, Any]:
+    """The one row with these fields."""
+    (found,) = [row for row in rows if all(row[name] == value for name, value in key.items())]
+    return found
+
+
+def span(values: pd.Series, form: str = "{:.2f}", scale: float = 1.0) -> str:
+    """The smallest and the largest value, or the one that there is."""
+    low, high = (form.format(x * scale) for x in (values.min(), values.max()))
+    unit = low.lstrip("0123456789.")
+    return low if low == high else f"{low.removesuffix(unit)}–{high}"
 
 
 def times(value: float, first: float) -> str:
-    """` (1.15×)`."""
+    """As in ` (1.15×)`."""
     return f" ({value / first:.2f}×)"
 
 
@@ -70,174 +75,171 @@ def percent(share: float, form: str = ".0f") -> str:
     return f"{100 * share:{form}} %"
 
 
-# ---------------------------------------------------------------- capacity and quality
-
-
-def capacity() -> str:
+def capacity() -> Lines:
     """README: what fits into 256 MiB."""
-    tokens = {row["cache_dtype"]: row["tokens"] for row in _capacities(4096)}
-    kivi2 = tokens["kivi2"]
-    return markdown(
-        ["256 MiB of KV cache, `--max-model-len 4096`", "tokens"],
-        [
-            ["bf16", f"{tokens['auto']:,}"],
-            ["kivi2", f"{kivi2:,}{times(kivi2, tokens['auto'])}"],
-        ],
-    )
+    fits = _capacity(4096)
+    title = "256 MiB of KV cache, `--max-model-len 4096`"
+    return [
+        {title: "bf16", "tokens": f"{fits['auto']:,}"},
+        {title: "kivi2", "tokens": f"{fits['kivi2']:,}{times(fits['kivi2'], fits['auto'])}"},
+    ]
 
 
-def _capacities(length: int) -> list[dict[str, Any]]:
-    return [row for row in read("capacity")["rows"] if row["max_model_len"] == length]
+def _capacity(length: int) -> dict[str, int]:
+    rows = read("capacity")["rows"]
+    return {row["cache_dtype"]: row["tokens"] for row in rows if row["max_model_len"] == length}
 
 
-def dtypes() -> str:
+def dtypes() -> Lines:
     """README: bytes, capacity and quality by dtype."""
-    data, cells = read("quality-pydoc"), []
-    of = {row["cache"]: row for row in data["perplexity"]}
-    nbytes = {row["name"]: row["kv_bytes_per_token"] for row in data["caches"]}
-    fits = [{row["cache_dtype"]: row["tokens"] for row in _capacities(n)} for n in (4096, 8192)]
+    data, lines = read("quality-pydoc"), []
+    loss = {
+        row["cache"]: f"{row['ratio']['value']:.3f} ({row['kl']['value']:.3f})"
+        for row in data["perplexity"]
+    }
+    sizes = {row["name"]: row["kv_bytes_per_token"] for row in data["caches"]}
+    sizes["auto"] /= 2  # the model of these runs was in float32
     for name in ("auto", "fp8", "kivi4", "kivi_k4v2", "kivi2"):
-        # The model of the quality runs was in float32, what `auto` holds in bf16 is half of that.
-        size = nbytes[name] / 2 if name == "auto" else nbytes[name]
-        ratios = [f"{fit[name] / fit['auto']:.2f}" for fit in fits]
-        paper = of.get(f"{name}:recipe=paper")
-        losses = [_loss(of[name]), _loss(paper) if paper else "–"]
-        share = percent(size / (nbytes["auto"] / 2))
-        cells.append([f"`{name}`", f"{size:,.0f} ({share})", " / ".join(ratios), *losses])
-    head = ["`--kv-cache-dtype`", "bytes a token", "tokens that fit, of bf16's: 4,096 / 8,192 long"]
-    return markdown([*head, "perplexity (KL), default", "`recipe: paper`"], cells)
+        fits = [_capacity(length) for length in (4096, 8192)]
+        ratios = " / ".join(f"{fit[name] / fit['auto']:.2f}" for fit in fits)
+        lines.append(
+            {
+                "`--kv-cache-dtype`": f"`{name}`",
+                "bytes a token": f"{sizes[name]:,.0f} ({percent(sizes[name] / sizes['auto'])})",
+                "tokens that fit, of bf16's: 4,096 / 8,192 long": ratios,
+                "perplexity (KL), default": loss[name],
+                "`recipe: paper`": loss.get(f"{name}:recipe=paper", "–"),
+            }
+        )
+    return lines
 
 
-def _loss(row: dict[str, Any]) -> str:
-    return f"{row['ratio']['value']:.3f} ({row['kl']['value']:.3f})"
+def _decode(name: str, shape: str, batches: Sequence[int], long: bool = True) -> pd.DataFrame:
+    rows = pd.DataFrame([row for row in read(name)["decode"] if "skipped" not in row])
+    rows = rows[(rows["shape"] == shape) & rows["batch"].isin(batches)]
+    return rows[(rows["context"] >= 4096) == long]
 
 
-# ---------------------------------------------------------------- one layer's attention
-
-
-def speed() -> str:
+def speed() -> Lines:
     """README: decode attention from 4,096 tokens on."""
-    one, two = (_decode(f"attention-cpu-{name}") for name in ("1-thread", "2-threads"))
-    other = _decode("attention-cpu-avx2-1-thread")
-    cells = []
-    for shape, title in SHAPES.items():
-        many = partial(_long, shape=shape)
-        against = [many(one).ratio_bf16, many(one).ratio_fp8, many(one, batches=(1,)).ratio_bf16]
-        against += [many(two).ratio_bf16, many(other).ratio_bf16]
-        cells.append([title, *(span(values, ".1f", "×") for values in against)])
-    head = ["heads", "against bf16", "against fp8", "one sequence, bf16", "two threads, bf16"]
-    return markdown([*head, "AVX2 (EPYC), bf16"], cells)
+    columns = {
+        "against bf16": ("1-thread", (8, 32), "ratio_bf16"),
+        "against fp8": ("1-thread", (8, 32), "ratio_fp8"),
+        "one sequence, bf16": ("1-thread", (1,), "ratio_bf16"),
+        "two threads, bf16": ("2-threads", (8, 32), "ratio_bf16"),
+        "AVX2 (EPYC), bf16": ("avx2-1-thread", (8, 32), "ratio_bf16"),
+    }
+    return [
+        {"heads": SHAPES[shape]}
+        | {
+            title: span(_decode(f"attention-cpu-{file}", shape, batches)[field], "{:.1f}×")
+            for title, (file, batches, field) in columns.items()
+        }
+        for shape in reversed(SHAPES)
+    ]
 
 
-def _decode(name: str) -> pd.DataFrame:
-    rows = pd.DataFrame(read(name)["decode"])
-    rows = rows[rows["skipped"].isna()] if "skipped" in rows else rows
-    return rows.assign(ratio_fp8=rows.get("ratio_fp8"))
-
-
-def _long(rows: pd.DataFrame, shape: str, batches: tuple[int, ...] = (8, 32)) -> pd.DataFrame:
-    return rows[(rows["shape"] == shape) & (rows.context >= 4096) & rows.batch.isin(batches)]
-
-
-def decode(files: Sequence[str]) -> str:
+def decode(files: Sequence[str], fp8: bool) -> Lines:
     """Ranges over the cases of one file a number of threads."""
-    head, cells = ["shape", "context × batch"], []
-    frames = [_decode(name) for name in files]
-    fp8 = all(frame.ratio_fp8.notna().any() for frame in frames)
-    for threads in range(1, len(files) + 1):
-        head += [f"{threads} thread{'s' * (threads > 1)}: vs bf16", *["vs fp8"] * fp8]
-        head += ["of the read floor"]
-    for shape in reversed(SHAPES):
+    lines = []
+    for shape in SHAPES:
         for long in (False, True):
             for batches in ((1,), (8, 32)):
-                what = "≥ 4,096" if long else "1,024"
-                line = [shape, f"{what} × {', '.join(map(str, batches))}"]
-                for frame in frames:
-                    mine = frame[(frame["shape"] == shape) & frame.batch.isin(batches)]
-                    mine = mine[(mine.context >= 4096) == long]
-                    line += [span(mine.ratio_bf16), *[span(mine.ratio_fp8)] * fp8]
-                    line += [span(mine.share_of_floor, ".0f", " %", 100)]
-                cells.append(line)
-    return markdown(head, cells)
+                what = f"{'≥ 4,096' if long else '1,024'} × {', '.join(map(str, batches))}"
+                line = {"shape": shape, "context × batch": what}
+                for blanks, name in (("", files[0]), (" ", files[1])):
+                    mine = _decode(name, shape, batches, long)
+                    threads = "2 threads" if blanks else "1 thread"
+                    line[f"{threads}: vs bf16"] = span(mine["ratio_bf16"])
+                    if fp8:
+                        line[f"vs fp8{blanks}"] = span(mine["ratio_fp8"])
+                    line[f"of the read floor{blanks}"] = span(
+                        mine["share_of_floor"], "{:.0f} %", 100
+                    )
+                lines.append(line)
+    return lines
 
 
-def prefill(files: Sequence[str]) -> str:
+def prefill(files: Sequence[str]) -> Lines:
     """Prefill against bf16, and the store's share of a decode step; a file a number of threads."""
-    data, cells = [read(name) for name in files], []
-    for shape in reversed(SHAPES):
-        line = [shape]
-        for new, cached in ((2048, 0), (8192, 0), (2048, 8192)):
+    data, lines = [read(name) for name in files], []
+    chunks = {
+        "first 2,048 tokens, vs bf16": (2048, 0),
+        "first 8,192": (8192, 0),
+        "2,048 behind 8,192 cached": (2048, 8192),
+    }
+    for shape in SHAPES:
+        line = {"shape": shape}
+        for title, (new, cached) in chunks.items():
             key = {"shape": shape, "new": new, "context": cached}
-            line.append(" / ".join(f"{_one(one['prefill'], **key)['ratio']:.2f}" for one in data))
-        stores = [_one(one["store"], shape=shape, new=1)["share_of_attend"] for one in data]
-        cells.append([*line, " / ".join(percent(share, ".1f") for share in stores)])
-    head = ["shape", "first 2,048 tokens, vs bf16", "first 8,192", "2,048 behind 8,192 cached"]
-    return markdown([*head, "store, share of a decode step at 4,096 × 8"], cells)
+            line[title] = " / ".join(f"{one(x['prefill'], **key)['ratio']:.2f}" for x in data)
+        shares = [one(x["store"], shape=shape, new=1)["share_of_attend"] for x in data]
+        title = "store, share of a decode step at 4,096 × 8"
+        lines.append(line | {title: " / ".join(percent(share, ".1f") for share in shares)})
+    return lines
 
 
-def _one(rows: Sequence[dict[str, Any]], **key: Any) -> dict[str, Any]:
-    (found,) = [row for row in rows if all(row[name] == value for name, value in key.items())]
-    return found
-
-
-def builds() -> str:
+def builds() -> Lines:
     """Builds of the kernels against the builds before them."""
-    head, columns = ["shape"], []
-    for title, name in (("attend", "builds-cpu-avx2"), ("store_blocks", "builds-store-cpu-avx2")):
-        for threads in (1, 2):
-            rows = read(f"{name}-{threads}")["rows"]
-            last = [key for key in rows[0] if key.startswith("ratio_")][-1]
-            head.append(f"`{title}`, {threads} thread{'s' * (threads > 1)}")
-            columns.append({row["shape"]: f"{row[last]:.2f}×" for row in rows})
-    shapes = list(reversed(SHAPES))
-    return markdown(head, [[shape, *(column[shape] for column in columns)] for shape in shapes])
+    lines: dict[str, dict[str, str]] = {shape: {"shape": shape} for shape in SHAPES}
+    for title, name, new in (("attend", "", "after"), ("store_blocks", "store-", "now")):
+        for threads in ("1 thread", "2 threads"):
+            for row in read(f"builds-{name}cpu-avx2-{threads[0]}")["rows"]:
+                lines[row["shape"]][f"`{title}`, {threads}"] = f"{row[f'ratio_{new}']:.2f}×"
+    return list(lines.values())
 
 
-def recipes() -> str:
+def recipes() -> Lines:
     """What the default recipe costs over KIVI as published."""
-    data, cells = read("attention-cpu-recipes"), []
-    for row in data["decode"]:
-        store = [
-            percent(one["share_of_attend"], ".1f")
-            for one in data["store"]
-            if one["new"] == 1 and (one["shape"], one["batch"]) == (row["shape"], row["batch"])
-        ]
-        ratio = f"{row['kivi2_ms'] / row['kivi2_paper_ms']:.3f}"
-        cells.append([f"{row['shape']} × {row['batch']}", ratio, *(store or ["–"])])
-    return markdown(["shape × batch", "attend, best / paper", "store of `best`, of attend"], cells)
+    data = read("attention-cpu-recipes")
+    stores = {
+        (row["shape"], row["batch"]): percent(row["share_of_attend"], ".1f")
+        for row in data["store"]
+        if row["new"] == 1
+    }
+    return [
+        {
+            "shape × batch": f"{row['shape']} × {row['batch']}",
+            "attend, best / paper": f"{row['kivi2_ms'] / row['kivi2_paper_ms']:.3f}",
+            "store of `best`, of attend": stores.get((row["shape"], row["batch"]), "–"),
+        }
+        for row in data["decode"]
+    ]
 
 
-# ---------------------------------------------------------------- a whole engine
-
-
-def throughput() -> str:
+def throughput() -> Lines:
     """`vllm bench throughput`: output tokens a second."""
     loads = {
         "throughput-cpu": "16 requests of 4,096 tokens in",
         "throughput-cpu-small": "4 requests of 2,048 tokens in",
         "throughput-cpu-float32": "16 of 4,096, model in float32 (EPYC)",
     }
-    cells = []
+    lines = []
     for name, title in loads.items():
         rates = {key: row["output_tokens_per_s"] for key, row in read(name)["summary"].items()}
-        line = [f"{rates[key]:.2f}" if key in rates else "–" for key in ("auto", "fp8", "kivi2")]
-        cells.append([title, *line, f"{rates['kivi2'] / rates['auto']:.2f}×"])
-    head = ["128 tokens out", "vLLM's own (bf16, float32)", "fp8", "kivi2", "kivi2 against its own"]
-    return markdown(head, cells)
+        line = {"128 tokens out": title}
+        for key, what in {
+            "auto": "vLLM's own (bf16, float32)",
+            "fp8": "fp8",
+            "kivi2": "kivi2",
+        }.items():
+            line[what] = f"{rates[key]:.2f}" if key in rates else "–"
+        lines.append(line | {"kivi2 against its own": f"{rates['kivi2'] / rates['auto']:.2f}×"})
+    return lines
 
 
-def shares() -> str:
+def shares() -> Lines:
     """Where an engine's time goes."""
-    cells = []
-    for row in sorted(read("shares-cpu")["rows"], key=lambda row: row["phase"], reverse=True):
-        parts = [row[name] / row["wall"] for name in ("attention", "model", "runner", "engine")]
-        what = f"{_name(row['kv_cache_dtype'])}, {row['phase']}"
-        cells.append([what, digits(1e3 * row["wall"] / row["tokens"]), *map(percent, parts)])
-    head = ["three sequences of 3,500 tokens", "ms a token", "attention", "rest of the model"]
-    return markdown([*head, "runner", "scheduler and the rest"], cells)
-
-
-# ---------------------------------------------------------------- a server under load
+    parts = {"attention": "attention", "model": "rest of the model", "runner": "runner"}
+    parts["engine"] = "scheduler and the rest"
+    return [
+        {
+            "three sequences of 3,500 tokens": f"{_name(row['kv_cache_dtype'])}, {row['phase']}",
+            "ms a token": digits(1e3 * row["wall"] / row["tokens"]),
+            **{title: percent(row[name] / row["wall"]) for name, title in parts.items()},
+        }
+        for row in sorted(read("shares-cpu")["rows"], key=lambda row: row["phase"], reverse=True)
+    ]
 
 
 def _name(dtype: str, file: str = "") -> str:
@@ -245,140 +247,158 @@ def _name(dtype: str, file: str = "") -> str:
     return ("float32" if "float32" in file else "bf16") if dtype == "auto" else dtype
 
 
-def _loads(files: Sequence[str], workload: str) -> list[dict[str, Any]]:
-    found = []
-    for name in files:
-        for one in read(f"serving-{name}")["summary"]:
-            if one["workload"] == workload:
-                found.append(one | {"dtype": _name(one["kv_cache_dtype"], name)})
-    return found
-
-
-def seen(one: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+def seen(row: dict[str, Any], first: dict[str, Any] | None = None) -> dict[str, str]:
     """What a load and its server say, with the multiples of the first cache's.
 
     Concurrency is the median of the running requests over the moments at which others waited;
     the most that ran at any moment stands beside it.
     """
 
-    def many(value: float | None, of_first: float | None) -> str:
-        if value is None:
+    def cell(name: str, form: Callable[[float], str]) -> str:
+        if row[name] is None:
             return "–"
-        return f"{value:.0f}" + ("" if one is first or not of_first else times(value, of_first))
+        gain = "" if first in (None, row) else times(row[name], first[name])  # type: ignore[index]
+        return form(row[name]) + gain
 
-    rate = one["output_tokens_per_s"]
     return {
-        WAITING: many(one[_MEDIAN], first[_MEDIAN]),
-        MOST: many(one["running"], first["running"]) + ("" if one["saturated"] else ", all"),
-        "output tokens/s": digits(rate)
-        + ("" if one is first else times(rate, first["output_tokens_per_s"])),
-        "preempted": f"{one['preemptions']:.0f}",
+        WAITING: cell("running_while_others_wait", "{:.0f}".format),
+        MOST: cell("running", "{:.0f}".format) + ("" if row["saturated"] else ", all"),
+        "output tokens/s": cell("output_tokens_per_s", digits),
+        "preempted": f"{row['preemptions']:.0f}",
     }
 
 
-def load() -> str:
+def load() -> Lines:
     """README: three loads on three caches."""
     loads = {
         ("cpu", "long"): "16 prompts of their own, 3,000–4,000 tokens, 128 out",
         ("cpu-shared", "shared"): "48 prompts of 3,500 tokens, 8 shared prefixes, 128 out",
         ("cpu-kivi", "kivi"): "72 prompts of about 160 tokens, 338 out (KIVI's lengths)",
     }
-    cells: Cells = []
+    lines: list[dict[str, str]] = []
     for (file, workload), title in loads.items():
-        rows = _loads([file], workload)
-        if not cells:
-            fit, own = [row["kv_cache_tokens"] for row in rows], rows[0]["kv_cache_tokens"]
-            cells.append(["", "tokens that fit", f"{own:,}"])
-            cells[0] += [f"{tokens:,}{times(tokens, own)}" for tokens in fit[1:]]
-        columns = [seen(row, rows[0]) for row in rows]
-        for name in columns[0]:
-            left = title if name == WAITING else ""
-            cells.append([left, name, *(one[name] for one in columns)])
-    return markdown(["", "", "bf16", "fp8", "kivi2"], cells)
+        rows = [row for row in read(f"serving-{file}")["summary"] if row["workload"] == workload]
+        columns = {_name(row["kv_cache_dtype"]): seen(row, rows[0]) for row in rows}
+        if not lines:
+            sizes = {_name(row["kv_cache_dtype"]): row["kv_cache_tokens"] for row in rows}
+            own = sizes["bf16"]
+            gains = {name: times(n, own) if n != own else "" for name, n in sizes.items()}
+            cells = {name: f"{n:,}{gains[name]}" for name, n in sizes.items()}
+            lines.append({"": "", " ": "tokens that fit"} | cells)
+        for name in columns["bf16"]:
+            cells = {dtype: column[name] for dtype, column in columns.items()}
+            lines.append({"": title if name == WAITING else "", " ": name} | cells)
+    return lines
 
 
-def served(files: Sequence[str], workload: str) -> str:
+def served(workload: str, *files: str) -> Lines:
     """One load on each cache, with everything that was seen."""
-    table: list[dict[str, str]] = []
-    rows = _loads(files, workload)
+    rows = [
+        row | {"": _name(row["kv_cache_dtype"], file) + (" again" if file != files[0] else "")}
+        for file in files
+        for row in read(f"serving-{file}")["summary"]
+        if row["workload"] == workload
+    ]
+    hits, lines = any(row["prefix_hit_rate"] for row in rows), []
     for row in rows:
-        latency, dtype = row["latency_ms"], row["dtype"]
-        again = any(one[""] == dtype for one in table)
-        line = {"": f"{dtype} again" if again else dtype}
-        line |= {"cache tokens": f"{row['kv_cache_tokens']:,}"} | seen(row, rows[0])
-        if any(one["prefix_hit_rate"] for one in rows):
-            line["prompt tokens found"] = percent(row["prefix_hit_rate"])
-        whole = " / ".join(f"{latency['e2el'][p] / 1e3:.0f}" for p in ("p50", "p95"))
-        line["first token, p50"] = f"{latency['ttft']['p50'] / 1e3:.0f} s"
-        line["a later token, p50"] = f"{latency['tpot']['p50']:,.0f} ms"
-        line["whole answer, p50 / p95"] = f"{whole} s"
-        line["peak memory"] = f"{row['memory_peak_bytes'] / 2**20:,.0f} MiB"
-        table.append(line)
-    return markdown(list(table[0]), [list(line.values()) for line in table])
+        p50, ends = (
+            {name: x["p50"] for name, x in row["latency_ms"].items()},
+            row["latency_ms"]["e2el"],
+        )
+        line = {"": row[""], "cache tokens": f"{row['kv_cache_tokens']:,}"} | seen(row, rows[0])
+        line |= {"prompt tokens found": percent(row["prefix_hit_rate"])} if hits else {}
+        lines.append(
+            line
+            | {
+                "first token, p50": f"{p50['ttft'] / 1e3:.0f} s",
+                "a later token, p50": f"{p50['tpot']:,.0f} ms",
+                "whole answer, p50 / p95": f"{ends['p50'] / 1e3:.0f} / {ends['p95'] / 1e3:.0f} s",
+                "peak memory": f"{row['memory_peak_bytes'] / 2**20:,.0f} MiB",
+            }
+        )
+    return lines
 
 
-def rate() -> str:
+def rate() -> Lines:
     """A rising request rate: bf16 / kivi2."""
-    data, cells = read("serving-cpu-rate")["summary"], []
-    for bf16 in (one for one in data if one["kv_cache_dtype"] == "auto"):
-        kivi2 = _one(data, workload=bf16["workload"], kv_cache_dtype="kivi2")
+    data, lines = read("serving-cpu-rate")["summary"], []
+    for bf16 in (row for row in data if row["kv_cache_dtype"] == "auto"):
+        kivi2 = one(data, workload=bf16["workload"], kv_cache_dtype="kivi2")
         both, offered = (bf16, kivi2), bf16["request_rate"]
-        line = [f"{offered:.3f}" if offered else "all at the start"]
-        line += [
-            " / ".join(cell) for cell in zip(*(seen(x, x).values() for x in both), strict=True)
-        ]
-        line.insert(4, f"{kivi2['output_tokens_per_s'] / bf16['output_tokens_per_s']:.2f}×")
-        for name, form in (("ttft", ".1f"), ("e2el", ".0f")):
-            line.append(" / ".join(f"{x['latency_ms'][name]['p50'] / 1e3:{form}}" for x in both))
-        cells.append(line)
-    head = ["requests/s", WAITING, MOST, "output tokens/s", "ratio", "preempted"]
-    return markdown([*head, "first token, p50, s", "whole answer, p50, s"], cells)
+        line = {"requests/s": f"{offered:.3f}" if offered else "all at the start"}
+        line |= {name: f"{text} / {seen(kivi2)[name]}" for name, text in seen(bf16).items()}
+        line["ratio"] = f"{kivi2['output_tokens_per_s'] / bf16['output_tokens_per_s']:.2f}×"
+        for name, form, title in (("ttft", ".1f", "first token"), ("e2el", ".0f", "whole answer")):
+            seconds = [f"{row['latency_ms'][name]['p50'] / 1e3:{form}}" for row in both]
+            line[f"{title}, p50, s"] = " / ".join(seconds)
+        lines.append(line)
+    return lines
 
 
-def context() -> str:
+def context() -> Lines:
     """One request at a time: milliseconds of a token behind so many others."""
-    rows = pd.DataFrame(read("serving-cpu-context")["summary"])
-    rows["tokens"] = rows.workload.str.removeprefix("context-").astype(int)
-    rows["ms"] = [f"{one['tpot']['p50']:.0f}" for one in rows.latency_ms]
-    table = rows.pivot(index="kv_cache_dtype", columns="tokens", values="ms")
-    cells = [[_name(dtype), *table.loc[dtype]] for dtype in ("auto", "fp8", "kivi2")]
-    return markdown(["ms a token", *(f"{n:,}" for n in table.columns)], cells)
+    lines: dict[str, dict[str, str]] = {}
+    for row in read("serving-cpu-context")["summary"]:
+        line = lines.setdefault(row["kv_cache_dtype"], {"ms a token": _name(row["kv_cache_dtype"])})
+        tokens = int(row["workload"].removeprefix("context-"))
+        line[f"{tokens:,}"] = f"{row['latency_ms']['tpot']['p50']:.0f}"
+    return list(lines.values())
+
+
+def short() -> str:
+    """How many times bf16's speed smollm2 has at 1,024 tokens: one sequence, one thread."""
+    return span(
+        _decode("attention-cpu-1-thread", "smollm2", (1,), long=False)["ratio_bf16"], "{:.1f}"
+    )
+
+
+def prefill_gain() -> str:
+    """Prefill on the EPYC, times bf16's speed."""
+    ratios = [row["ratio"] for name in EPYC for row in read(name)["prefill"]]
+    return span(pd.Series(ratios), "{:.1f}")
 
 
 CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
 EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], Lines]] = {
     "capacity": capacity,
     "dtypes": dtypes,
     "speed": speed,
     "load": load,
-    "decode-avx512": partial(decode, CASCADE),
+    "decode-avx512": partial(decode, CASCADE, True),
     "prefill-avx512": partial(prefill, CASCADE),
-    "decode-avx2": partial(decode, EPYC),
+    "decode-avx2": partial(decode, EPYC, False),
     "prefill-avx2": partial(prefill, EPYC),
     "builds": builds,
     "recipes": recipes,
     "throughput": throughput,
     "shares": shares,
-    "load-long": partial(served, ["cpu", "cpu-long-kivi2"], "long"),
-    "load-shared": partial(served, ["cpu-shared"], "shared"),
-    "load-kivi": partial(served, ["cpu-kivi"], "kivi"),
-    "load-long-float32": partial(served, ["cpu-float32"], "long"),
-    "load-shared-float32": partial(served, ["cpu-float32"], "shared"),
+    "load-long": partial(served, "long", "cpu", "cpu-long-kivi2"),
+    "load-shared": partial(served, "shared", "cpu-shared"),
+    "load-kivi": partial(served, "kivi", "cpu-kivi"),
+    "load-long-float32": partial(served, "long", "cpu-float32"),
+    "load-shared-float32": partial(served, "shared", "cpu-float32"),
     "rate": rate,
     "context": context,
 }
 """By the name in the markers."""
+FIGURES: dict[str, Callable[[], str]] = {"short-decode": short, "avx2-prefill": prefill_gain}
 
 
 def rewritten(text: str) -> str:
-    """A document with all its marked tables made anew.
+    """A document with all its marked tables and figures made anew.
 
     Raises:
-        KeyError: a marker names no table.
+        KeyError: a marker names none.
 
     """
-    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+    def made(found: re.Match[str]) -> str:
+        name = found[2]
+        text = FIGURES[name]() if name in FIGURES else markdown(TABLES[name]())
+        return found[1] + text + found[3]
+
+    return MARKED.sub(made, text)
 
 
 def main(
@@ -386,7 +406,7 @@ def main(
 ) -> None:
     """Print every published table from the JSON files, or put them into the documents."""
     if not write:
-        print("\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
+        print("\n".join(f"{name}\n\n{markdown(make())}" for name, make in TABLES.items()))
         return
     for path in DOCUMENTS:
         path.write_text(rewritten(path.read_text()))

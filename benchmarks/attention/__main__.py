@@ -101,8 +101,8 @@ def attention(
                     note(f"  {what} …")
                 return
             if kind == "header":
-                if "binding" in what:
-                    what["binding"] |= header.get("binding", {})
+                for name in ("binding", "versions"):
+                    what[name] = header.get(name, {}) | what.get(name, {})
                 header.update(what)
             else:
                 rows[what["section"]].append(what)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,7 @@ def _compare(
 
     from benchmarks.attention.kivi import KiviPool, rows
     from benchmarks.attention.memory import cold_sets
-    from benchmarks.attention.timing import Cursor, Timed, columns, interleave
+    from benchmarks.attention.timing import Timed, columns, interleave
     from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
     from kivi_vllm.ops.cpu import operators
     from kivi_vllm.ops.cpu.library import Library
@@ -104,7 +105,7 @@ def _compare(
         calls = [pool.attention(i, of, *args) for i in range(sets)]
     else:
         calls = [pool.store(case.section, i, of, own.key, own.value) for i in range(sets)]
-    things, results, cursor = {}, [], Cursor(sets)
+    things, results, cursor = {}, [], cycle(range(sets))
     for name, library in libraries.items():
         things[name] = Timed([partial(run, library, call) for call in calls], cursor)
         if attending:

