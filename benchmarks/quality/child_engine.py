@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.child import Child, Done, EngineError
+from benchmarks.quality.child import Child, Done, EngineError
 from benchmarks.quality.metrics import TokenFigures
 from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.default_model import cache_folder
