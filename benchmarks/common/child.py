@@ -35,6 +35,9 @@ T = TypeVar("T")
 _TURN_S = 0.1
 """How often reports are looked for; a result is not waited for so long."""
 
+GRACE_S = 10.0
+"""How long a child that nobody needs any more may take to end by itself."""
+
 _reports: Connection | None = None
 
 
@@ -71,6 +74,7 @@ class Child:
     def __init__(self, name: str, environment: Mapping[str, str], log: Path | None = None) -> None:
         self.name = name
         self._temporary = log is None
+        self._idle = True
         if log is None:
             handle, path = tempfile.mkstemp(prefix="kivi-benchmark-", suffix=".log")
             os.close(handle)
@@ -123,6 +127,7 @@ class Child:
 
         """
         try:
+            self._idle = False
             future = self._executor.submit(_run, function, args)
             # A process that the child has started may hold the pool's pipes open: ask the system.
             while not wait([future], _TURN_S).done and self._process.is_alive():
@@ -132,6 +137,7 @@ class Child:
             self._pass_on(on_report)
             if not wait([future], 2).done:
                 raise BrokenExecutor
+            self._idle = True
             return future.result()
         except Failure as failure:
             raise self._failed(str(failure)) from None
@@ -150,10 +156,11 @@ class Child:
             pass
 
     def _end(self) -> None:
-        # The child has a session of its own. It idles, or nobody wants what it does any more.
-        process = SimpleNamespace(pid=self.pid, poll=self._process.is_alive)
-        stop(process, grace=1.0)
-        self._executor.shutdown()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._idle:  # let it release what it holds; but it may hang
+            self._process.join(GRACE_S)
+        # It has a session of its own; what it has started is in there.
+        stop(SimpleNamespace(pid=self.pid, poll=self._process.is_alive), grace=1.0)
         self._incoming.close()
 
     def _failed(self, what: str) -> ChildError:
