@@ -98,8 +98,9 @@ class Library:
 
 def _difference(fields: ctypes._Pointer[_Field]) -> str:
     """The first field of the structs that the library has elsewhere than `abi`, if any."""
-    theirs = itertools.takewhile(lambda field: field[0], ((f.name, f.offset) for f in fields))
-    named = ((name.decode(), offset) for name, offset in theirs)
+    all_fields = (fields[i] for i in itertools.count())
+    theirs = itertools.takewhile(lambda field: field.name, all_fields)
+    named = ((field.name.decode(), field.offset) for field in theirs)
     for own, other in itertools.zip_longest(abi.offsets(), named, fillvalue=("nothing", 0)):
         if own != other:
             return f"it has {other[0]} at byte {other[1]} where {own[0]} at {own[1]} is expected"
