@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+from typing import Any, Literal, get_args
 
 BLOCK_SIZE = 128
 """Tokens per page block (`B` in the documentation)."""
@@ -34,18 +31,10 @@ DTYPES: dict[str, tuple[int, int]] = {
 QUANTIZED_DTYPES = tuple(name for name, bits in DTYPES.items() if bits != (RAW_BITS, RAW_BITS))
 """Those that save memory: what users are offered."""
 
-SUPPORTED_VLLM = ("0.32", "0.33")
-
-CUDA_VLLM = ("0.33",)
-"""Those of them that are supported on GPUs."""
+RECOMMENDED_DTYPE = "kivi2"
+"""Where the user names none: in the demo."""
 
 GROUP_SIZES = (32, 64, 128)
-
-MIN_CAPABILITY = (8, 0)
-"""Oldest compute capability of a GPU: matrix products of bf16, and asynchronous copies."""
-
-CUDA_HEAD_SIZES = (64, 96, 128, 256)
-"""Head sizes for which the GPU kernels are compiled in the tests."""
 
 PrefillMode = Literal["exact", "cached"]
 
@@ -153,13 +142,6 @@ class KiviConfig:
         if DTYPES.get(dtype) == (RAW_BITS, RAW_BITS):  # nothing is quantized
             recipe = "paper"
         return cls(dtype, **{**RECIPES[recipe], **options})
-
-    @classmethod
-    def from_vllm(cls, vllm_config: VllmConfig) -> KiviConfig:
-        """The configuration of an engine whose cache dtype is one of `DTYPES`."""
-        additional = vllm_config.additional_config
-        options = additional.get("kivi", {}) if isinstance(additional, dict) else {}
-        return cls.from_options(str(vllm_config.cache_config.cache_dtype), options)
 
 
 def is_kivi(cache_dtype: object) -> bool:

@@ -13,9 +13,10 @@ def register() -> None:
     """
     from vllm.logger import init_logger
 
+    from kivi_vllm.attention import hooks, versions
     from kivi_vllm.attention.hooks import wraps
 
-    ok, found = wraps.supported_vllm()
+    ok, found = versions.supported_vllm()
     if not ok:
         init_logger("vllm.kivi_vllm").warning(
             "kivi_vllm is not registered: found %s. Install a supported version of "
@@ -23,7 +24,7 @@ def register() -> None:
             found,
         )
         return
-    wraps.register_dtypes()
+    hooks.of_this_version().register_dtypes()
     wraps.register_backend_name()
     wraps.register_cache_specs()
     wraps.select_backend_by_dtype()

@@ -1,158 +1,23 @@
-"""The attention backend that vLLM selects for the KIVI dtypes: config and metadata."""
+"""The attention backend that vLLM selects for the KIVI dtypes."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-    MultipleOf,
-)
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.groups.pages import page_spec
+from kivi_vllm.attention.impl import KiviAttentionImpl, impl_for
 from kivi_vllm.attention.layer import LAYOUTS
-from kivi_vllm.config import (
-    BLOCK_SIZE,
-    DTYPES,
-    HEAD_SIZES,
-    MIN_CAPABILITY,
-    KiviConfig,
-    KiviConfigError,
-)
+from kivi_vllm.attention.metadata import KiviMetadataBuilder, builder_for
+from kivi_vllm.attention.versions import device_kind
+from kivi_vllm.config import BLOCK_SIZE, DTYPES, HEAD_SIZES, KiviConfig, KiviConfigError
+from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
-from kivi_vllm.ops.step import DeviceStep, Row, Step
-
-
-@dataclass
-class KiviMetadata:
-    """One cache group's view of a step.
-
-    Attributes:
-        query_start_loc: [num_reqs + 1] on the CPU, first token of each request.
-        seq_lens: [num_reqs], tokens of each request after the step.
-        block_table: [num_reqs, max_blocks], page ids of this group.
-        per_position, decode_len: see `Step`.
-
-    """
-
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    per_position: bool
-    decode_len: int
-
-    @functools.cached_property
-    def step(self) -> Step:
-        """What the operators must know of this step; made once for all layers."""
-        return Step(self._rows(), self.block_table, self.per_position, self.decode_len)
-
-    def _rows(self) -> list[Row]:
-        """The requests that have tokens in this step."""
-        starts, lens = self.query_start_loc.tolist(), self.seq_lens.tolist()
-        return [
-            Row(i, q0, q1, end - (q1 - q0), end)
-            for i, (q0, q1, end) in enumerate(zip(starts, starts[1:], lens, strict=False))
-            if q1 > q0
-        ]
-
-
-@dataclass
-class KiviDeviceMetadata:
-    """One cache group's view of a step on a GPU: nothing in it is read on the host.
-
-    Attributes:
-        step: what the operators must know; its tensors are vLLM's own buffers, which
-            stay where they are while their contents change from step to step.
-        block_table: [num_reqs, max_blocks], page ids of this group.
-
-    """
-
-    step: DeviceStep
-    block_table: torch.Tensor
-
-
-class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
-    """Builds `KiviMetadata` for pages, rings and tails alike."""
-
-    # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.per_position = KiviConfig.from_vllm(vllm_config).prefill == "cached"
-        self.decode_len = 1 + num_draft_tokens(vllm_config)
-        if current_platform.is_cuda():  # the decodes first, as `DeviceStep` wants them
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> KiviMetadata | KiviDeviceMetadata:
-        """Take over what vLLM's model runner has prepared for this group.
-
-        Raises:
-            NotImplementedError: the layers do not attend causally.
-
-        """
-        m = common_attn_metadata
-        if m.causal is not True:
-            raise NotImplementedError("the KIVI cache serves causal attention only")
-        if current_platform.is_cuda():
-            return KiviDeviceMetadata(self._device_step(m), m.block_table_tensor)
-        return KiviMetadata(
-            query_start_loc=m.query_start_loc_cpu[: m.num_reqs + 1],
-            seq_lens=m.seq_lens[: m.num_reqs],
-            block_table=m.block_table_tensor,
-            per_position=self.per_position,
-            decode_len=self.decode_len,
-        )
-
-    def _device_step(self, m: CommonAttentionMetadata) -> DeviceStep:
-        """The step, from counts that the scheduler knows and from tensors on the device."""
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            m, decode_threshold=self.decode_len
-        )
-        prefill_lens, nothing_cached = [], False
-        if num_prefills:
-            lens = m.query_start_loc_cpu[1 : m.num_reqs + 1] - m.query_start_loc_cpu[: m.num_reqs]
-            lens = lens[num_decodes:]
-            prefill_lens = lens.tolist()
-            ends = m.seq_lens_cpu_upper_bound  # exact for those that are no decodes
-            nothing_cached = ends is not None and bool(
-                (ends[num_decodes : m.num_reqs] == lens).all()
-            )
-        return DeviceStep(
-            query_start_loc=m.query_start_loc[: m.num_reqs + 1],
-            seq_lens=m.seq_lens[: m.num_reqs],
-            block_table=m.block_table_tensor,
-            num_decodes=num_decodes,
-            num_decode_tokens=num_decode_tokens,
-            num_tokens=m.num_actual_tokens,
-            max_query_len=m.max_query_len,
-            per_position=self.per_position,
-            decode_len=self.decode_len,
-            nothing_cached=nothing_cached,
-            prefill_lens=prefill_lens,
-        )
 
 
 class KiviAttentionBackend(AttentionBackend):
@@ -169,15 +34,13 @@ class KiviAttentionBackend(AttentionBackend):
     def get_name() -> str:
         return "KIVI"
 
-    @staticmethod
-    def get_impl_cls() -> Any:
-        from kivi_vllm.attention.impl import KiviAttentionImpl
+    @classmethod
+    def get_impl_cls(cls) -> type[KiviAttentionImpl]:
+        return impl_for(cls.config)
 
-        return KiviAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[KiviMetadataBuilder]:
-        return KiviMetadataBuilder
+    @classmethod
+    def get_builder_cls(cls) -> type[KiviMetadataBuilder]:
+        return builder_for(cls.config)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
@@ -193,7 +56,8 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return capability is None or tuple(capability)[:2] >= MIN_CAPABILITY
+        oldest = dispatch.backend(device_kind()).operators.limits.min_capability
+        return capability is None or oldest is None or tuple(capability)[:2] >= oldest[0]
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kivi_vllm.attention.backend import KiviDeviceMetadata, KiviMetadata
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.layer import RawCache
+from kivi_vllm.attention.metadata import KiviMetadata
+from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw
+from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw
 
 
 class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
-    """Store and attend over KIVI pages; see `kivi_vllm.ops.reference` for the meaning."""
+    """Store and attend over KIVI pages; see `kivi_vllm.ops.reference` for the meaning.
+
+    For one engine's `KiviConfig` (see `impl_for`).
+    """
+
+    config: ClassVar[KiviConfig]
 
     def __init__(
         self,
@@ -52,38 +57,23 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.params = AttentionParams(
+        params = AttentionParams(
             scale=self.scale,
             logits_soft_cap=logits_soft_cap or 0.0,
             alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
             sliding_window=sliding_window or 0,
         )
         vllm_config = get_current_vllm_config()
-        self.config = KiviConfig.from_vllm(vllm_config)
-        self.device_type = current_platform.device_type
-        self.more: dict[str, Any] = {}
-        if self.device_type == "cuda":
-            self._prepare_device(vllm_config)
-
-    def _prepare_device(self, vllm_config: VllmConfig) -> None:
-        """Choose and allocate what a GPU needs, before vLLM measures the free memory."""
-        from kivi_vllm.ops.triton.first_chunk import choose
-        from kivi_vllm.ops.triton.workspace import reserve
-
-        device = torch.device("cuda", torch.accelerator.current_device_index())
-        if self.params.alibi_slopes is not None:
-            slopes = self.params.alibi_slopes.to(device)
-            self.params = dataclasses.replace(self.params, alibi_slopes=slopes)
-        dtype = vllm_config.model_config.dtype
-        self.more["first_chunk"] = choose(self.params, self.head_size, dtype)
-        reserve(
-            rows=vllm_config.scheduler_config.max_num_seqs,
+        self.operators = dispatch.operators(device_kind())
+        layer = Layer(
+            num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            gqa=self.num_heads // self.num_kv_heads,
-            tokens=1 + num_draft_tokens(vllm_config),
-            head_size=self.head_size,
-            device=device,
+            head_size=head_size,
+            dtype=vllm_config.model_config.dtype,
+            max_rows=vllm_config.scheduler_config.max_num_seqs,
+            decode_len=1 + num_draft_tokens(vllm_config),
         )
+        self.params = self.operators.prepare(layer, params)
 
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None
@@ -102,7 +92,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: KiviMetadata | KiviDeviceMetadata | None,
+        attn_metadata: KiviMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -133,11 +123,10 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
 
-        ops = dispatch.operators(self.device_type)
-        step = attn_metadata.step
+        ops, step = self.operators, attn_metadata.step
         cache = self._layer_cache(kv_cache)
         ops.store_blocks(step, cache, key, value)
-        ops.attend(step, cache, query, key, value, self.params, output, **self.more)
+        ops.attend(step, cache, query, key, value, self.params, output)
         ops.store_ring(step, cache, key, value)
         return output
 
@@ -162,3 +151,9 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             residual_length=self.config.residual_length,
             sinks=sinks,
         )
+
+
+@functools.cache
+def impl_for(config: KiviConfig) -> type[KiviAttentionImpl]:
+    """`KiviAttentionImpl` for one configuration: vLLM makes implementations itself."""
+    return type(KiviAttentionImpl.__name__, (KiviAttentionImpl,), {"config": config})

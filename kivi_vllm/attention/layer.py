@@ -15,7 +15,8 @@ the same byte size, drawn from the same pool, admitted and freed by vLLM:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -24,6 +25,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from kivi_vllm.attention.groups.of_a_layer import residual_specs
+from kivi_vllm.attention.metadata import KiviMetadataBuilder, builder_for
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
 
@@ -35,7 +37,12 @@ LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 
 
 class RawBackend(AttentionBackend):
-    """What vLLM must know of the ring, tail and sink groups: their metadata, no kernels."""
+    """What vLLM must know of the ring, tail and sink groups: their metadata, no kernels.
+
+    For one engine's `KiviConfig` (see `raw_backend_for`).
+    """
+
+    config: ClassVar[KiviConfig]
 
     @staticmethod
     def get_name() -> str:
@@ -45,11 +52,9 @@ class RawBackend(AttentionBackend):
     def get_impl_cls() -> Any:
         raise NotImplementedError("rings, tails and sinks are read by the layer's own KIVI backend")
 
-    @staticmethod
-    def get_builder_cls() -> Any:
-        from kivi_vllm.attention.backend import KiviMetadataBuilder
-
-        return KiviMetadataBuilder
+    @classmethod
+    def get_builder_cls(cls) -> type[KiviMetadataBuilder]:
+        return builder_for(cls.config)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
@@ -60,6 +65,12 @@ class RawBackend(AttentionBackend):
         return LAYOUTS
 
 
+@functools.cache
+def raw_backend_for(config: KiviConfig) -> type[RawBackend]:
+    """`RawBackend` for one configuration: vLLM asks classes, not instances."""
+    return type(RawBackend.__name__, (RawBackend,), {"config": config})
+
+
 class RawCache(AttentionLayerBase):
     """A cache of full-precision tokens beside an attention layer.
 
@@ -67,13 +78,14 @@ class RawCache(AttentionLayerBase):
     [num_blocks, num_kv_heads, raw_tokens, bytes] uint8.
     """
 
-    def __init__(self, name: str, spec: KVCacheSpec) -> None:
+    def __init__(self, name: str, spec: KVCacheSpec, config: KiviConfig) -> None:
         self.name = name
         self.spec = spec
+        self.config = config
         self.kv_cache = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return RawBackend
+        return raw_backend_for(self.config)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return self.spec
@@ -96,7 +108,7 @@ def attach(attn: Attention, config: KiviConfig) -> None:
     context = vllm_config.compilation_config.static_forward_context
     caches = {}
     for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, vllm_config).items():
-        cache = RawCache(f"{attn.layer_name}.{suffix}", spec)
+        cache = RawCache(f"{attn.layer_name}.{suffix}", spec, config)
         if cache.name in context:
             raise ValueError(f"Duplicate layer name: {cache.name}")
         context[cache.name] = caches[suffix] = cache

@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.attention import ray_nodes
-from kivi_vllm.attention.hooks.wraps import vllm_version
-from kivi_vllm.config import (
-    BLOCK_SIZE,
-    CUDA_HEAD_SIZES,
-    CUDA_VLLM,
-    MIN_CAPABILITY,
-    KiviConfig,
-    KiviConfigError,
-    is_kivi,
-)
-from kivi_vllm.ops.dispatch import describe
+from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
+from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.toolchain import find_compiler, torch_finds
 
@@ -27,9 +19,6 @@ if TYPE_CHECKING:
 
 SPECULATION = ("ngram",)
 """Speculative methods that are tested; the others need a draft model's own cache."""
-
-GPU_DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes of models on GPUs; in float32, tiles would not fit the shared memory of all of them."""
 
 _OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
 
@@ -57,10 +46,10 @@ def check(vllm_config: VllmConfig) -> None:
         return
     from vllm.platforms import current_platform
 
-    config = KiviConfig.from_vllm(vllm_config)
+    from kivi_vllm.attention.options import kivi_config
+
+    config = kivi_config(vllm_config)
     problems = [*_model(vllm_config), *_settings(vllm_config), *_toolchain(vllm_config)]
-    if current_platform.is_cpu():
-        describe("cpu")  # refuses an instruction set that is not there
     if not problems:
         fmt = PageFormat.of(
             config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
@@ -96,13 +85,7 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if current_platform.is_cuda():
-        yield from _gpu(vllm_config)
-    elif not current_platform.is_cpu():
-        yield (
-            f"there are operators for CPUs and NVIDIA GPUs only, not for "
-            f"{current_platform.device_name}; use --kv-cache-dtype auto or fp8"
-        )
+    yield from _device(vllm_config)
     if cache.user_specified_block_size and cache.block_size != BLOCK_SIZE:
         yield (
             f"--block-size {cache.block_size} is not supported: pages hold {BLOCK_SIZE} tokens; "
@@ -174,40 +157,55 @@ def _pipeline_on_cpus(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
-def _gpu(vllm_config: VllmConfig) -> Iterator[str]:
-    """What the kernels for NVIDIA GPUs do not serve."""
+def _device(vllm_config: VllmConfig) -> Iterator[str]:
+    """What the operators of this kind of device do not serve."""
     from vllm.platforms import current_platform
 
-    from kivi_vllm.attention.backend import KiviAttentionBackend
-
-    line, remedy = describe("cuda")
-    if line.startswith("none"):
-        yield f"the GPU kernels cannot be loaded: {line}; {remedy}"
-    capability = current_platform.get_device_capability()
-    if not KiviAttentionBackend.supports_compute_capability(capability):
+    device = device_kind()
+    try:
+        limits = dispatch.backend(device).operators.limits
+    except NotImplementedError:
         yield (
-            f"{current_platform.get_device_name()} has compute capability "
-            f"{capability.major}.{capability.minor}, and the kernels need "
-            f"{'.'.join(map(str, MIN_CAPABILITY))} or newer (Ampere); "
+            f"there are operators for CPUs and NVIDIA GPUs only, not for "
+            f"{current_platform.device_name}; use --kv-cache-dtype auto or fp8"
+        )
+        return
+    except ImportError:
+        line, remedy = dispatch.describe(device)
+        yield f"the kernels cannot be loaded: {line}; {remedy}"
+        return
+    capability = current_platform.get_device_capability()
+    oldest = limits.min_capability
+    if oldest is not None and (capability is None or tuple(capability)[:2] < oldest[0]):
+        found = "none" if capability is None else f"{capability.major}.{capability.minor}"
+        yield (
+            f"{current_platform.get_device_name()} has compute capability {found}, and the kernels "
+            f"need {'.'.join(map(str, oldest[0]))} or newer ({oldest[1]}); "
             "use --kv-cache-dtype auto or fp8"
         )
-    version = ".".join(vllm_version().split(".")[:2])
-    if version not in CUDA_VLLM:
+    version, good = minor(vllm_version()), SUPPORTED[device]
+    if version not in good:
         yield (
-            f"GPUs are served with vLLM {' or '.join(CUDA_VLLM)}, not {version}; "
-            f"pip install 'kivi-vllm[cuda]'"
+            f"{limits.devices} are served with vLLM {' or '.join(good)}, not {version}; "
+            f"pip install 'kivi-vllm[{device}]'"
         )
     model = vllm_config.model_config
-    if model.get_head_size() not in CUDA_HEAD_SIZES:
+    if model.get_head_size() not in limits.head_sizes:
         yield (
-            f"head size {model.get_head_size()} is not supported on GPUs (supported: "
-            f"{', '.join(map(str, CUDA_HEAD_SIZES))}); {_OTHER_DTYPE}"
+            f"head size {model.get_head_size()} is not supported on {limits.devices} (supported: "
+            f"{', '.join(map(str, limits.head_sizes))}); {_OTHER_DTYPE}"
         )
-    if model.dtype not in GPU_DTYPES:
-        dtype = str(model.dtype).removeprefix("torch.")
-        yield f"--dtype {dtype} is not supported on GPUs; use --dtype bfloat16"
-    if vllm_config.parallel_config.enable_dbo:
+    if model.dtype not in limits.model_dtypes:
+        yield (
+            f"--dtype {_name(model.dtype)} is not supported on {limits.devices}; "
+            f"use --dtype {_name(limits.model_dtypes[0])}"
+        )
+    if limits.decodes_first and vllm_config.parallel_config.enable_dbo:
         yield "dual-batch overlap is not tested; leave out --enable-dbo"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:

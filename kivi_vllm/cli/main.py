@@ -11,6 +11,7 @@ import typer
 from kivi_vllm.cli.demo import QUESTION, Demo
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import console
+from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE
 
 app = typer.Typer(
     help="The KIVI 2-bit KV cache for vLLM: vllm serve MODEL --kv-cache-dtype kivi2",
@@ -20,12 +21,8 @@ app = typer.Typer(
 )
 
 
-class CacheDtype(str, Enum):
-    """The cache formats of this project."""
-
-    kivi2 = "kivi2"
-    kivi4 = "kivi4"
-    kivi_k4v2 = "kivi_k4v2"
+CacheDtype = Enum("CacheDtype", {name: name for name in QUANTIZED_DTYPES}, type=str)  # type: ignore[misc]
+RECOMMENDED = CacheDtype(RECOMMENDED_DTYPE)
 
 
 @app.command()
@@ -37,7 +34,7 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 64,
     kv_cache_dtype: Annotated[
         CacheDtype, typer.Option(help="Cache format to compare with bf16.")
-    ] = CacheDtype.kivi2,
+    ] = RECOMMENDED,
     memory_mib: Annotated[int, typer.Option(min=1, help="Memory of the KV cache, in MiB.")] = 256,
     max_model_len: Annotated[int, typer.Option(min=128, help="Longest sequence.")] = 4096,
     timeout: Annotated[

@@ -1,57 +1,15 @@
-"""How much fits: vLLM's own accounting, run on a model's config without its weights.
-
-The model is built on torch's meta device, its layers report their cache specs, and
-vLLM's functions turn those and a memory size into the figures that it logs at
-start ("KV cache size: ... tokens"). Nothing here repeats that arithmetic.
-"""
+"""`kivi-vllm plan`: how much fits into a given memory, by cache dtype."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from kivi_vllm.attention.hooks.capacity import Capacity, capacity
 from kivi_vllm.cli.errors import UserError
+from kivi_vllm.config import QUANTIZED_DTYPES
 
-CACHE_DTYPES = ("auto", "fp8", "kivi4", "kivi_k4v2", "kivi2")
-
-_UNITS = {
-    "": 1,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What vLLM reports at start for one cache dtype.
-
-    Attributes:
-        cache_dtype: as given to `--kv-cache-dtype`.
-        raw_dtype: the model's own dtype, which `auto` stores.
-        max_model_len: longest sequence.
-        tokens: "KV cache size", in tokens.
-        sequences: "Maximum concurrency" at `max_model_len`.
-
-    """
-
-    cache_dtype: str
-    raw_dtype: str
-    max_model_len: int
-    tokens: int
-    sequences: float
+CACHE_DTYPES = ("auto", "fp8", *reversed(QUANTIZED_DTYPES))
 
 
 def parse_memory(text: str) -> int:
@@ -61,116 +19,15 @@ def parse_memory(text: str) -> int:
         UserError: the text is no positive size.
 
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if not match or unit is None or float(match[1]) <= 0:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0:
         raise UserError(f"--memory {text!r} is not a size", "write it as in 20GiB, 512MiB or 8GB")
-    return int(float(match[1]) * unit)
-
-
-def capacity(
-    model: str, cache_dtype: str, memory_bytes: int, max_model_len: int | None = None, **engine: Any
-) -> Capacity:
-    """What vLLM would report for `model` with this cache dtype and memory.
-
-    Args:
-        model: folder or name, as for `vllm serve`; only its config is read.
-        cache_dtype: as for `--kv-cache-dtype`.
-        memory_bytes: as for `--kv-cache-memory-bytes`.
-        max_model_len: as for `--max-model-len`; None: the model's own.
-        engine: further vLLM engine arguments.
-
-    Raises:
-        ValueError: what vLLM, or this project, says of a configuration that it
-            cannot serve.
-
-    """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
-    from vllm.v1.core.kv_cache_utils import (
-        generate_scheduler_kv_cache_config,
-        get_kv_cache_capacity,
-    )
-
-    from kivi_vllm.attention.hooks.wraps import get_kv_cache_configs
-
-    load_general_plugins()
-    args = EngineArgs(
-        model=model,
-        kv_cache_dtype=cache_dtype,
-        kv_cache_memory_bytes=memory_bytes,
-        max_model_len=max_model_len,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        load_format="dummy",
-        **engine,
-    )
-    config = args.create_engine_config()
-    with _one_worker(config):
-        specs = _cache_specs(config)
-    configs = get_kv_cache_configs(config, [specs], [memory_bytes])
-    tokens, sequences = get_kv_cache_capacity(config, generate_scheduler_kv_cache_config(configs))
-    return Capacity(
-        cache_dtype=cache_dtype,
-        raw_dtype=str(config.model_config.dtype).removeprefix("torch."),
-        max_model_len=config.model_config.max_model_len,
-        tokens=tokens,
-        sequences=sequences,
-    )
-
-
-def _cache_specs(config: Any) -> dict[str, Any]:
-    """Every layer's cache spec, as vLLM's worker collects them, without weights."""
-    import torch
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import set_default_torch_dtype
-    from vllm.v1.attention.backends.utils import (
-        get_supported_kv_cache_layouts,
-        resolve_kv_cache_layout,
-    )
-    from vllm.v1.kv_cache_interface import AttentionSpec
-    from vllm.v1.worker.utils import customize_attention_spec
-
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
-        initialize_model(config)
-    current_platform.update_block_size_for_backend(config)
-    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-    specs = {}
-    for name, layer in layers.items():
-        if getattr(layer, "kv_sharing_target_layer_name", None):
-            continue
-        spec = layer.get_kv_cache_spec(config)
-        if isinstance(spec, AttentionSpec):
-            spec = customize_attention_spec(layer.get_attn_backend(), spec)
-        if spec is not None:
-            specs[name] = spec
-    backends = list({layer.get_attn_backend(): None for layer in layers.values()})
-    layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
-    resolve_kv_cache_layout(config, [layouts], list(specs.values()))
-    return specs
-
-
-@contextmanager
-def _one_worker(config: Any) -> Iterator[None]:
-    """The process groups of a single worker, which vLLM's layers ask for as they are made."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.distributed.parallel_state import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
-        store = (Path(folder) / "store").as_uri()
-        init_distributed_environment(1, 0, store, local_rank=0, backend="gloo")
-        try:
-            initialize_model_parallel()
-            yield
-        finally:
-            cleanup_dist_env_and_memory()
+    return size
 
 
 def plan_table(

@@ -1,86 +1,105 @@
-"""Which implementation of the operators runs on a device, said once in the log."""
+"""Which backend of the operators serves a kind of device, said once in the log."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from types import ModuleType
+from typing import NamedTuple
+
+from kivi_vllm.ops.contract import Operators
+
+logger = logging.getLogger("vllm.kivi_vllm")
+"""Below vLLM's own logger, so that its settings hold."""
 
 REBUILD = "with g++ on PATH, install kivi_vllm again (in a checkout: make setup)"
 
 
+class Backend(NamedTuple):
+    """The operators of a device, one line about them, and what to do about it, if anything."""
+
+    operators: Operators
+    line: str
+    remedy: str = ""
+
+
 @functools.cache
-def _cpu() -> tuple[ModuleType, str, bool]:
-    """The CPU's operators, a line on them, and whether they are what they should be.
-
-    Raises:
-        KiviConfigError: the environment names an instruction set that is not there.
-
-    """
+def _cpu() -> Backend:
     from kivi_vllm.ops import reference
     from kivi_vllm.ops.cpu import library, operators
 
     if os.environ.get(library.ENVIRONMENT) == library.REFERENCE:
-        return reference, f"reference (PyTorch), as {library.ENVIRONMENT} says", True
+        return Backend(reference, f"reference (PyTorch), as {library.ENVIRONMENT} says")
     try:
         native = library.load()
     except OSError as error:
-        return reference, f"reference (PyTorch, slow): no native kernels ({error})", False
+        line = f"reference (PyTorch, slow): no native kernels ({error})"
+        return Backend(reference, line, REBUILD)
     more = [name for name in native.available if name != native.isa]
     line = f"native, {native.isa}" + (f" (also: {', '.join(more)})" if more else "")
     if not native.parallel:
-        return operators, f"{line}; one thread only: not built by GCC", False
-    return operators, line, True
+        return Backend(operators, f"{line}; one thread only: not built by GCC", REBUILD)
+    return Backend(operators, line)
 
 
 @functools.cache
-def _cuda() -> tuple[ModuleType, str, bool]:
-    """The same for NVIDIA GPUs.
-
-    Raises:
-        ImportError: Triton is not installed.
-
-    """
+def _cuda() -> Backend:
     import triton
 
     from kivi_vllm.ops.triton import operators
 
-    return operators, f"Triton {triton.__version__}", True
+    return Backend(operators, f"Triton {triton.__version__}")
 
 
-_IMPLEMENTATIONS = {"cpu": _cpu, "cuda": _cuda}
+_BACKENDS = {"cpu": _cpu, "cuda": _cuda}
+
+DEVICES = tuple(_BACKENDS)
+"""Kinds of devices that have operators, as PyTorch calls them."""
 
 
-def describe(device: str = "cpu") -> tuple[str, str]:
-    """One line on the operators that `device` would use, and what to do about it, if anything."""
-    if device not in _IMPLEMENTATIONS:
-        return f"none for {device}", "serve on a CPU or an NVIDIA GPU"
-    try:
-        _, line, good = _IMPLEMENTATIONS[device]()
-    except ImportError as error:
-        return f"none ({error})", "pip install 'kivi-vllm[cuda]'"
-    return line, "" if good else REBUILD
-
-
-@functools.cache
-def operators(device: str) -> ModuleType:
-    """The module with `store_blocks`, `attend` and `store_ring` for a type of device.
+def backend(device: str) -> Backend:
+    """The backend of a kind of device.
 
     Raises:
-        NotImplementedError: there are none for it.
+        NotImplementedError: there is none for it.
+        ImportError: a package that it needs is not installed.
         KiviConfigError: the environment names an instruction set that is not there.
 
     """
-    from vllm.logger import init_logger
-
-    if device not in _IMPLEMENTATIONS:
+    if device not in _BACKENDS:
         raise NotImplementedError(
             f"the KIVI cache has no operators for {device} devices; it runs on CPUs and NVIDIA GPUs"
         )
-    module, line, good = _IMPLEMENTATIONS[device]()
-    logger = init_logger("vllm.kivi_vllm")
-    if good:
-        logger.info("KIVI operators on %s: %s", device, line)
+    return _BACKENDS[device]()
+
+
+def describe(device: str = "cpu") -> tuple[str, str]:
+    """One line on the operators that `device` would use, and what to do about it, if anything.
+
+    Raises:
+        KiviConfigError: the environment names an instruction set that is not there.
+
+    """
+    try:
+        found = backend(device)
+    except NotImplementedError:
+        return f"none for {device}", "serve on a CPU or an NVIDIA GPU"
+    except ImportError as error:
+        return f"none ({error})", "pip install 'kivi-vllm[cuda]'"
+    return found.line, found.remedy
+
+
+@functools.cache
+def operators(device: str) -> Operators:
+    """The operators of a kind of device; the first call logs what they are.
+
+    Raises:
+        as `backend`.
+
+    """
+    found = backend(device)
+    if found.remedy:
+        logger.warning("KIVI operators on %s: %s; %s", device, found.line, found.remedy)
     else:
-        logger.warning("KIVI operators on %s: %s; %s", device, line, REBUILD)
-    return module
+        logger.info("KIVI operators on %s: %s", device, found.line)
+    return found.operators

@@ -1,4 +1,4 @@
-"""The PyTorch truth: store and attend. Every kernel is tested against it.
+"""The PyTorch truth: store and attend (see `contract`). Every kernel is tested against it.
 
 One attention layer's step is three calls, in this order:
 
@@ -21,8 +21,19 @@ import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
 from kivi_vllm.ops.codec import decode_pages, encode_pages
+from kivi_vllm.ops.contract import Limits
 from kivi_vllm.ops.residual import full_precision_from, ring_start
-from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw, Row, Step
+
+limits = Limits("CPUs")
+
+step = Step.of
+
+
+def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
+    """Nothing need be made ready."""
+    return params
+
 
 # -------------------------------------------------------------------- store
 

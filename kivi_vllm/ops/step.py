@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,37 @@ import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
 from kivi_vllm.ops.format import PageFormat
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the engine knows of a step, before a backend makes of it what its kernels take.
+
+    Request r has the tokens `query_start_loc[r]` to `query_start_loc[r + 1]` of the step,
+    which are its positions up to `seq_lens[r]`; none, where it is padding.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] int32 on the device.
+        query_start_loc_cpu: the same on the host.
+        seq_lens: [num_reqs] int32 on the device, tokens of each request after the step.
+        seq_lens_cpu: the same on the host, exact for requests with more than `decode_len`
+            tokens and not less for others; None: not known there.
+        block_table: [>= num_reqs, max_blocks] int32 on the device, page ids.
+        num_tokens: tokens of the step, or more.
+        max_query_len: tokens of the longest request, or more.
+        per_position, decode_len: see `Step`.
+
+    """
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    block_table: torch.Tensor
+    num_tokens: int
+    max_query_len: int
+    per_position: bool
+    decode_len: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,17 @@ class Step:
     block_table: torch.Tensor
     per_position: bool = True
     decode_len: int = 1
+
+    @classmethod
+    def of(cls, batch: Batch) -> Step:
+        """The step of a batch whose tensors are on the CPU."""
+        starts, ends = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        rows = [
+            Row(i, q0, q1, end - (q1 - q0), end)
+            for i, (q0, q1, end) in enumerate(zip(starts, starts[1:], ends, strict=False))
+            if q1 > q0
+        ]
+        return cls(rows, batch.block_table, batch.per_position, batch.decode_len)
 
     @functools.cached_property
     def row_array(self) -> torch.Tensor:
@@ -112,7 +155,32 @@ class DeviceStep:
         return self.num_reqs - self.num_decodes
 
     @classmethod
-    def of(cls, step: Step) -> DeviceStep:
+    def of(cls, batch: Batch) -> DeviceStep:
+        """The step of a batch: from counts on the host, and from tensors on the device."""
+        starts = batch.query_start_loc_cpu
+        lens = starts[1:] - starts[:-1]
+        long = lens > batch.decode_len
+        num_decodes = int(long.int().argmax()) if bool(long.any()) else len(lens)
+        only_decodes = num_decodes == len(lens)
+        prefills, ends = slice(num_decodes, len(lens)), batch.seq_lens_cpu
+        return cls(
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
+            block_table=batch.block_table,
+            num_decodes=num_decodes,
+            num_decode_tokens=batch.num_tokens if only_decodes else int(starts[num_decodes]),
+            num_tokens=batch.num_tokens,
+            max_query_len=batch.max_query_len,
+            per_position=batch.per_position,
+            decode_len=batch.decode_len,
+            nothing_cached=not only_decodes
+            and ends is not None
+            and bool((ends[prefills] == lens[prefills]).all()),
+            prefill_lens=lens[prefills].tolist(),
+        )
+
+    @classmethod
+    def of_rows(cls, step: Step) -> DeviceStep:
         """The same step; requests without tokens in it become rows of length 0."""
         device = step.block_table.device
         n = step.block_table.shape[0]
@@ -193,6 +261,8 @@ class AttentionParams:
         logits_soft_cap: c > 0 replaces a score x by c * tanh(x / c); 0: none.
         alibi_slopes: [num_heads] fp32 or None; adds slope * (s - t).
         sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
+        first_chunk: serves requests that have nothing cached, where a backend uses a
+            library for them (`Operators.prepare` sets it).
 
     """
 
@@ -200,3 +270,24 @@ class AttentionParams:
     logits_soft_cap: float = 0.0
     alibi_slopes: torch.Tensor | None = None
     sliding_window: int = 0
+    first_chunk: Callable[..., None] | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The form of an attention layer, and the largest decode that it will meet.
+
+    Attributes:
+        num_heads, num_kv_heads, head_size: of the layer.
+        dtype: of the model.
+        max_rows: requests of a step.
+        decode_len: tokens of a request that still is a decode.
+
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    max_rows: int
+    decode_len: int

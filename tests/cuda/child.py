@@ -78,8 +78,10 @@ class ReferenceOperators:
 
     def __init__(self) -> None:
         from kivi_vllm.ops import reference
+        from kivi_vllm.ops.triton import operators
 
         self.reference = reference
+        self.limits, self.step, self.prepare = operators.limits, operators.step, operators.prepare
         self.calls = 0
 
     def _step(self, step: Any) -> Any:
@@ -96,7 +98,7 @@ class ReferenceOperators:
     def store_blocks(self, step: Any, *args: Any) -> None:
         self.reference.store_blocks(self._step(step), *args)
 
-    def attend(self, step: Any, *args: Any, first_chunk: Any = None) -> None:
+    def attend(self, step: Any, *args: Any) -> None:
         self.calls += 1
         self.reference.attend(self._step(step), *args)
 
@@ -117,7 +119,7 @@ class Steps:
         """Count."""
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from kivi_vllm.attention.backend import KiviMetadataBuilder
+        from kivi_vllm.attention.metadata import KiviMetadataBuilder
 
         build = KiviMetadataBuilder.build
 
@@ -158,11 +160,12 @@ def answers(
 
     reference, steps = ReferenceOperators(), Steps()
     captured, replayed = graphs.captured, graphs.replayed
-    from kivi_vllm.attention import refusals
+    from kivi_vllm.ops.triton import operators as triton_operators
 
     with contextlib.ExitStack() as stack:
         # The interpreter has no 16-bit numbers of a GPU: float32, whatever does not fit there.
-        stack.enter_context(mock.patch.object(refusals, "GPU_DTYPES", (torch.float32,)))
+        limits = dataclasses.replace(triton_operators.limits, model_dtypes=(torch.float32,))
+        stack.enter_context(mock.patch.object(triton_operators, "limits", limits))
         if operators == "reference":
             chosen = mock.Mock(return_value=reference)
             stack.enter_context(mock.patch.object(dispatch, "operators", chosen))

@@ -24,7 +24,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The three operators that all layers call; a test may replace each."""
+    """The operators that all layers call; a test may replace each."""
     chosen = SimpleNamespace()
     use(chosen, dispatch.operators("cpu"))
     monkeypatch.setattr(dispatch, "operators", lambda device: chosen)
@@ -33,7 +33,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def use(operators: SimpleNamespace, module: Any) -> None:
     """Take the operators of `module`."""
-    for name in ("store_blocks", "attend", "store_ring"):
+    for name in ("limits", "step", "prepare", "store_blocks", "attend", "store_ring"):
         setattr(operators, name, getattr(module, name))
 
 

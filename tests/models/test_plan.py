@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kivi_vllm.cli import plan
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.main import plan
 from tests.engine import engine, tiny_model
 
 WINDOWED: dict[str, Any] = dict(

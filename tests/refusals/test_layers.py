@@ -50,7 +50,7 @@ def test_kv_cache_shared_between_layers() -> None:
 @pytest.fixture
 def config() -> Iterator[Any]:
     """A configuration in which single layers can be made."""
-    from kivi_vllm.cli.plan import _one_worker
+    from kivi_vllm.attention.hooks.capacity import _one_worker
 
     config = engine_config()
     with _one_worker(config):
@@ -107,7 +107,7 @@ def test_reading_without_writing(config: Any) -> None:
 
 
 def test_attention_that_is_not_causal(config: Any) -> None:
-    from kivi_vllm.attention.backend import KiviMetadataBuilder
+    from kivi_vllm.attention.metadata import KiviMetadataBuilder
 
     builder = object.__new__(KiviMetadataBuilder)
     with pytest.raises(NotImplementedError, match="causal attention only"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from kivi_vllm.attention.groups.ring import RingManager
+from kivi_vllm.attention.groups.admission import Forecast
 from tests.engine import Answer, engine, generate, tiny_model
 from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
@@ -54,7 +54,7 @@ def small_engine(kind: Kind) -> Iterator[Any]:
     """An engine for 16 requests at a time with pages for about two of the longest.
 
     It admits a request as soon as its own pages are free, whatever the others will
-    take: a storm of preemptions, which `RingManager` is there to prevent.
+    take: a storm of preemptions, which `Forecast` is there to prevent.
     """
     settings: dict[str, Any] = dict(
         kivi=kind.kivi,
@@ -68,6 +68,6 @@ def small_engine(kind: Kind) -> Iterator[Any]:
         settings["speculative_config"] = dict(
             method="ngram", num_speculative_tokens=4, prompt_lookup_min=2, prompt_lookup_max=4
         )
-    reckless = patch.object(RingManager, "_growth", lambda *_: 0)
+    reckless = patch.object(Forecast, "most_pages", lambda *_: 0)
     with reckless, engine(model(), kind.dtype, **settings) as llm:
         yield llm

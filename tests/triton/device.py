@@ -26,15 +26,15 @@ class Triton:
 
     @staticmethod
     def store_blocks(step: Step, *args: Any) -> None:
-        operators.store_blocks(DeviceStep.of(step), *args)
+        operators.store_blocks(DeviceStep.of_rows(step), *args)
 
     @staticmethod
     def attend(step: Step, *args: Any) -> None:
-        operators.attend(DeviceStep.of(step), *args)
+        operators.attend(DeviceStep.of_rows(step), *args)
 
     @staticmethod
     def store_ring(step: Step, *args: Any) -> None:
-        operators.store_ring(DeviceStep.of(step), *args)
+        operators.store_ring(DeviceStep.of_rows(step), *args)
 
 
 class Decodes(Triton):

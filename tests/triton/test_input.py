@@ -71,7 +71,7 @@ def test_unaligned_tensors_are_named(name: str) -> None:
 def test_rows_out_of_order() -> None:
     step = inputs()["step"]
     with pytest.raises(ValueError, match="in the order of their requests"):
-        DeviceStep.of(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
+        DeviceStep.of_rows(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
 
 
 @pytest.mark.parametrize("bad", [-1, 8, 2**31 - 1])

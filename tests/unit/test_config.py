@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kivi_vllm.attention.options import kivi_config
 from kivi_vllm.config import KiviConfig, KiviConfigError, is_kivi
 from kivi_vllm.ops.format import PageFormat
 
@@ -109,7 +110,7 @@ def test_from_vllm(additional: Any, group_size: int) -> None:
     )
     best: dict[str, Any] = {"sink_tokens": 4, "rotate_values": True, "clip": True}
     wanted = KiviConfig("kivi_k4v2", group_size=group_size, **best)
-    assert KiviConfig.from_vllm(vllm_config) == wanted
+    assert kivi_config(vllm_config) == wanted
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_from_vllm_refuses_too() -> None:
         cache_config=SimpleNamespace(cache_dtype="kivi2"),
     )
     with pytest.raises(KiviConfigError, match=r"kivi\.group_size is 48, .*: 32, 64, 128$"):
-        KiviConfig.from_vllm(vllm_config)
+        kivi_config(vllm_config)
 
 
 @pytest.mark.parametrize(

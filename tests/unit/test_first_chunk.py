@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -133,7 +134,7 @@ def test_first_chunks_behind_decodes(
     output = torch.full((40, 6, 64), torch.nan)
     cache: Any = SimpleNamespace(fmt=None, residual_length=library)
     for _ in range(2):
-        operators.attend(step, cache, q, k, v, params, output, first_chunk=function)
+        operators.attend(step, cache, q, k, v, replace(params, first_chunk=function), output)
     # The kernel runs once, so that it is compiled before the first request with a history.
     assert calls == ["decode", "prefill", "decode"]
     for a, b in ((3, 23), (23, 33)):
@@ -154,7 +155,7 @@ def test_history_goes_to_the_own_kernel(
     cache: Any = SimpleNamespace(fmt=str(change), residual_length=0)
     x = torch.zeros(5, 1, 64)
     for _ in range(2):
-        operators.attend(step, cache, x, x, x, PARAMS, x, first_chunk=pytest.fail)
+        operators.attend(step, cache, x, x, x, replace(PARAMS, first_chunk=pytest.fail), x)
     assert calls == ["prefill", "prefill"]
 
 

@@ -174,7 +174,7 @@ def test_a_request_counts_up_to_its_end() -> None:
     """Two of 20 tokens and 16 more: two pages each, not six and the block's."""
     ring = manager(RingManager, ring_spec(2, FORMATS[0], num_drafts=0), pool(200))
     for name in "ab":
-        ring.expect(SimpleNamespace(request_id=name, num_prompt_tokens=20, max_tokens=16))
+        ring.observe(SimpleNamespace(request_id=name, num_prompt_tokens=20, max_tokens=16))
     ring.allocate_new_blocks("a", 20, 20)
     assert lacking(ring, "b", 20) == 2 * 2 - 1
     ring.free("b")  # given up while it waited; of it nothing is left
@@ -203,7 +203,9 @@ def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None) -> No
     spec = tail_spec(2, FORMATS[0], 0, interval)
     block_pool = pool(200)
     tails = manager(TailManager, spec, block_pool)
-    tails.expect(SimpleNamespace(request_id="r", num_prompt_tokens=900, shared_prefix_boundary=520))
+    tails.observe(
+        SimpleNamespace(request_id="r", num_prompt_tokens=900, shared_prefix_boundary=520)
+    )
     done, most = 0, 0
     table: list[int] = []
     for new in TAIL_STEPS:
@@ -238,7 +240,7 @@ def test_a_long_prompt_asks_for_no_more_tails_than_the_start_counted(interval: i
 def test_tails_without_prefix_caching() -> None:
     spec = tail_spec(2, FORMATS[0], 0, None)
     tails = manager(TailManager, spec, pool(200), enable_caching=False)
-    tails.expect(SimpleNamespace(request_id="r", num_prompt_tokens=600, shared_prefix_boundary=0))
+    tails.observe(SimpleNamespace(request_id="r", num_prompt_tokens=600, shared_prefix_boundary=0))
     assert lacking(tails, "r", 1000) == 1
 
 

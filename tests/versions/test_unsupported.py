@@ -9,7 +9,8 @@ import pytest
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm import plugin
-from kivi_vllm.attention.hooks import wraps
+from kivi_vllm.attention import hooks, versions
+from kivi_vllm.attention.hooks import v032, wraps
 
 
 @pytest.mark.parametrize(
@@ -25,8 +26,8 @@ from kivi_vllm.attention.hooks import wraps
     ],
 )
 def test_supported(version: str, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wraps, "vllm_version", lambda: version)
-    ok, found = wraps.supported_vllm()
+    monkeypatch.setattr(versions, "vllm_version", lambda: version)
+    ok, found = versions.supported_vllm()
     assert ok is supported
     assert version in found
 
@@ -34,9 +35,11 @@ def test_supported(version: str, supported: bool, monkeypatch: pytest.MonkeyPatc
 def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     steps = [name for name in vars(wraps) if name.startswith(("register_", "select_", "attach_"))]
-    assert len(steps) == 5
+    assert len(steps) == 4
     for name in [*steps, "check_engine_config"]:
         monkeypatch.setattr(wraps, name, lambda name=name: called.append(name))
+    assert hooks.of_this_version() is v032
+    monkeypatch.setattr(v032, "register_dtypes", lambda: called.append("register_dtypes"))
     warnings: list[str] = []
 
     class Catch(logging.Handler):
@@ -47,12 +50,12 @@ def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     handler = Catch()
     logger.addHandler(handler)
     try:
-        monkeypatch.setattr(wraps, "vllm_version", lambda: "0.31.2")
+        monkeypatch.setattr(versions, "vllm_version", lambda: "0.31.2")
         plugin.register()
         assert not called
         assert len(warnings) == 1
         assert "found vLLM 0.31.2, not one of 0.32, 0.33" in warnings[0]
-        monkeypatch.setattr(wraps, "vllm_version", lambda: "0.32.0")
+        monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.0")
         plugin.register()
         assert len(called) == 6
     finally:

@@ -28,8 +28,8 @@ from vllm import platforms
 from vllm.platforms.cpu import CpuPlatform
 platforms.current_platform = CpuPlatform()  # as `vllm bench` does where none is found
 from kivi_vllm import plugin
-from kivi_vllm.attention.hooks import wraps
-wraps.vllm_version = lambda: vllm.__version__  # this tree has no metadata of its own
+from kivi_vllm.attention import hooks, versions
+versions.vllm_version = lambda: vllm.__version__  # this tree has no metadata of its own
 plugin.register()
 plugin.register()
 """
@@ -71,7 +71,7 @@ def accepted(name):
 names = ["kivi2", "kivi4", "kivi_k4v2", "kivi3"]
 print(json.dumps({
     "version": vllm.__version__,
-    "registry": wraps.has_dtype_registry(),
+    "registry": hooks.of_this_version().__name__,
     "listed": [KV_CACHE_DTYPES.count(n) for n in names],
     "accepted": [accepted(n) for n in names],
     "stored": str(STR_DTYPE_TO_TORCH_DTYPE["kivi2"]),
@@ -82,7 +82,7 @@ print(json.dumps({
     assert found.pop("mode") > 0  # quantized; the value itself collides in 0.33.0
     assert found == {
         "version": "0.33.0",
-        "registry": True,
+        "registry": "kivi_vllm.attention.hooks.v033",
         "listed": [1, 1, 1, 0],
         "accepted": [True, True, True, False],
         "stored": "torch.uint8",
@@ -94,7 +94,7 @@ print(json.dumps({
 def test_layers_and_capacity(residual: int) -> None:
     found = run(
         """
-from kivi_vllm.cli.main import plan
+from kivi_vllm.attention.hooks import capacity as plan
 seen = {}
 collect = plan._cache_specs
 def collected(config):

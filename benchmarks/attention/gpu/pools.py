@@ -37,7 +37,7 @@ def place(gpu: Gpu) -> Place:
     def step(of: Step) -> Any:
         from kivi_vllm.ops.step import DeviceStep
 
-        return DeviceStep.of(of)
+        return DeviceStep.of_rows(of)
 
     return Place(gpu.device, operators, step, gpu.allocate, COLUMNS)
 

@@ -30,7 +30,7 @@ def raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
 
 
 class SparseManager(SingleTypeKVCacheManager):
-    """What managers share whose requests hold pages at some entries of their row only.
+    """A manager whose requests have pages at some entries of their block table only.
 
     The other entries are vLLM's null page.
     """
@@ -39,7 +39,7 @@ class SparseManager(SingleTypeKVCacheManager):
         super().__init__(*args, **kwargs)
         self._held: dict[str, list[int]] = {}  # entries that have a page, in their order
 
-    def expect(self, request: Any) -> None:
+    def observe(self, request: Any) -> None:
         """Look at a request before it gets pages: all else that managers see is its id."""
         raise NotImplementedError
 

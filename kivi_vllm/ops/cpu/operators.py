@@ -23,7 +23,10 @@ import torch
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
+from kivi_vllm.ops.reference import limits, prepare, step
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
+
+__all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
 
 # KiviCall of csrc/abi.h: up to `threads`, and the rest.
 COMMON, QUERY = struct.Struct("=47q"), struct.Struct("=8q2d2q")

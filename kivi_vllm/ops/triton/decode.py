@@ -17,7 +17,7 @@ from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
-from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
+from kivi_vllm.ops.triton.softmax import log2_scores, rules_of, visible, weigh
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,
@@ -46,7 +46,7 @@ def _add(state, p, m, alpha, parts):
 def _add_raw(state, q, k, v, valid, seen, s, t, slope, scale, C: tl.constexpr, RULES: tl.constexpr):
     """`state` with raw tokens at positions s [n], K and V at addresses k, v; `seen` [n, N]."""
     scores = raw_scores(k, valid, q, C) * scale
-    scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+    scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
     seen &= visible(s[:, None], t[None], RULES)
     p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
     return _add(state, p, m, alpha, raw_values(v, valid, p.to(q.dtype), C))
@@ -143,7 +143,7 @@ def _decode(
                 page = pages + page * page_block + head * page_head
                 s = n * B + tl.arange(0, B)
                 scores = packed_scores(page, x, y, C) * factor[None]
-                scores = bits_of(scores, s[:, None], t[None], slope[None], RULES)
+                scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
                 if MASKED:  # else all columns see all of these pages
                     seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
                     scores = tl.where(seen, scores, float("-inf"))
@@ -171,7 +171,7 @@ def _query(q, live, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr
 
 
 @triton.jit
-def _put(state, partial, statistics, base, k, used, C: tl.constexpr, N: tl.constexpr):
+def _add_splits(state, partial, statistics, base, k, used, C: tl.constexpr, N: tl.constexpr):
     """The running (sums [DP], mass, m) of a column with those of its splits k that are `used`."""
     total, mass, m = state
     d, at, good = tl.arange(0, C.DP), (base + k) * N + tl.program_id(2), k < used
@@ -217,10 +217,10 @@ def _combine(
         state = (tl.zeros(d.shape, tl.float32), 0.0, float("-inf"))
         for start in range(1 if C.RUN > 0 else 0, used, STEP):
             k = start + tl.arange(0, STEP)
-            state = _put(state, partial, statistics, base, k, used, C, N)
+            state = _add_splits(state, partial, statistics, base, k, used, C, N)
         if C.RUN > 0:  # the sums over pages are of rotated values, those of the raw split not
             state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
-            state = _put(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
+            state = _add_splits(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
         total, mass, _ = state
         to = (
             output

@@ -8,6 +8,7 @@ once for every kind of layer, and logged.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -60,10 +61,8 @@ def choose(params: AttentionParams, head_size: int, dtype: torch.dtype) -> First
 @functools.cache
 def _chosen(function: Any, why: str) -> FirstChunk | None:
     """Say what was chosen, once."""
-    from vllm.logger import init_logger
-
     name = OWN if function is None else function.__module__
-    logger = init_logger("vllm.kivi_vllm")
+    logger = logging.getLogger("vllm.kivi_vllm")
     logger.info("KIVI prefill with nothing cached: %s%s", name, f" ({why})" if why else "")
     return function
 

@@ -6,22 +6,34 @@ all other strides and addresses multiples of 16 bytes, as vLLM's are; block tabl
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import GOOD, remember
-from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
+from kivi_vllm.ops.contract import Limits
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
+from kivi_vllm.ops.triton.first_chunk import choose
 from kivi_vllm.ops.triton.prefill import prefill
+from kivi_vllm.ops.triton.workspace import reserve
 
-if TYPE_CHECKING:
-    from kivi_vllm.ops.triton.first_chunk import FirstChunk
+__all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
 
-__all__ = ["attend", "store_blocks", "store_ring"]
+limits = Limits(
+    "GPUs",
+    head_sizes=(64, 96, 128, 256),  # for which the tests compile the kernels
+    # In float32, tiles would not fit the shared memory of all GPUs.
+    model_dtypes=(torch.bfloat16, torch.float16),
+    # Matrix products of bf16, and asynchronous copies.
+    min_capability=((8, 0), "Ampere"),
+    decodes_first=True,
+)
+
+step = DeviceStep.of
 
 CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
 """Look at all page ids before every step: slow, and not in CUDA graphs."""
@@ -34,7 +46,7 @@ def store_blocks(
 ) -> None:
     """As `reference.store_blocks`, for a `DeviceStep`; one launch.
 
-    The first of the three: it checks for them all what they share.
+    Called first in a step, so it checks what all three calls share.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.
@@ -69,6 +81,26 @@ def store_blocks(
 store_ring = store.store_ring
 
 
+def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
+    """Choose and allocate what the kernels need for a layer; see `contract.Operators`."""
+    device = torch.device("cuda", torch.accelerator.current_device_index())
+    slopes = params.alibi_slopes
+    params = dataclasses.replace(
+        params,
+        alibi_slopes=None if slopes is None else slopes.to(device),
+        first_chunk=choose(params, layer.head_size, layer.dtype),
+    )
+    reserve(
+        rows=layer.max_rows,
+        num_kv_heads=layer.num_kv_heads,
+        gqa=layer.num_heads // layer.num_kv_heads,
+        tokens=layer.decode_len,
+        head_size=layer.head_size,
+        device=device,
+    )
+    return params
+
+
 def attend(
     step: DeviceStep,
     cache: LayerCache,
@@ -77,14 +109,13 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
-    first_chunk: FirstChunk | None = None,
 ) -> None:
     """As `reference.attend`, for a `DeviceStep`: decodes first, then the other requests.
 
     Args:
         step: the step; `store_blocks` has run for it.
-        cache, query, key, value, params, output: as the reference's.
-        first_chunk: serves the requests after the decodes where nothing is cached.
+        cache, query, key, value, params, output: as the reference's; the params' `first_chunk`
+            serves the requests after the decodes where nothing is cached.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.
@@ -100,6 +131,7 @@ def attend(
         decode(step, cache, query, key, value, params, output)
     if not step.num_prefills:
         return
+    first_chunk = params.first_chunk
     plain = first_chunk is not None and step.nothing_cached and not step.per_position
     # Our kernel runs the first time in any case, so that it is compiled by vLLM's warm-up.
     variant = (cache.fmt, cache.residual_length, params.logits_soft_cap, params.sliding_window)

@@ -15,7 +15,7 @@ import triton.language as tl
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PRECISION, keys_of, page_constants, values_of
-from kivi_vllm.ops.triton.softmax import bits_of, rules_of, visible, weigh
+from kivi_vllm.ops.triton.softmax import log2_scores, rules_of, visible, weigh
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,
@@ -40,7 +40,7 @@ STEP: tl.constexpr = tl.constexpr(64)
 def _weigh(state, q, k, s, t, seen, slope, scale, RULES: tl.constexpr):
     """Weights [M, n] of keys k [n, D] for queries q [M, D]; what they see: `seen` [M, n]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
-    scores = bits_of(scores, s[None], t[:, None], slope[:, None], RULES)
+    scores = log2_scores(scores, s[None], t[:, None], slope[:, None], RULES)
     seen &= visible(s[None], t[:, None], RULES)
     return weigh(tl.where(seen, scores, float("-inf")), state[2], 1)
 

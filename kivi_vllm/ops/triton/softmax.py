@@ -30,7 +30,7 @@ class Rules(NamedTuple):
 
 
 @triton.jit
-def bits_of(scores, s, t, slope, RULES: tl.constexpr):
+def log2_scores(scores, s, t, slope, RULES: tl.constexpr):
     """Scores q·k * scale as powers of two; s and t, positions, and slope broadcast to them."""
     if RULES.CAP > 0:
         scores = RULES.CAP * (1 - 2 / (tl.exp(scores * (2 / RULES.CAP)) + 1))

@@ -58,7 +58,7 @@ def find_row(query_start_loc, num_rows, program, TOKENS: tl.constexpr):
     """Which row, and which TOKENS of it, a program serves.
 
     Row r owns the programs from start(r) // TOKENS + r on, start(r) being its first
-    token: as many as its tokens may need. Returns (row, its how-manieth).
+    token: as many as its tokens may need. Returns (row, index of its tile).
     """
     base = tl.load(query_start_loc)
     low, high = 0, num_rows

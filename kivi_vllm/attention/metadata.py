@@ -1,0 +1,105 @@
+"""What the cache groups of a step tell the operators."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
+from kivi_vllm.attention.versions import device_kind
+from kivi_vllm.config import KiviConfig
+from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.contract import Operators
+from kivi_vllm.ops.step import Batch
+
+
+@dataclass
+class KiviMetadata:
+    """One cache group's view of a step.
+
+    Attributes:
+        operators: of the device.
+        batch: what the engine knows of the step; its tensors are vLLM's own buffers.
+
+    """
+
+    operators: Operators
+    batch: Batch
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """[num_reqs, max_blocks], page ids of this group."""
+        return self.batch.block_table
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """What the operators must know of this step; made for all layers together."""
+        return self.operators.step(self.batch)
+
+
+class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
+    """Builds `KiviMetadata` for pages, rings, tails and sinks alike (see `builder_for`)."""
+
+    config: ClassVar[KiviConfig]
+
+    # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.per_position = self.config.prefill == "cached"
+        self.decode_len = 1 + num_draft_tokens(vllm_config)
+        self.operators = dispatch.operators(device_kind())
+        if self.operators.limits.decodes_first:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KiviMetadata:
+        """Take over what vLLM's model runner has prepared for this group.
+
+        Raises:
+            NotImplementedError: the layers do not attend causally.
+
+        """
+        m = common_attn_metadata
+        if m.causal is not True:
+            raise NotImplementedError("the KIVI cache serves causal attention only")
+        ends = m.seq_lens_cpu_upper_bound
+        batch = Batch(
+            query_start_loc=m.query_start_loc[: m.num_reqs + 1],
+            query_start_loc_cpu=m.query_start_loc_cpu[: m.num_reqs + 1],
+            seq_lens=m.seq_lens[: m.num_reqs],
+            seq_lens_cpu=None if ends is None else ends[: m.num_reqs],
+            block_table=m.block_table_tensor,
+            num_tokens=m.num_actual_tokens,
+            max_query_len=m.max_query_len,
+            per_position=self.per_position,
+            decode_len=self.decode_len,
+        )
+        return KiviMetadata(self.operators, batch)
+
+
+@functools.cache
+def builder_for(config: KiviConfig) -> type[KiviMetadataBuilder]:
+    """`KiviMetadataBuilder` for one configuration: vLLM makes builders itself."""
+    return type(KiviMetadataBuilder.__name__, (KiviMetadataBuilder,), {"config": config})

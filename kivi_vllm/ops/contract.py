@@ -1,0 +1,86 @@
+"""What attention asks of the kernels of a device: the operators, and the limits they have.
+
+A backend of the operators is a module with the names of `Operators`; `reference` is the first
+and the truth for the others. `dispatch` knows which one serves a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kivi_vllm.config import HEAD_SIZES
+from kivi_vllm.ops.format import RAW_DTYPES
+from kivi_vllm.ops.step import AttentionParams, Batch, Layer, LayerCache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend serves.
+
+    Attributes:
+        devices: what its devices are called in messages.
+        head_sizes: head sizes of its kernels.
+        model_dtypes: dtypes of models.
+        min_capability: oldest compute capability of a device, and the name of that
+            generation; None where devices have none.
+        decodes_first: the requests of a step must be in this order: those of at most
+            `decode_len` tokens, then the longer ones.
+
+    """
+
+    devices: str
+    head_sizes: tuple[int, ...] = HEAD_SIZES
+    model_dtypes: tuple[torch.dtype, ...] = RAW_DTYPES
+    min_capability: tuple[tuple[int, int], str] | None = None
+    decodes_first: bool = False
+
+
+class Operators(Protocol):
+    """One attention layer's step, and what must be there before it.
+
+    A step is made for all layers together. Each layer then calls `store_blocks`, `attend` and
+    `store_ring`, in this order. What they mean is `reference`'s; what they take besides, and
+    raise, is theirs.
+    """
+
+    limits: Limits
+
+    def step(self, batch: Batch) -> Any:
+        """What the other three take of a batch."""
+
+    def prepare(self, layer: Layer, params: AttentionParams) -> AttentionParams:
+        """Make ready for a layer, before the engine measures how much memory is left.
+
+        Args:
+            layer: its form, and the largest decode that it will meet.
+            params: what the model asks for.
+
+        Returns:
+            the params that `attend` wants for this layer.
+
+        """
+
+    def store_blocks(
+        self, step: Any, cache: LayerCache, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Quantize the blocks that the step completes; keep their last R tokens."""
+
+    def attend(
+        self,
+        step: Any,
+        cache: LayerCache,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend causally over pages, residual and the step itself."""
+
+    def store_ring(
+        self, step: Any, cache: LayerCache, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write the step's last tokens into the ring."""
