@@ -260,6 +260,7 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert (status, result["ok"]) == (0, True)
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_vllm_may_not_load_the_plugin() -> None:
     status, result = _doctor(VLLM_PLUGINS="other")
     checks = {check["name"]: check for check in result["checks"]}

@@ -224,7 +224,7 @@ def _termination_unwinds() -> Iterator[None]:
 
 def _main(model: str, memory_bytes: str, max_model_len: str) -> None:
     """Print how many tokens of bf16 cache fit, as `PLANNED` reads it."""
-    from kivi_vllm.cli.plan import capacity
+    from kivi_vllm.attention.hooks.capacity import capacity
 
     plan = capacity(model, "auto", int(memory_bytes), int(max_model_len), dtype="bfloat16")
     print(f"bf16 tokens: {plan.tokens}", flush=True)

@@ -178,6 +178,7 @@ def test_prefix_hit_gives_the_same_answer(served: Served, length: int) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_path: Path) -> None:
     """benchmarks/serving/observed.py around vLLM's own load."""
     observed = Path(__file__).parents[2] / "benchmarks" / "serving" / "observed.py"
