@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch, which reads OMP_NUM_THREADS then: with two threads each, the
+# engines of two workers spend most of their time waiting for each other's.
+import tests.engine  # noqa: F401
+
 ROOT = Path(__file__).parent
 # Nothing is shared by the tests of a file that costs more than a moment: workers take them singly.
 SINGLY = ("unit", "triton")
