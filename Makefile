@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint sanitize soak clean
+.PHONY: help setup demo test test-all lint sanitize soak clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 setup:  ## create .venv with everything in it
 	@$(PYTHON) tools/bootstrap.py
@@ -12,15 +12,24 @@ setup:  ## create .venv with everything in it
 demo: setup  ## serve a small model with the 2-bit cache and ask it something
 	@$(BIN)/kivi-vllm demo
 
-test: lint  ## lint, types and tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
+# Two workers; tests/conftest.py says what goes where. The second line: Triton's kernels interpreted.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+define tests
+	$(PYTEST) $(1)
+	TRITON_INTERPRET=1 $(PYTEST) $(1) tests/triton
+endef
 
-lint: setup  ## ruff and mypy
+test: lint  ## lint, types and something of every part (at most 10 minutes)
+	$(call tests,-m "not slow")
+
+test-all: setup  ## all tests (at most 30 minutes)
+	$(call tests,)
+
+lint: setup  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 SANITIZED = build/$(1)/kivi_vllm/ops/cpu/libkivi_cpu.so
 define sanitize

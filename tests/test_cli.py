@@ -23,18 +23,25 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
 
 # Speaks as much of vLLM's log and protocol as the demo uses. Like vLLM it has a child of its own;
-# `mode` makes it die at start or never become healthy.
+# `mode` makes it die at start or never become healthy. With "plan" as its first argument it is the
+# accounting of a bf16 cache, which `mode` may make fail or last.
 FAKE_SERVER = """
 import http.server, json, subprocess, sys, time
-mode, dtype, port, pids = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+role, mode, port, pids = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(pids, "a") as file:
     file.write(f"{child.pid}\\n")
+if role == "plan":
+    if mode == "hang":
+        time.sleep(600)
+    print("WARNING 01-01 00:00:00 [cpu.py:1] no such figure")
+    print("ValueError: no plan" if mode == "no plan" else "bf16 tokens: 11648", flush=True)
+    child.kill()
+    sys.exit(mode == "no plan")
 if mode == "die":
     print("(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] ValueError: no such model")
     sys.exit(3)
-tokens = "11,648" if dtype == "auto" else "50,937"
-print(f"INFO 01-01 00:00:00 [kv_cache_utils.py:1] CPU KV cache size: {tokens} tokens, Maximum "
+print("INFO 01-01 00:00:00 [kv_cache_utils.py:1] CPU KV cache size: 50,937 tokens, Maximum "
       "concurrency for 4,096 tokens per request: 12.76x", flush=True)
 if mode == "hang":
     time.sleep(600)
@@ -70,8 +77,12 @@ from kivi_vllm.cli.main import main
 from kivi_vllm.cli.demo import Demo
 mode, script, model, pids = sys.argv[1:]
 def command(model, dtype, port, options):
-    return [sys.executable, script, mode, dtype, str(port), pids]
-main(Demo(model=Path(model), question="[why]?", command=command).run)
+    assert dtype == "kivi2" and "--enforce-eager" in options
+    return [sys.executable, script, "serve", mode, str(port), pids]
+def plan(model, memory_bytes, max_model_len):
+    assert (memory_bytes, max_model_len) == (256 << 20, 4096)
+    return [sys.executable, script, "plan", mode, "0", pids]
+main(Demo(model=Path(model), question="[why]?", command=command, plan=plan).run)
 """
 
 
@@ -133,6 +144,7 @@ def test_demo_prints_the_result_as_its_last_line(fake: FakeDemo) -> None:
         "kv_tokens_kivi2": 50937,
         "ratio": 4.37,
     }, err
+    assert "how many tokens would 256 MiB of bf16 cache hold?" in err
     assert "A: You asked: [why]?" in out
     assert len(fake.children()) == 2
     assert fake.living() == []
@@ -146,9 +158,19 @@ def test_demo_says_why_the_server_died(fake: FakeDemo) -> None:
     assert "error: vLLM ended with status 3 before it was ready" in err
     assert "Traceback" not in err
     assert "ValueError: no such model" in err
-    assert len(fake.children()) == 1
     assert fake.living() == []
-    assert (fake.cache / "serve-auto.log").exists()
+    assert (fake.cache / "serve-kivi2.log").exists()
+
+
+def test_demo_says_why_there_is_no_figure_for_bf16(fake: FakeDemo) -> None:
+    process = fake.start("no plan")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: vLLM's accounting of a bf16 cache ended with status 1" in err
+    assert "ValueError: no plan" in err
+    assert "Traceback" not in err
+    assert fake.living() == []
+    assert (fake.cache / "plan-bf16.log").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +182,7 @@ def test_interrupted_demo_leaves_no_process(
     fake: FakeDemo, sign: signal.Signals, status: int
 ) -> None:
     process = fake.start("hang")
-    _wait_for(lambda: len(fake.living()) == 1)
+    _wait_for(lambda: len(fake.living()) == 2)  # the server's and the accounting's
     process.send_signal(sign)
     _, err = process.communicate(timeout=30)
     assert process.returncode == status
@@ -238,6 +260,7 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert (status, result["ok"]) == (0, True)
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_vllm_may_not_load_the_plugin() -> None:
     status, result = _doctor(VLLM_PLUGINS="other")
     checks = {check["name"]: check for check in result["checks"]}

@@ -1,26 +1,43 @@
-"""`kivi-vllm demo`: serve a small model with the 2-bit cache, ask it something, show the gain."""
+"""`kivi-vllm demo`: serve a small model with the 2-bit cache, ask it something, show the gain.
+
+One server is started. What a bf16 cache would hold comes from vLLM's own accounting of the model's
+config, which needs no weights and no server (`kivi_vllm.cli.plan`), in a process beside it:
+`python -m kivi_vllm.cli.demo MODEL BYTES MAX_MODEL_LEN`.
+"""
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from kivi_vllm import toolchain
 from kivi_vllm.cli.default_model import cache_folder, default_model
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.process import running, stop
+from kivi_vllm.cli.process import running, stop, tail
 from kivi_vllm.cli.progress import note, step
 from kivi_vllm.cli.server import Server, free_port, serve_command, serve_environment
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 
+PLANNED = re.compile(r"^bf16 tokens: (\d+)$", re.MULTILINE)
+
 MakeCommand = Callable[[Path, str, int, Sequence[str]], list[str]]
+PlanCommand = Callable[[Path, int, int], list[str]]
+
+
+def plan_command(model: Path, memory_bytes: int, max_model_len: int) -> list[str]:
+    """The command that prints how many tokens of bf16 cache fit into so much memory."""
+    plan = [sys.executable, "-m", "kivi_vllm.cli.demo"]
+    return [*plan, str(model), str(memory_bytes), str(max_model_len)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +49,12 @@ class Demo:
         question: what to ask.
         max_tokens: length limit of the answer.
         kv_cache_dtype: the cache format to compare with bf16.
-        memory_mib: memory of the KV cache in either run.
-        max_model_len: longest sequence in either run.
-        timeout: seconds that a server may take to start; the first torch.compile is slow.
-        keep_log: keep the servers' logs after success.
-        command: makes a server's command line from model, dtype, port and options.
+        memory_mib: memory of the KV cache.
+        max_model_len: longest sequence.
+        timeout: seconds that the server may take to start.
+        keep_log: keep the logs after success.
+        command: makes the server's command line from model, dtype, port and options.
+        plan: makes the command line that prints the tokens of a bf16 cache.
     """
 
     model: Path | None = None
@@ -48,20 +66,20 @@ class Demo:
     timeout: float = 900.0
     keep_log: bool = False
     command: MakeCommand = serve_command
+    plan: PlanCommand = plan_command
 
     def run(self) -> None:
         """Run it; the last line on stdout is the result as one JSON object."""
+        note(
+            f"This serves a small model with --kv-cache-dtype {self.kv_cache_dtype}, asks it a "
+            f"question, and compares what {self.memory_mib} MiB of KV cache hold with bf16. "
+            "It takes a minute or two."
+        )
         with _termination_unwinds():
             model = self._model()
-            options = [
-                *("--dtype", "bfloat16", "--max-model-len", str(self.max_model_len)),
-                *("--kv-cache-memory-bytes", str(self.memory_mib << 20)),
-            ]
-            bf16 = self._capacity_bf16(model, [*options, "--enforce-eager"])
-            if not toolchain.has_python_headers():
-                note("No Python.h, which torch.compile needs: serving with --enforce-eager.")
-                options.append("--enforce-eager")
-            tokens, answer, speed = self._serve(model, options)
+            with self._planning(model) as bf16_tokens:
+                tokens, answer, speed = self._serve(model)
+                bf16 = bf16_tokens()
         self._report(bf16, tokens, speed)
         result = {
             "answer": answer,
@@ -82,18 +100,41 @@ class Demo:
             )
         return folder
 
-    def _capacity_bf16(self, model: Path, options: Sequence[str]) -> int:
-        """Start vLLM with its own bf16 cache, only for what it says about the cache's size."""
-        title = f"vLLM with a bf16 cache: how many tokens do {self.memory_mib} MiB hold?"
-        with self._server(model, "auto", options) as server, step(title) as update:
-            tokens = server.wait_for_tokens(self.timeout, update)
-            # Until it is ready it does not heed SIGTERM.
-            server.wait_until_healthy(self.timeout, update)
-        return tokens
+    @contextmanager
+    def _planning(self, model: Path) -> Iterator[Callable[[], int]]:
+        """Ask vLLM in the background what a bf16 cache holds; what is yielded waits for it."""
+        cache = cache_folder()
+        log = cache / "plan-bf16.log"
+        command = self.plan(model, self.memory_mib << 20, self.max_model_len)
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        with running(command, log, env, cwd=cache) as process:
 
-    def _serve(self, model: Path, options: Sequence[str]) -> tuple[int, str, float]:
+            def tokens() -> int:
+                title = f"how many tokens would {self.memory_mib} MiB of bf16 cache hold?"
+                with step(title), suppress(subprocess.TimeoutExpired):
+                    process.wait(self.timeout)
+                found = PLANNED.findall(log.read_text(errors="replace"))
+                if process.returncode != 0 or not found:
+                    raise UserError(
+                        f"vLLM's accounting of a bf16 cache ended with status "
+                        f"{process.returncode}. The end of {log}:\n{tail(log)}",
+                        "run `kivi-vllm doctor`; the whole log is in the file named above",
+                        status=1,
+                    )
+                return int(found[-1])
+
+            yield tokens
+        if not self.keep_log:
+            log.unlink()
+
+    def _serve(self, model: Path) -> tuple[int, str, float]:
         """Serve with the quantized cache and ask; return its tokens, the answer and tokens/s."""
-        title = f"vllm serve {model.name} --kv-cache-dtype {self.kv_cache_dtype}"
+        # Eager: torch.compile would take longer than it can win back in one answer.
+        options = [
+            *("--dtype", "bfloat16", "--max-model-len", str(self.max_model_len)),
+            *("--kv-cache-memory-bytes", str(self.memory_mib << 20), "--enforce-eager"),
+        ]
+        title = f"vllm serve {model.name} --kv-cache-dtype {self.kv_cache_dtype} --enforce-eager"
         with self._server(model, self.kv_cache_dtype, options) as server:
             with step(title) as update:
                 tokens = server.wait_for_tokens(self.timeout, update)
@@ -159,9 +200,11 @@ class Demo:
         table.add_row("bf16", f"{bf16:,}", "1.00")
         table.add_row(self.kv_cache_dtype, f"{tokens:,}", f"{tokens / bf16:.2f}")
         console = Console()
-        console.print(f"A KV cache of {self.memory_mib} MiB, as vLLM reports it:")
+        console.print(f"A KV cache of {self.memory_mib} MiB, by vLLM's own accounting:")
         console.print(table)
-        console.print(f"The answer came at {speed:.1f} tokens/s.")
+        console.print(
+            f"The answer came at {speed:.1f} tokens/s, without torch.compile (--enforce-eager)."
+        )
 
 
 @contextmanager
@@ -177,3 +220,15 @@ def _termination_unwinds() -> Iterator[None]:
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
+
+
+def _main(model: str, memory_bytes: str, max_model_len: str) -> None:
+    """Print how many tokens of bf16 cache fit, as `PLANNED` reads it."""
+    from kivi_vllm.attention.hooks.capacity import capacity
+
+    plan = capacity(model, "auto", int(memory_bytes), int(max_model_len), dtype="bfloat16")
+    print(f"bf16 tokens: {plan.tokens}", flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,19 +56,23 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
-def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All of it in one process, which must import vLLM first."""
+def sources() -> Path:
+    """vLLM 0.33's, where this machine can use them."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.version.cuda is not None:
         pytest.skip("a PyTorch with CUDA cannot pretend to have another GPU")
     try:
-        sources = vllm_033_sources()
+        return vllm_033_sources()
     except SourcesUnavailable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All engines in one process, which must import vLLM first."""
     raw = dict(model=model, kv_cache_dtype="kivi_raw")
     quantized = dict(model=model, **QUANTIZED)
-    kivi2 = dict(model=model, kv_cache_dtype="kivi2")
     tasks: dict[str, dict[str, Any]] = {
         "raw": dict(engine_args=raw, batches=[PROMPTS], max_tokens=TOKENS),
         "raw, graphs": dict(engine_args={**raw, **GRAPHS}, batches=[PROMPTS], max_tokens=TOKENS),
@@ -80,6 +85,17 @@ def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             max_tokens=DRAFTED_TOKENS,
             operators="reference",
         ),
+    }
+    return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
+
+
+@pytest.fixture(scope="module")
+def configured(
+    sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What is refused before an engine is made."""
+    kivi2 = dict(model=model, kv_cache_dtype="kivi2")
+    tasks: dict[str, dict[str, Any]] = {
         "Turing": dict(engine_args=dict(kivi2, dtype="float16"), capability=[7, 5]),
         "Ampere": dict(engine_args=dict(kivi2, dtype="bfloat16"), capability=[8, 0]),
         "float32": dict(engine_args=kivi2, capability=[9, 0]),
@@ -128,6 +144,7 @@ def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
         assert one.difference(other) < SAME
 
 
+@pytest.mark.slow
 def test_eager(results: dict[str, Any], expected: list[Answer]) -> None:
     found = result(results, "raw")
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
@@ -135,6 +152,7 @@ def test_eager(results: dict[str, Any], expected: list[Answer]) -> None:
     assert_same(answers(found), expected)
 
 
+@pytest.mark.slow
 def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
     found = result(results, "raw, graphs")
     assert found["captured"] == 2
@@ -143,6 +161,7 @@ def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
     assert_same(answers(found), expected)
 
 
+@pytest.mark.slow
 def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     found, reference = result(results, "kivi2, graphs"), result(results, "kivi2, reference")
     assert found["captured"] == 2
@@ -163,17 +182,17 @@ def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     assert one[0].difference(greedy(model, RETURNING, DRAFTED_TOKENS)) > 50 * SAME
 
 
-def test_compute_capability(results: dict[str, Any]) -> None:
-    refused = result(results, "Turing")
+def test_compute_capability(configured: dict[str, Any]) -> None:
+    refused = result(configured, "Turing")
     assert refused["type"] == "KiviConfigError"
     assert "compute capability 7.5" in refused["message"]
     assert "8.0 or newer" in refused["message"]
     assert "use --kv-cache-dtype auto or fp8" in refused["message"]
-    assert result(results, "Ampere")["type"] is None
+    assert result(configured, "Ampere")["type"] is None
 
 
-def test_float32(results: dict[str, Any]) -> None:
-    refused = result(results, "float32")
+def test_float32(configured: dict[str, Any]) -> None:
+    refused = result(configured, "float32")
     assert refused["type"] == "KiviConfigError"
     assert "float32 is not supported on GPUs" in refused["message"]
     assert "use --dtype bfloat16" in refused["message"]

@@ -131,6 +131,7 @@ def outside(command: list[str], installed: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_into_the_package(installed: Path) -> None:
     check = re.search(r'python3 -c "(.*?)"', run_line(DEPLOY / "Dockerfile.cpu"))[1]
     where = "import kivi_vllm.ops.cpu.library as library; print(library.PATH)"
@@ -138,6 +139,7 @@ def test_kernels_are_compiled_into_the_package(installed: Path) -> None:
     assert out.strip() == str(installed / "kivi_vllm" / "ops" / "cpu" / "libkivi_cpu.so")
 
 
+@pytest.mark.slow
 def test_plugin_and_command_are_installed(installed: Path) -> None:
     (points,) = installed.glob("kivi_vllm-*.dist-info/entry_points.txt")
     assert "kivi = kivi_vllm.plugin:register" in points.read_text()

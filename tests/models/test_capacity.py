@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import tempfile
 
+import pytest
+
 from tests.engine import BASE, engine
 from tests.models.harness import capacity
 
@@ -51,9 +53,11 @@ def test_sequences_of_4096_tokens() -> None:
     assert _tokens("kivi2", 4096) >= 4.35 * 11_648
 
 
+@pytest.mark.slow
 def test_sequences_of_8192_tokens() -> None:
     assert _tokens("kivi2", 8192) >= 4.7 * _tokens("auto", 8192)
 
 
+@pytest.mark.slow
 def test_nothing_is_reserved_for_the_number_of_sequences() -> None:
     assert _tokens("kivi2", 4096, max_num_seqs=8) == _tokens("kivi2", 4096)

@@ -11,6 +11,7 @@ from tests.models.child import results_in_child
 from tests.models.harness import LOSSLESS, PROMPTS, own_attention, worst
 
 
+@pytest.mark.slow
 def test_compiled_model_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._dynamo
 
@@ -29,6 +30,7 @@ def test_compiled_model_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) ->
     assert graphs["unique_graphs"] > before
 
 
+@pytest.mark.slow
 def test_tensor_parallel_over_two_processes_equals_one(tmp_path: Path) -> None:
     model = tiny_model(num_key_value_heads=4)
     expected = own_attention(model, max_tokens=12)

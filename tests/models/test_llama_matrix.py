@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.choice import some
 from tests.engine import engine, generate, random_prompt, tiny_model
 from tests.models.harness import (
     LOSSLESS,
@@ -43,7 +44,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some(CASES, [3, 6]), ids=str)
 def test_lossless_codec_equals_vllms_own_attention(case: Case) -> None:
     model = tiny_model(
         head_dim=case.head_size,
@@ -60,7 +61,7 @@ def test_lossless_codec_equals_vllms_own_attention(case: Case) -> None:
 # also rounds probabilities), so that they agree to some units of the dtype's last place
 # (bf16: 2**-8, fp16: 2**-11) of logits of about 10. Given tokens, they do not drift apart.
 @pytest.mark.parametrize(
-    ("dtype", "mean", "maximum"), [("bfloat16", 0.02, 0.2), ("float16", 0.003, 0.03)]
+    ("dtype", "mean", "maximum"), some([("bfloat16", 0.02, 0.2), ("float16", 0.003, 0.03)], [0])
 )
 def test_16_bit_models_agree_with_vllms_own_attention(
     dtype: str, mean: float, maximum: float

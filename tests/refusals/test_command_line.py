@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+
+import pytest
 
 from kivi_vllm.config import DTYPES
 from tests.engine import VOCAB
 from tests.refusals.configs import config_only
 
+# What `vllm serve` imports is imported once; each command line is a fork of that process.
+FORKS = """
+import json, os, sys
+import vllm.entrypoints.openai.api_server
+from vllm.entrypoints.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    if not os.fork():
+        sys.argv = ["vllm", *arguments]
+        main()
+        sys.exit()
+    _, status = os.wait()
+    print(f"STATUS {os.waitstatus_to_exitcode(status)}", flush=True)
+"""
 
-def _vllm(*arguments: str) -> tuple[int, str]:
-    """Exit status and output of a `vllm` command that must not get far."""
+
+def _run(*command: str) -> tuple[int, str]:
+    """Exit status and output of a Python command that must not get far."""
     done = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments],
+        [sys.executable, *command],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -24,36 +42,37 @@ def _vllm(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def _error(*arguments: str) -> str:
+def _error(status: int, output: str) -> str:
     """The last line that such a command says, with all its reasons."""
-    status, output = _vllm(*arguments)
-    assert status not in (0, None), output
+    assert status != 0, output
     assert "Traceback" not in output
     [line] = [line for line in output.splitlines() if line.startswith("error:")]
     assert output.rstrip().endswith(line)
     return line
 
 
-def test_serve_with_a_setting_that_is_not_supported() -> None:
-    line = _error("serve", config_only(), "--kv-cache-dtype", "kivi2", "--block-size", "64")
-    assert line == (
+def test_serve() -> None:
+    model = config_only()
+    commands = [
+        ["--kv-cache-dtype", "kivi2", "--block-size", "64"],
+        # The option is found first; the memory needs it.
+        [
+            *("--kv-cache-dtype", "kivi2", "--kv-cache-memory-bytes", "65536"),
+            *("--additional-config", '{"kivi": {"group_size": 33}}'),
+        ],
+        ["--kv-cache-dtype", "kivi3"],
+    ]
+    done, output = _run("-c", FORKS, json.dumps([["serve", model, *c] for c in commands]))
+    *outputs, rest = re.split(r"^STATUS (\d+)\n", output, flags=re.MULTILINE)
+    assert (done, rest, len(outputs)) == (0, "", 2 * len(commands)), output
+    setting, option, dtype = zip(map(int, outputs[1::2]), outputs[::2], strict=True)
+
+    assert _error(*setting) == (
         "error: --kv-cache-dtype kivi2: --block-size 64 is not supported: pages hold 128 tokens; "
         "leave --block-size out"
     )
-
-
-def test_serve_with_a_wrong_option_and_little_memory() -> None:
-    # The option is found first; the memory needs it.
-    line = _error(
-        *("serve", config_only(), "--kv-cache-dtype", "kivi2"),
-        *("--kv-cache-memory-bytes", "65536"),
-        *("--additional-config", '{"kivi": {"group_size": 33}}'),
-    )
-    assert line == "error: kivi.group_size is 33, but must be one of: 32, 64, 128"
-
-
-def test_serve_with_an_unknown_dtype() -> None:
-    status, output = _vllm("serve", config_only(), "--kv-cache-dtype", "kivi3")
+    assert _error(*option) == "error: kivi.group_size is 33, but must be one of: 32, 64, 128"
+    status, output = dtype
     assert status == 2
     assert "Traceback" not in output
     line = output.splitlines()[-1]
@@ -74,12 +93,14 @@ def _with_tokenizer(model: str) -> str:
     return model
 
 
+@pytest.mark.slow
 def test_offline_command_with_too_little_memory() -> None:
-    line = _error(
-        *("bench", "throughput", "--kv-cache-dtype", "kivi2"),
+    done = _run(
+        *("-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--kv-cache-dtype", "kivi2"),
         *("--model", _with_tokenizer(config_only())),
         *("--kv-cache-memory-bytes", "65536", "--max-model-len", "1024", "--num-prompts", "1"),
         *("--input-len", "16", "--output-len", "4", "--dataset-name", "random"),
     )
+    line = _error(*done)
     assert line.startswith("error: --kv-cache-dtype kivi2: one sequence of --max-model-len 1024")
     assert "raise --kv-cache-memory-bytes" in line

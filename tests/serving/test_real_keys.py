@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kivi_vllm.ops.cpu import library
+from tests.choice import some
 from tests.unit.native import simulator
 from tests.unit.simulator import Case
 
@@ -40,8 +41,8 @@ def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return seen
 
 
-@pytest.mark.parametrize("isa", library.load().available)
-@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4"])
+@pytest.mark.parametrize("isa", some(library.load().available, [0]))
+@pytest.mark.parametrize("dtype", some(["kivi2", "kivi_k4v2", "kivi4"], [0]))
 @pytest.mark.parametrize("best", [False, True], ids=["paper", "best"])
 def test_error_on_real_keys_and_values(dtype: str, best: bool, isa: str, captured: list) -> None:
     library.load().select(isa)

@@ -25,6 +25,9 @@ from tests import metrics
 from tests.deploy.expressions import FROM_PROMETHEUS, dashboard, exported
 from tests.serving.conftest import Served
 
+# Its threads are on all cores.
+pytestmark = pytest.mark.alone
+
 CAPITAL = "What is the capital of France? Answer with one word."
 
 
@@ -178,6 +181,7 @@ def test_prefix_hit_gives_the_same_answer(served: Served, length: int) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_path: Path) -> None:
     """benchmarks/serving/observed.py around vLLM's own load."""
     observed = Path(__file__).parents[2] / "benchmarks" / "serving" / "observed.py"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.choice import some
 from tests.engine import Answer
 from tests.invariance.conftest import scheduler
 from tests.soak.checks import assert_flat, assert_idle
@@ -117,7 +118,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS], ids=lambda f: f.__name__[1:] if f else "none")
+@pytest.mark.parametrize(
+    "fault", some([None, *FAULTS], [0, 3]), ids=lambda f: f.__name__[1:] if f else "none"
+)
 def test_a_fault_is_seen(fault: Any, truth: list[Answer], poison: Any) -> None:
     with small_engine(KIND) as llm:
         poison(llm)

@@ -47,6 +47,7 @@ def quiet() -> Callable[[Kind], list[Answer]]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.slow
 def test_storm(kind: Kind, quiet: Any, poison: Any, record_property: Any) -> None:
     print(f"KIVI_SOAK_SEED={SEED} KIVI_SOAK_REQUESTS={REQUESTS}")  # what repeats a failure
     truth = quiet(kind)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from kivi_vllm.ops.triton import operators
 from tests.unit.ahead import Binary, compiled, inspect
 
 CAPABILITIES = (80, 90, 100)
+slow = pytest.mark.slow
 SHARED = 99 << 10
 """Bytes of shared memory that a program can have on every GPU since sm_80."""
 
@@ -97,8 +99,21 @@ def taken(kernels: list[Any]) -> list[Binary]:
     return binaries
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def targets(layers: list[Layer], thorough: Sequence[int], quick: Sequence[int]) -> list[Any]:
+    """Each layer for one of the GPUs in turn, and those at `thorough` for all three.
+
+    A layer decides what a program holds, a target how it is laid out: every layer sees a target,
+    and the hungriest see all of them. All but those at `quick` are `slow`.
+    """
+    pairs = [(layer, CAPABILITIES[i % 3]) for i, layer in enumerate(layers)]
+    more = [(layers[i], c) for i in thorough for c in CAPABILITIES]
+    return [
+        pytest.param(*pair, marks=[slow] * (i not in quick), id=f"{pair[0]}-{pair[1]}")
+        for i, pair in enumerate([*pairs, *(pair for pair in more if pair not in pairs)])
+    ]
+
+
+@pytest.mark.parametrize(("layer", "capability"), targets(LAYERS, (10, 12, 13), (0, 5, 10)))
 def test_decode_neither_spills_nor_overflows(layer: Layer, capability: int) -> None:
     with compiled(capability) as kernels:
         operators.attend(*layer.arguments(decode=True))
@@ -108,19 +123,17 @@ def test_decode_neither_spills_nor_overflows(layer: Layer, capability: int) -> N
     assert decode.shared <= SHARED
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(
-    "layer",
-    [
-        Layer(tokens=64),
-        Layer("kivi4", heads=(9, 3), head_size=64, tokens=64, residual=32),
-        Layer(head_size=256, heads=(8, 4), tokens=64),
-        Layer(tokens=64, best=True),
-        Layer("kivi4", head_size=96, heads=(8, 8), tokens=64, residual=32, best=True),
-        Layer(head_size=256, heads=(8, 4), group=128, tokens=64, best=True),
-    ],
-    ids=str,
-)
+PREFILLS = [
+    Layer(tokens=64, best=True),
+    Layer("kivi4", heads=(9, 3), head_size=64, tokens=64, residual=32),
+    Layer(head_size=256, heads=(8, 4), tokens=64),
+    Layer(tokens=64),
+    Layer("kivi4", head_size=96, heads=(8, 8), tokens=64, residual=32, best=True),
+    Layer(head_size=256, heads=(8, 4), group=128, tokens=64, best=True),
+]
+
+
+@pytest.mark.parametrize(("layer", "capability"), targets(PREFILLS, (0, 5), (0,)))
 def test_prefill_and_store_fit(layer: Layer, capability: int) -> None:
     step, cache, query, key, value, params, output = layer.arguments(decode=False)
     with compiled(capability) as kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -176,36 +177,50 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
     assert {name: values[name] for name in expected} == expected
 
 
-def dispatched(**environment: str) -> str:
-    """What a fresh process says of its operators: module, state, and the log's lines."""
-    code = (
-        "import torch; from kivi_vllm.ops import dispatch\n"
-        "for _ in range(2): module = dispatch.operators('cpu')\n"
-        "print(module.__name__, *dispatch.describe(), sep=' | ')"
-    )
+# torch is imported once: each environment is a fork of that process, the library not yet loaded.
+DISPATCH = """
+import json, os, sys, torch
+from kivi_vllm.ops import dispatch
+for environment in json.loads(sys.argv[1]):
+    if not os.fork():
+        os.environ.update(environment)
+        for _ in range(2): module = dispatch.operators('cpu')
+        print(module.__name__, *dispatch.describe(), sep=' | ')
+        sys.exit()
+    os.wait()
+    print("END", flush=True)
+"""
+
+
+def dispatched(*environments: dict[str, str]) -> list[str]:
+    """What a process says of its operators in each: module, state, and the log's lines."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
+        [sys.executable, "-c", DISPATCH, json.dumps(environments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=120,
     )
-    return done.stdout + done.stderr
-
-
-def test_reference_takes_the_place_of_a_missing_library() -> None:
-    out = dispatched(KIVI_VLLM_CPU_LIBRARY="/nowhere/libkivi_cpu.so")
-    assert "kivi_vllm.ops.reference | reference (PyTorch, slow): no native kernels" in out
-    assert out.count("KIVI operators on cpu") == 1  # said once
-    assert "install kivi_vllm again" in out
+    *outputs, rest = done.stdout.split("END\n")
+    assert len(outputs) == len(environments) and not rest, done.stdout
+    return outputs
 
 
 def test_environment_chooses() -> None:
-    out = dispatched(KIVI_VLLM_CPU_ISA="portable")
-    assert "kivi_vllm.ops.cpu.operators | native, portable (also: " in out
-    out = dispatched(KIVI_VLLM_CPU_ISA="reference")
-    assert "kivi_vllm.ops.reference | reference (PyTorch), as KIVI_VLLM_CPU_ISA says | \n" in out
-    assert "KiviConfigError: KIVI_VLLM_CPU_ISA is 'sse9'" in dispatched(KIVI_VLLM_CPU_ISA="sse9")
+    out, portable, reference, unknown = dispatched(
+        {"KIVI_VLLM_CPU_LIBRARY": "/nowhere/libkivi_cpu.so"},
+        {"KIVI_VLLM_CPU_ISA": "portable"},
+        {"KIVI_VLLM_CPU_ISA": "reference"},
+        {"KIVI_VLLM_CPU_ISA": "sse9"},
+    )
+    # The reference takes the place of a missing library.
+    assert "kivi_vllm.ops.reference | reference (PyTorch, slow): no native kernels" in out
+    assert out.count("KIVI operators on cpu") == 1  # said once
+    assert "install kivi_vllm again" in out
+    assert "kivi_vllm.ops.cpu.operators | native, portable (also: " in portable
+    as_said = "kivi_vllm.ops.reference | reference (PyTorch), as KIVI_VLLM_CPU_ISA says | \n"
+    assert as_said in reference
+    assert "KiviConfigError: KIVI_VLLM_CPU_ISA is 'sse9'" in unknown
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +239,7 @@ def has_avx512_vnni() -> bool:
     return "avx512_vnni" in INSTRUCTION_SETS
 
 
+@pytest.mark.slow
 def test_amx_kernels_on_emulated_tiles(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native = library.Library(emulated, "amx")
     monkeypatch.setattr(operators, "load", lambda: native)

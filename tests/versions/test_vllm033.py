@@ -90,6 +90,7 @@ print(json.dumps({
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [0, 32], ids=lambda r: f"R{r}")
 def test_layers_and_capacity(residual: int) -> None:
     found = run(
