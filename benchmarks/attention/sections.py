@@ -13,7 +13,7 @@ from benchmarks.attention import baseline
 from benchmarks.attention.baseline import VllmPool
 from benchmarks.attention.cases import KIVI_DTYPES, RESIDUAL, SHAPES, B, Case, Shape
 from benchmarks.attention.floor import reader
-from benchmarks.attention.kivi import KiviPool, rows
+from benchmarks.attention.kivi import KiviPool, Row, rows
 from benchmarks.attention.memory import cold_sets, huge_page_bytes
 from benchmarks.attention.timing import Call, Timed, columns, interleave, once, store_columns
 from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
@@ -51,10 +51,9 @@ def measure(case: Case, settings: Settings) -> Result:
         the case's row: medians and quartiles, or `skipped` with the reason.
 
     """
-    of = {"decode": _decode, "prefill": _prefill}
-    default = _store_decode if case.new == 1 else _store_prefill
+    of = {"decode": _decode, "prefill": _prefill, "store": _store}
     try:
-        return case.fields | of.get(case.section, default)(case, settings)
+        return case.fields | of[case.section](case, settings)
     except _NoRoom as reason:
         return case.fields | {"skipped": str(reason)}
 
@@ -155,50 +154,39 @@ def _prefill(case: Case, settings: Settings) -> Result:
     return columns(times) | {"iterations": len(times["bf16"]), "ratio": ratio} | memory
 
 
-def _store_decode(case: Case, settings: Settings) -> Result:
-    """What storing adds to a decode step: both calls each step, a block's work once in 128."""
-    shape, batch, blocks = SHAPES[case.shape], case.batch, case.context // B
-    total = case.context + RESIDUAL
-    read = KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(blocks, RESIDUAL)
-    kivi2 = KiviPool(shape, "kivi2", cold_sets(read, settings.llc), batch, blocks + 1)
-    read = VllmPool(shape, "bf16", 1, batch, 1).read_bytes(total)
-    bf16 = VllmPool(shape, "bf16", cold_sets(read, settings.llc), batch, blocks + 1)
+def _store(case: Case, settings: Settings) -> Result:
+    """What storing adds to a step: a decode, which completes a block once in 128, or a chunk."""
+    shape, batch, decode = SHAPES[case.shape], case.batch, case.new == 1
+    end = case.context + RESIDUAL if decode else case.new
+    blocks = case.context // B + 1 if decode else -(-case.new // B)
+    read = {
+        "kivi2": KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(case.context // B, RESIDUAL),
+        "bf16": VllmPool(shape, "bf16", 1, batch, 1).read_bytes(end),
+    }
+    sets = {name: cold_sets(n, settings.llc) if decode else 1 for name, n in read.items()}
+    kivi2 = KiviPool(shape, "kivi2", sets["kivi2"], batch, blocks)
+    bf16 = VllmPool(shape, "bf16", sets["bf16"], batch, blocks)
     memory = _prepare({"kivi2": kivi2, "bf16": bf16}, shape, settings)
-    own = Tokens(shape, batch)
-    middle = rows(batch, 1, total)
-    last = rows(batch, 1, case.context + B)  # every sequence completes a block
-    slots = [
-        torch.cat([bf16.slots(i, row, total - 1, total) for row in range(batch)])
-        for i in range(bf16.sets)
-    ]
-    writes = [bf16.writer(at, own.key, own.value) for at in slots]
-    cursor = cycle(range(kivi2.sets))
-    attend = _attention(kivi2, 1, total, own)
+    own = Tokens(shape, batch * case.new)
+    writes = []
+    for i in range(bf16.sets):
+        slots = torch.cat([bf16.slots(i, row, end - case.new, end) for row in range(batch)])
+        writes.append(bf16.writer(slots, own.key, own.value))
+    cursor, attend = cycle(range(kivi2.sets)), _attention(kivi2, case.new, end, own)
+    this = rows(batch, case.new, end)
 
-    def store(name: str, of: list[Any], before: Sequence[Call] = ()) -> Timed:
+    def store(name: str, of: list[Row], before: Sequence[Call] = ()) -> Timed:
         calls = [kivi2.store(name, i, of, own.key, own.value) for i in range(kivi2.sets)]
         return Timed(calls, cursor, before)
 
     things = {
         "attend": Timed(attend, cursor),
-        "store_ring": store("store_ring", middle, attend),
-        "store_blocks_idle": store("store_blocks", middle),
-        "store_blocks": store("store_blocks", last),
+        "store_ring": store("store_ring", this, attend if decode else ()),
+        "store_blocks": store("store_blocks", this),
         "bf16_store": Timed(writes, cycle(range(bf16.sets))),
     }
-    return store_columns(interleave(things, settings.budget)) | memory
-
-
-def _store_prefill(case: Case, settings: Settings) -> Result:
-    """What storing adds to a prefill chunk."""
-    shape, blocks = SHAPES[case.shape], -(-case.new // B)
-    kivi2, bf16 = KiviPool(shape, "kivi2", 1, 1, blocks), VllmPool(shape, "bf16", 1, 1, blocks)
-    memory = _prepare({"kivi2": kivi2, "bf16": bf16}, shape, settings)
-    own, of = Tokens(shape, case.new), rows(1, case.new, case.new)
-    things = {
-        "attend": once(*_attention(kivi2, case.new, case.new, own)),
-        "store_ring": once(kivi2.store("store_ring", 0, of, own.key, own.value)),
-        "store_blocks": once(kivi2.store("store_blocks", 0, of, own.key, own.value)),
-        "bf16_store": once(bf16.writer(bf16.slots(0, 0, 0, case.new), own.key, own.value)),
-    }
+    if decode:
+        things["store_blocks_idle"] = things["store_blocks"]
+        all_complete = rows(batch, 1, case.context + B)
+        things["store_blocks"] = store("store_blocks", all_complete)
     return store_columns(interleave(things, settings.budget)) | memory

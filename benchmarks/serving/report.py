@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +35,30 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     most.
     """
     found: list[Summary] = []
-    for key in dict.fromkeys((row.workload, row.kv_cache_dtype) for row in rows):
-        mine = [row for row in rows if (row.workload, row.kv_cache_dtype) == key]
-        speeds = [row.output_tokens_per_s for row in mine]
-        server = pd.DataFrame([row.server for row in mine]).rename(
-            columns={"running_max": "running"}
-        )
+    groups = pd.DataFrame(rows).groupby(["workload", "kv_cache_dtype"], sort=False)
+    for (workload, dtype), mine in groups:
+        server = pd.DataFrame(list(mine["server"])).rename(columns={"running_max": "running"})
         numbers = server[list(_OF_SERVER)].apply(pd.to_numeric).median()
-        medians = {name: None if pd.isna(x) else float(x) for name, x in numbers.items()}
+        latency = list(mine["latency_ms"])
+        rate, tokens = rows[mine.index[0]]["request_rate"], rows[mine.index[0]]["kv_cache_tokens"]
         one = {
-            "workload": key[0],
-            "kv_cache_dtype": key[1],
+            "workload": workload,
+            "kv_cache_dtype": dtype,
             "rounds": len(mine),
-            "request_rate": mine[0].request_rate,
-            "kv_cache_tokens": mine[0].kv_cache_tokens,
-            "failed": sum(row.num_prompts - row.completed for row in mine),
-            "requests_per_s": float(pd.Series([row.requests_per_s for row in mine]).median()),
-            "output_tokens_per_s": float(pd.Series(speeds).median()),
-            "output_tokens_per_s_all": speeds,
+            "request_rate": rate,
+            "kv_cache_tokens": tokens,
+            "failed": int((mine["num_prompts"] - mine["completed"]).sum()),
+            "requests_per_s": float(mine["requests_per_s"].median()),
+            "output_tokens_per_s": float(mine["output_tokens_per_s"].median()),
+            "output_tokens_per_s_all": mine["output_tokens_per_s"].to_list(),
             "latency_ms": {
-                name: pd.DataFrame([row.latency_ms[name] for row in mine]).median().to_dict()
+                name: pd.DataFrame([x[name] for x in latency]).median().to_dict()
                 for name in LATENCIES
             },
-            "saturated": all(row.server["running_max"] < row.num_prompts for row in mine),
-            **medians,
+            "saturated": all(server["running"].to_numpy() < mine["num_prompts"].to_numpy()),
+            **{name: None if pd.isna(x) else float(x) for name, x in numbers.items()},
         }
-        first = next((other for other in found if other["workload"] == key[0]), one)
+        first = next((other for other in found if other["workload"] == workload), one)
         for name, of in _RATIOS.items():
             one[name] = one[of] / first[of] if one[of] and first[of] else None
         found.append(one)
@@ -86,7 +83,7 @@ _RATIOS = {
 
 def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write the JSON file."""
-    data = {"header": head, "summary": summarize(rows), "rows": [asdict(row) for row in rows]}
+    data = {"header": head, "summary": summarize(rows), "rows": list(rows)}
     write_json(path, data)
 
 
