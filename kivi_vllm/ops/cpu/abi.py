@@ -13,79 +13,34 @@ Fields = tuple[tuple[str, struct.Struct], ...]
 _INTEGER, _DOUBLE = struct.Struct("=q"), struct.Struct("=d")
 
 
-def _fields(*names: str, **others: struct.Struct) -> Fields:
+def _fields(names: str, **others: struct.Struct) -> Fields:
     """Fields of these names: integers or addresses, but for `others`."""
-    return tuple((name, others.get(name, _INTEGER)) for name in names)
+    return tuple((name, others.get(name, _INTEGER)) for name in names.split())
 
 
 def _packed(fields: Fields) -> struct.Struct:
     return struct.Struct("=" + "".join(kind.format.lstrip("=") for _, kind in fields))
 
 
-ROW_FIELDS = _fields("index", "q0", "q1", "a", "b")  # `Step.row_array`
+ROW_FIELDS = _fields("index q0 q1 a b")  # `Step.row_array`
 RAW_FIELDS = _fields(
-    "data",
-    "block_stride",
-    "head_stride",
-    "token_stride",
-    "num_blocks",
-    "table",
-    "table_stride",
-    "table_width",
+    "data block_stride head_stride token_stride num_blocks table table_stride table_width"
 )
-TENSOR_FIELDS = _fields("data", "token_stride", "head_stride")
+TENSOR_FIELDS = _fields("data token_stride head_stride")
 RAW, TENSOR = _packed(RAW_FIELDS), _packed(TENSOR_FIELDS)
 
 COMMON_FIELDS = _fields(
-    "rows",
-    "num_rows",
-    "per_position",
-    "decode_len",
-    "k_bits",
-    "v_bits",
-    "group_size",
-    "head_size",
-    "raw_tokens",
-    "dtype",
-    "num_kv_heads",
-    "pages",
-    "page_block_stride",
-    "page_head_stride",
-    "num_blocks",
-    "block_table",
-    "block_table_stride",
-    "block_table_width",
-    "ring",
-    "tails",
-    "num_tails",
-    "residual_length",
-    "sinks",
-    "sink_tokens",
-    "rotate_values",
-    "clip",
-    "key",
-    "value",
-    "threads",
-    ring=RAW,
-    sinks=RAW,
-    key=TENSOR,
-    value=TENSOR,
+    "rows num_rows per_position decode_len k_bits v_bits group_size head_size raw_tokens dtype "
+    "num_kv_heads pages page_block_stride page_head_stride num_blocks block_table "
+    "block_table_stride block_table_width ring tails num_tails residual_length sinks sink_tokens "
+    "rotate_values clip key value threads",
+    **dict(ring=RAW, sinks=RAW, key=TENSOR, value=TENSOR),
 )
 """Of a KiviCall: what all three calls of a step need."""
 
 QUERY_FIELDS = _fields(
-    "query",
-    "output",
-    "out_dtype",
-    "num_heads",
-    "scale",
-    "soft_cap",
-    "alibi_slopes",
-    "sliding_window",
-    query=TENSOR,
-    output=TENSOR,
-    scale=_DOUBLE,
-    soft_cap=_DOUBLE,
+    "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window",
+    **dict(query=TENSOR, output=TENSOR, scale=_DOUBLE, soft_cap=_DOUBLE),
 )
 """The rest, which attention alone needs."""
 
