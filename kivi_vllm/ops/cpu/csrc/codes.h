@@ -72,22 +72,35 @@ struct Codes {
   static constexpr bool in_place = BITS + pitch <= 4;
   static constexpr int slot1 = in_place ? 1 << pitch : 1;
 
-  // f(Run) of the channels of a tile of keys, in any number of runs.
-  template <class F>
-  static INLINE void keys(const uint8_t *codes, int head_size, int tile, F f) {
-    const uint8_t *vectors = codes + tile / pairs * head_size * 16;
-    if constexpr (pairs == 2)
-      if (tile % 2) return f(Run<Codes, 1>{vectors, 0, head_size / 4});
-    f(Run<Codes, 0>{vectors, 0, head_size / 4});
-  }
+  // A tile of keys, or of values: calls f with each Run of it.
+  struct Keys {
+    const uint8_t *vectors;
+    int quads;
+    bool second;  // of two pairs of slots
 
-  // f(Run) of the tokens of a tile of values: those of one pair of slots, then those of the other.
-  template <class F>
-  static INLINE void values(const uint8_t *codes, int tile, F f) {
-    const uint8_t *vectors = codes + tile * value_quads * 64;
-    f(Run<Codes, 0>{vectors, 0, value_quads});
-    if constexpr (pairs == 2) f(Run<Codes, 1>{vectors, value_quads, value_quads});
-  }
+    INLINE Keys(const uint8_t *codes, int head_size, int tile)
+        : vectors(codes + tile / pairs * head_size * 16), quads(head_size / 4),
+          second(tile % pairs != 0) {}
+
+    template <class F>
+    INLINE void operator()(F f) const {
+      if constexpr (pairs == 2)
+        if (second) return f(Run<Codes, 1>{vectors, 0, quads});
+      f(Run<Codes, 0>{vectors, 0, quads});
+    }
+  };
+
+  struct Values {  // the tokens of one pair of slots, then those of the other
+    const uint8_t *vectors;
+
+    INLINE Values(const uint8_t *codes, int tile) : vectors(codes + tile * value_quads * 64) {}
+
+    template <class F>
+    INLINE void operator()(F f) const {
+      f(Run<Codes, 0>{vectors, 0, value_quads});
+      if constexpr (pairs == 2) f(Run<Codes, 1>{vectors, value_quads, value_quads});
+    }
+  };
 
   // Codes [128 tokens][head_size] to the bytes of a page.
   static void pack_keys(const uint8_t *codes, int head_size, uint8_t *out) {

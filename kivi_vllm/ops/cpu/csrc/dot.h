@@ -104,7 +104,7 @@ static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int
 // ------------------------------------------------------------- dot products
 //
 // dot<R>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for a tile, high and
-// low joined. `runs(f)` calls f with every Run of the tile. (Codes of slot 1 are as Run::read gives
+// low joined. `runs` is the tile, a Codes::Keys or Values. (Codes of slot 1 are as Run::read gives
 // them: multiplied.)
 
 // The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes.
@@ -188,12 +188,10 @@ static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Strea
 constexpr int kShort = 8;
 static_assert(kShort == kChunk);
 
-// R query rows and one half of the lanes, from byte `lanes` of the vectors on: sums[r][slot] +=
-// 256 * high + low.
+// R query rows and one half of the lanes: sums[r][slot] += 256 * high + low.
 template <int R, int AHEAD, class RUN>
-static INLINE void dot_run(const RUN &run, int lanes, const int8_t *parts, __m256i (*sums)[2],
-                           Stream &stream) {
-  for (int base = 0; base < run.quads; base += kShort) {
+static INLINE void dot_run(RUN run, const int8_t *parts, __m256i (*sums)[2], Stream &stream) {
+  for (int base = 0; base < run.quads; base += kShort, run.vectors += kShort * 64) {
     const int8_t *p = parts + quad_offset(base);
     stream.fetch<AHEAD>();
     __m256i s[2 * R][2] = {};
@@ -202,7 +200,7 @@ static INLINE void dot_run(const RUN &run, int lanes, const int8_t *parts, __m25
 #pragma GCC unroll 2
       for (int k = 0; k < kLanes; k++) {
         vc slot[2];
-        run.read((base + i * kLanes + k) * 64 + lanes, slot);
+        run.read((i * kLanes + k) * 64, slot);
         const __m256i c0 = (__m256i)slot[0], c1 = (__m256i)slot[1];
 #pragma GCC unroll 4
         for (int r = 0; r < 2 * R; r++) {
@@ -228,7 +226,8 @@ static INLINE void dot_rows(RUNS runs, const int8_t *parts, int32_t (*out)[32], 
   for (int lanes = 0; lanes < 2; lanes++) {
     __m256i sums[R][2] = {};
     runs([&](auto run) __attribute__((always_inline)) {
-      dot_run<R, AHEAD>(run, 32 * lanes, parts + quad_offset(run.first), sums, stream);
+      run.vectors += 32 * lanes;
+      dot_run<R, AHEAD>(run, parts + quad_offset(run.first), sums, stream);
     });
     for (int r = 0; r < R; r++)
       for (int i = 0; i < 2; i++)

@@ -82,10 +82,7 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
     for (int r = 0; r < R; r++)
       multiply_split(queries.fixed + (int64_t)(r0 + r) * d, p.k_fixed + g * d, d, s.parts + 128 * r);
     for (int end = tile + at.group_tiles; tile < end; tile++) {
-      const auto runs = [&](auto f) __attribute__((always_inline)) {
-        K::keys(page + at.k_codes, d, tile, f);
-      };
-      dot<R, AHEAD>(runs, s.parts, s.dots, stream);
+      dot<R, AHEAD>(typename K::Keys(page + at.k_codes, d, tile), s.parts, s.dots, stream);
       for (int r = 0; r < R; r++) {
         const float unit = queries.unit[r0 + r] * p.k_factor[g];
         const float zero = s.k_zero_sum[g * kRows + r];
@@ -152,10 +149,7 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
     for (int r = 0; r < R; r++)
       multiply_split(s.p_fixed[r], p.v_fixed + g * kBlock, kBlock, s.parts + 128 * r);
     for (int end = tile + at.group_tiles; tile < end; tile++) {
-      const auto runs = [&](auto f) __attribute__((always_inline)) {
-        V::values(page + at.v_codes, tile, f);
-      };
-      dot<R, AHEAD>(runs, s.parts, s.dots, stream);
+      dot<R, AHEAD>(typename V::Values(page + at.v_codes, tile), s.parts, s.dots, stream);
       for (int r = 0; r < R; r++) {
         const float scale = weight[r] * unit[r], zero = weight[r] * s.v_zero_sum[g * kRows + r];
         float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
