@@ -80,6 +80,7 @@ class Child:
             os.close(handle)
             log = Path(path)
         self.log = log
+        log.write_bytes(b"")
         context = multiprocessing.get_context("spawn")
         self._incoming, outgoing = context.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(1, context, _begin, (os.path.abspath(log), outgoing))

@@ -132,10 +132,12 @@ def test_a_child_that_dies_is_an_error_with_its_log(how: str, status: str) -> No
     assert not members(pid)
 
 
-def test_a_child_that_does_not_start() -> None:
+def test_a_child_that_does_not_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("of an earlier child")
     with pytest.raises(ChildError, match="a test failed: it did not start") as found:
-        Child("a test", {**os.environ, "PYTHONHOME": "/no/such/folder"})
-    assert found.value.remedy
+        Child("a test", {**os.environ, "PYTHONHOME": "/no/such/folder"}, log)
+    assert found.value.remedy and log.read_text() == ""
 
 
 def test_what_update_raises_ends_the_waiting_and_the_child() -> None:
