@@ -12,8 +12,8 @@ from benchmarks.attention.children import on_cpu, on_gpu
 from benchmarks.attention.report import facts, show
 from benchmarks.common import machine
 from benchmarks.common.command import Json, among, start
+from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder, write_json
 from kivi_vllm.cli.progress import console, note
 
 Names = list[str] | None

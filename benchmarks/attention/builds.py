@@ -14,8 +14,8 @@ import typer
 from benchmarks.attention.cases import DEFAULTS, RESIDUAL, SHAPES, B, Case
 from benchmarks.common import machine
 from benchmarks.common.command import Json, among, start
+from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder, write_json
 
 OPERATORS = {"attend": 0.02, "store_blocks": 0.0}
 """What can be compared, and how far the results of two builds may be apart."""

@@ -7,9 +7,9 @@ import pandas as pd
 import typer
 
 from benchmarks.common.command import Prefix, start
+from benchmarks.common.files import check_folder
 from benchmarks.common.pictures import check_matplotlib, read, save
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder
 
 LINES = {
     "bf16_ms": ("bf16, the fastest there", "#444444"),

@@ -8,9 +8,9 @@ import pandas as pd
 import typer
 
 from benchmarks.common.command import Json, Memory, Model, folder_of, start
+from benchmarks.common.files import check_folder, write_json
 from benchmarks.common.machine import header
 from benchmarks.common.tables import show
-from kivi_vllm.cli.files import check_folder, write_json
 from kivi_vllm.cli.plan import CACHE_DTYPES, capacity, parse_memory
 
 

@@ -11,9 +11,9 @@ import typer
 
 from benchmarks.common.child import Child
 from benchmarks.common.command import Dtypes, Json, Memory, Model, folder_of, start
+from benchmarks.common.files import check_folder, write_json
 from benchmarks.common.tables import show
 from benchmarks.common.vllm_runs import environment, header
-from kivi_vllm.cli.files import check_folder, write_json
 from kivi_vllm.cli.plan import parse_memory
 from kivi_vllm.cli.progress import step
 

@@ -11,10 +11,10 @@ import pandas as pd
 import typer
 
 from benchmarks.common.command import Dtypes, Json, Model, Repeat, failures, folder_of, start
+from benchmarks.common.files import check_folder, write_json
 from benchmarks.common.tables import show
 from benchmarks.common.vllm_runs import header, run_to_end, vllm_command
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder, write_json
 from kivi_vllm.cli.process import tail
 from kivi_vllm.cli.server import kv_tokens
 

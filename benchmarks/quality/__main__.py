@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import machine
+from benchmarks.common.files import check_folder, write_json
 from benchmarks.quality import perplexity, plot, quantized_cache, report
 from benchmarks.quality.engine import Settings
 from benchmarks.quality.model_facts import DTYPES, ModelFacts, model_facts
@@ -16,7 +17,6 @@ from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.sections import SECTIONS, Reference, Result, Workload, measure
 from kivi_vllm.cli.default_model import default_model
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder, write_json
 from kivi_vllm.cli.main import main
 from kivi_vllm.cli.progress import note
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from benchmarks.common.files import check_folder
 from benchmarks.common.pictures import COLOURS, MARKERS, check_matplotlib, new_axes, read, save
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder
 from kivi_vllm.cli.main import main
 
 ROUNDING = 1e-6

@@ -16,13 +16,13 @@ from benchmarks.common.command import (
     folder_of,
     start,
 )  # fmt: skip
+from benchmarks.common.files import check_folder
 from benchmarks.common.pictures import check_matplotlib
 from benchmarks.common.vllm_runs import header
 from benchmarks.serving import plot, report
 from benchmarks.serving.sweep import Row, sweep
 from benchmarks.serving.workloads import KIVI_LONGEST, SUFFIX, WORKLOADS, Sizes, rising, saturating
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder
 from kivi_vllm.cli.plan import CACHE_DTYPES, parse_memory
 
 SECTIONS = (*WORKLOADS, "rate")

@@ -8,9 +8,9 @@ import pandas as pd
 import typer
 
 from benchmarks.common.command import Prefix, start
+from benchmarks.common.files import check_folder
 from benchmarks.common.pictures import COLOURS, MARKERS, check_matplotlib, new_axes, read, save
 from benchmarks.serving.workloads import SATURATING
-from kivi_vllm.cli.files import check_folder
 
 SPEED = "output tokens a second"
 PANELS = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.common.files import write_json
 from benchmarks.common.tables import show as table
 from benchmarks.serving.sweep import LATENCIES, PERCENTILES, Row
-from kivi_vllm.cli.files import write_json
 
 Summary = dict[str, Any]
 

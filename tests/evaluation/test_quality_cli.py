@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.files import write_json
 from benchmarks.quality import __main__ as cli
 from benchmarks.quality import engine, plot, report
 from benchmarks.quality.sections import Result, Workload
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import write_json
 from tests.engine import tiny_model
 from tests.evaluation.tokenizers import bytes_tokenizer
 
