@@ -114,14 +114,10 @@ class DeviceStep:
     As `Step`, for operators that read nothing of it on the host: what was a list of rows is
     tensors on the device. What a launch must know (how many programs) comes from counts that
     the scheduler knows, and rows without tokens are skipped, so that a step can be captured
-    into a CUDA graph and replayed. Request r has the tokens `query_start_loc[r]` to
-    `query_start_loc[r + 1]` of the step, which are its positions up to `seq_lens[r]`; none,
-    where it is padding.
+    into a CUDA graph and replayed.
 
     Attributes:
-        query_start_loc: [num_reqs + 1] int32.
-        seq_lens: [num_reqs] int32, tokens of each request after the step.
-        block_table: [num_reqs, max_blocks] int32, page ids of each request's blocks.
+        query_start_loc, seq_lens, block_table: see `Batch`.
         num_decodes: leading requests that have at most `decode_len` tokens.
         num_decode_tokens: tokens of the step that are theirs, or more.
         num_tokens: tokens of the step, or more.
@@ -182,30 +178,25 @@ class DeviceStep:
     @classmethod
     def of_rows(cls, step: Step) -> DeviceStep:
         """The same step; requests without tokens in it become rows of length 0."""
-        device = step.block_table.device
-        n = step.block_table.shape[0]
+        n, device = step.block_table.shape[0], step.block_table.device
         lens, ends = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
         for row in step.rows:
             lens[row.index], ends[row.index] = row.q1 - row.q0, row.b
         starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
         if any(starts[row.index] != row.q0 for row in step.rows):
             raise ValueError("the rows of a step must lie in the order of their requests")
-        long = (lens > step.decode_len).nonzero().flatten().tolist()
-        num_decodes = long[0] if long else n
-        prefills = slice(num_decodes, n)
-        return cls(
+        batch = Batch(
             query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
             seq_lens=ends.to(device),
+            seq_lens_cpu=ends,
             block_table=step.block_table,
-            num_decodes=num_decodes,
-            num_decode_tokens=int(starts[num_decodes]),
             num_tokens=int(starts[-1]),
             max_query_len=int(lens.max()) if n else 0,
             per_position=step.per_position,
             decode_len=step.decode_len,
-            nothing_cached=bool((lens[prefills] == ends[prefills]).all()),
-            prefill_lens=lens[prefills].tolist(),
         )
+        return cls.of(batch)
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the AMX kernels need AVX-512 VNNI besides their tiles")
     folder = tmp_path_factory.mktemp("amx")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
-    flags = {"CXXFLAGS": "-DKIVI_EMULATE_AMX -O1"}
+    flags = {"CXXFLAGS": f"-DKIVI_EMULATE_AMX -I{Path(__file__).parent} -O1"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **flags}, check=True, timeout=500)
     return folder / "kivi_vllm" / "ops" / "cpu" / "libkivi_cpu.so"
 
