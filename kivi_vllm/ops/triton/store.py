@@ -56,9 +56,8 @@ def _store_v(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDT
         x = rotate(x, C.RUN, TOKENS, False)
     x = tl.reshape(x, (GROUPS, C.G, TOKENS))
     scale, zero = quantize(x, 1, C.V_BITS, C.CLIP)  # [GROUPS, TOKENS]
-    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + tokens_of(part, C.V_BITS, TOKENS)[
-        None
-    ]
+    token = tokens_of(part, C.V_BITS, TOKENS)
+    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + token[None]
     tl.store((page + C.V[0]).to(tl.pointer_type(tl.float16)) + at, scale)
     tl.store((page + C.V[1]).to(tl.pointer_type(tl.float16)) + at, zero)
     c = codes(x, scale[:, None], zero[:, None], C.V_BITS)
