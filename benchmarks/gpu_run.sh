@@ -9,7 +9,7 @@
 # MODEL        folder of a model; without weights in it, they are random
 # LIMIT        seconds for everything (570); TESTS_S, ATTENTION_S: for these parts
 # DTYPES       of the cache, for the whole engine ("auto fp8 kivi2"); VLLM_ARGS: more for vLLM
-# MEMORY       of the cache, for serving (4GiB); SERVING_ARGS: more for serving.py
+# MEMORY       of the cache, for serving (4GiB); SERVING_ARGS: more for it
 # PYTHON       the interpreter (python, else python3)
 #
 # A part that fails does not stop the others; the exit status is 1 if any did.
@@ -145,8 +145,9 @@ if wanted serving; then
 fi
 
 if wanted plots; then
-    if ! has matplotlib; then
-        note plots "skipped: matplotlib cannot be imported"
+    if ! has matplotlib || ! has pandas; then
+        tail -n 1 "$work/import.log"
+        note plots "skipped: matplotlib or pandas cannot be imported"
     elif [ ! -f "$json" ]; then
         note plots "skipped: there is no $json"
     elif wanted attention && [ ! "$json" -nt "$work/start" ]; then

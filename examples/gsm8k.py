@@ -4,7 +4,7 @@
 
 Without arguments: SmolLM2-135M-Instruct, and `auto`, `kivi2` and `kivi4`, one after the other. The
 problems in `gsm8k.jsonl` are in GSM8K's format: the first 6 are the examples, the others are asked.
-For the benchmark itself: `benchmarks/quality/tasks gsm8k`.
+For the benchmark itself, see benchmarks/README.md, "Published evaluations".
 """
 
 import json

@@ -4,7 +4,7 @@
 
 Without arguments: SmolLM2-135M-Instruct, 60 lines of filler (about 1,500 tokens), and `auto` beside
 `kivi2`. KIVI's example has 12k tokens: 480 lines, for a model that is made for so many. By length
-and depth, with scores: `benchmarks/quality/tasks passkey`.
+and depth, with scores: benchmarks/README.md, "Published evaluations".
 """
 
 import os

@@ -2,52 +2,42 @@
 
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.attention.cases import DEFAULTS, SECTIONS, SHAPES, B, among, by_importance, plan
-from benchmarks.attention.children import Event, on_cpu, on_gpu
+from benchmarks.attention.cases import DEFAULTS, SECTIONS, SHAPES, B, by_importance, plan
+from benchmarks.attention.children import on_cpu, on_gpu
 from benchmarks.attention.report import facts, show
 from benchmarks.common import machine
+from benchmarks.common.command import Json, among, start
+from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder, write_json
-from kivi_vllm.cli.main import main
 from kivi_vllm.cli.progress import console, note
 
-DEVICES = ("cpu", "cuda")
+Names = list[str] | None
+Numbers = list[int] | None
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def attention(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    section: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SECTIONS)}; default: all.")
-    ] = None,
+    section: Annotated[Names, typer.Option(help=f"{', '.join(SECTIONS)}; default: all.")] = None,
     shape: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; default: all of the device.")
+        Names, typer.Option(help=f"{', '.join(SHAPES)}; default: all of the device.")
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option(min=B, help="Cached tokens at decode; default: from 1k on.")
+        Numbers, typer.Option(min=B, help="Cached tokens at decode; default: from 1k on.")
     ] = None,
     batch: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Sequences at decode; default: 1, 8, 32, cuda: 128."),
+        Numbers, typer.Option(min=1, help="Sequences at decode; default: 1, 8, 32, cuda: 128.")
     ] = None,
-    prefill: Annotated[
-        list[str] | None, typer.Option(help="New and cached tokens, as in 2048+8192.")
-    ] = None,
+    prefill: Annotated[Names, typer.Option(help="New and cached tokens, as in 2048+8192.")] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="cpu: how many; default: 1 and all cores.")
+        Numbers, typer.Option(min=1, help="cpu: how many; default: 1 and all cores.")
     ] = None,
     budget: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Seconds of timing per case; default: 5, cuda: 1."),
+        float | None, typer.Option(min=0.0, help="Seconds of timing a case; default: 5, cuda: 1.")
     ] = None,
     seconds: Annotated[
         float | None,
@@ -58,11 +48,11 @@ def attention(
     ] = None,
     huge_pages: Annotated[bool, typer.Option(help="cpu: huge pages for all pools.")] = True,
     smoke: Annotated[bool, typer.Option(hidden=True, help="cuda, but interpreted: tiny.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write rows.")] = None,
+    json_path: Json = None,
 ) -> None:
     """Time one layer's attention in every cache format, on caches larger than the processor's."""
     check_folder("--json", json_path)
-    among("--device", [device], DEVICES)
+    among("--device", [device], ("cpu", "cuda"))
     if device == "cpu" and (smoke or seconds is not None):
         raise UserError("--seconds and --smoke are for --device cuda", "leave them out")
     if device == "cuda" and threads:
@@ -76,45 +66,60 @@ def attention(
         [_chunk(text) for text in prefill or ()] or defaults.chunks,
         defaults.store,
     )
+    counts = threads or sorted({1, len(machine.cores())})
+    if max(counts) > len(machine.cores()):
+        free = f"this process may use {len(machine.cores())} cores"
+        raise UserError(f"--threads {max(counts)}: {free}", "ask for fewer threads")
     budget = defaults.budget if budget is None else budget
-    header = machine.header("attention.py") | {"device": device, "budget_s": budget}
     limit = None if memory is None else int(memory * machine.GIB)
+    header = machine.header("attention") | {"device": device, "budget_s": budget}
     settings: dict[str, Any] = {"budget": budget, "memory": limit}
     if device == "cpu":
-        counts = threads or sorted({1, len(machine.cores())})
-        for count in counts:
-            if count > len(machine.cores()):
-                raise UserError(
-                    f"--threads {count}: this process may use {len(machine.cores())} cores",
-                    "ask for fewer threads",
-                )
         settings["memory"] = machine.memory_limit() if limit is None else limit
         settings |= {"llc": machine.llc_bytes(), "huge_pages": huge_pages}
-        header["llc_bytes"] = settings["llc"]
-        header["huge_pages_requested"] = huge_pages
-        events, total = on_cpu(cases, counts, settings), len(counts) * len(cases)
+        header |= {"llc_bytes": settings["llc"], "huge_pages_requested": huge_pages}
     else:
         cases = by_importance(cases, defaults)
         end = math.inf if seconds is None else time.time() + seconds
         settings |= {"deadline": end, "smoke": smoke}
         header["seconds"] = seconds
-        events, total = on_gpu(cases, settings), len(cases)
     header["memory_limit_bytes"] = settings["memory"]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
-    try:
-        for kind, what in _shown(events, total):
+    # Once a second: drawing takes time from what is measured.
+    with Progress(
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")),
+        console=console, transient=True, refresh_per_second=1, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        bar = progress.add_task(
+            "starting", total=len(cases) * (len(counts) if device == "cpu" else 1)
+        )
+
+        def tell(kind: str, what: Any) -> None:
+            if kind == "now":
+                progress.update(bar, description=what)
+                if not console.is_terminal:
+                    note(f"  {what} …")
+                return
             if kind == "header":
-                if "binding" in what:
-                    what["binding"] |= header.get("binding", {})
-                header |= what
+                for name in ("binding", "versions"):
+                    what[name] = header.get(name, {}) | what.get(name, {})
+                header.update(what)
             else:
                 rows[what["section"]].append(what)
+                progress.advance(bar)
             if json_path is not None:
                 write_json(json_path, {"header": header, **rows})
-    finally:
-        show(rows, device, cases)
-        for line in facts(header):
-            print(line)
+
+        try:
+            if device == "cpu":
+                on_cpu(cases, counts, settings, tell)
+            else:
+                on_gpu(cases, settings, tell)
+        finally:
+            progress.stop()
+            show(rows, device, cases)
+            for line in facts(header):
+                print(line)
 
 
 def _blocks(tokens: int) -> int:
@@ -131,28 +136,5 @@ def _chunk(text: str) -> tuple[int, int]:
     return int(new), _blocks(int(cached or 0))
 
 
-def _shown(events: Iterator[Event], total: int) -> Iterator[Event]:
-    """Show how far it is; pass on headers and rows."""
-    bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # Once a second: drawing takes time from what is measured.
-    with Progress(
-        *bar,
-        console=console,
-        transient=True,
-        refresh_per_second=1,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("starting", total=total)
-        for kind, what in events:
-            if kind == "now":
-                progress.update(task, description=what)
-                if not console.is_terminal:
-                    note(f"  {what} …")
-                continue
-            if kind == "row":
-                progress.advance(task)
-            yield kind, what
-
-
 if __name__ == "__main__":
-    main(app)
+    start(attention)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -16,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from benchmarks.attention.cases import SHAPES, VLLM_DTYPES, B, Shape
 from benchmarks.attention.check import BATCH, Outputs, truth
 from benchmarks.attention.memory import Ranges, allocate, replicate, shuffled
+from benchmarks.attention.timing import Call
 
 _STORAGE = {"bf16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -42,15 +42,6 @@ def names() -> list[str]:
     return [name for name in VLLM_DTYPES if name not in refused()]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What vLLM computes once a step for all layers."""
-
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    metadata: torch.Tensor
-
-
 class VllmPool:
     """Blocks of vLLM's cache for `sets` batches of sequences.
 
@@ -66,14 +57,16 @@ class VllmPool:
         self.kv_cache_dtype = VLLM_DTYPES[name]
         self.sets, self.batch, self.blocks = sets, batch, blocks
         self.isa = _get_attn_isa(torch.bfloat16, B, shape.head_size, self.kv_cache_dtype)
-        itemsize = _STORAGE[name].itemsize
-        self.block_bytes = B * shape.token_bytes * itemsize // 2
+        self.block_bytes = B * shape.token_bytes * _STORAGE[name].itemsize // 2
         self.nbytes = sets * batch * blocks * self.block_bytes
         self.tables = shuffled(sets, batch, blocks, seed=1)
 
     def allocate(self, huge_pages: bool) -> None:
         """Take the memory."""
-        self._bind(allocate(self.nbytes, huge_pages))
+        memory, s = allocate(self.nbytes, huge_pages), self.shape
+        self._pages = memory.view(-1, self.block_bytes)
+        cache = memory.view(_STORAGE[self.name]).view(-1, s.num_kv_heads, 2 * B, s.head_size)
+        self.key_cache, self.value_cache = cache.chunk(2, dim=2)
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Fill all blocks with these whole blocks [n * 128, num_kv_heads, head_size], in turn."""
@@ -88,20 +81,12 @@ class VllmPool:
         """Bytes that attending of one batch over `tokens` tokens each reads."""
         return self.batch * tokens * self.block_bytes // B
 
-    def _bind(self, memory: torch.Tensor) -> None:
-        s = self.shape
-        self._pages = memory.view(-1, self.block_bytes)
-        cache = memory.view(_STORAGE[self.name]).view(-1, s.num_kv_heads, 2 * B, s.head_size)
-        self.key_cache, self.value_cache = cache.chunk(2, dim=2)
-
     def slots(self, i: int, row: int, start: int, end: int) -> torch.Tensor:
         """The slot mapping (int64) of positions start..end-1 of a sequence of set i."""
         at = torch.arange(start, end)
         return self.tables[i, row, at // B].long() * B + at % B
 
-    def writer(
-        self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> Callable[[], object]:
+    def writer(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Call:
         """A call that writes tokens [n, num_kv_heads, head_size] to slots [n]."""
         args = (key, value, self.key_cache, self.value_cache, slots, self.isa)
         return partial(ops.cpu_attn_reshape_and_cache, *args, kv_cache_dtype=self.kv_cache_dtype)
@@ -110,8 +95,14 @@ class VllmPool:
         """Write a whole sequence of set i."""
         self.writer(self.slots(i, row, 0, len(key)), key, value)()
 
-    def plan(self, new: int, end: int) -> Plan:
-        """A step of `new` tokens in each sequence, which then have `end`."""
+    def plan(self, new: int, end: int) -> dict[str, Any]:
+        """What vLLM computes once a step for all layers.
+
+        Args:
+            new: tokens of each sequence in the step.
+            end: tokens of each after it.
+
+        """
         s = self.shape
         starts = torch.arange(0, self.batch * new + 1, new, dtype=torch.int32)
         lens = torch.full((self.batch,), end, dtype=torch.int32)
@@ -129,11 +120,11 @@ class VllmPool:
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return Plan(starts, lens, metadata)
+        return {"query_start_loc": starts, "seq_lens": lens, "scheduler_metadata": metadata}
 
     def attention(
-        self, i: int, plan: Plan, query: torch.Tensor, output: torch.Tensor
-    ) -> Callable[[], object]:
+        self, i: int, plan: dict[str, Any], query: torch.Tensor, output: torch.Tensor
+    ) -> Call:
         """A call of the attention of set i; query and output [tokens, num_heads, head_size]."""
         return partial(
             ops.cpu_attention_with_kv_cache,
@@ -141,38 +132,34 @@ class VllmPool:
             key_cache=self.key_cache,
             value_cache=self.value_cache,
             output=output,
-            query_start_loc=plan.query_start_loc,
-            seq_lens=plan.seq_lens,
             scale=self.shape.head_size**-0.5,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
             block_table=self.tables[i],
             softcap=0.0,
-            scheduler_metadata=plan.metadata,
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
+            **plan,
         )
 
     def ranges(self, i: int, tokens: int) -> Ranges:
         """What attending over `tokens` tokens of set i reads.
 
-        Whole blocks at once, one range per head; of a last, partial block as many
-        bytes from the start of its keys and of its values as its tokens take
-        (some of vLLM's layouts spread those of the keys).
+        Whole blocks, one range per head; of a last, partial block as many bytes from the start of
+        its keys and of its values as its tokens take (some of vLLM's layouts spread those of the
+        keys).
         """
         heads = self.shape.num_kv_heads
-        head_bytes = self.block_bytes // heads
+        size = self.block_bytes // heads
         whole, rest = divmod(tokens, B)
-        head = torch.arange(heads) * head_bytes
         blocks = self._pages.data_ptr() + self.tables[i].long() * self.block_bytes
-        starts = (blocks[:, :whole, None] + head).flatten()
-        ranges = [(start, head_bytes) for start in starts.tolist()]
+        starts = blocks[..., None] + torch.arange(heads) * size  # [batch, blocks, heads]
+        ranges = [(start, size) for start in starts[:, :whole].flatten().tolist()]
         if rest:
-            starts = (blocks[:, whole, None] + head).flatten()
-            half = head_bytes // 2
-            for side in (0, half):
-                ranges += [(start + side, half * rest // B) for start in starts.tolist()]
+            last = starts[:, whole].flatten().tolist()
+            half = size // 2
+            ranges += [(at + side, half * rest // B) for side in (0, half) for at in last]
         return ranges
 
 

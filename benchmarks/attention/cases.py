@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import BLOCK_SIZE as B
 
 RESIDUAL = B // 2
@@ -146,19 +145,6 @@ def plan(
             else:
                 cases += [Case(section, shape, context, batch), Case(section, shape, 0, new=new)]
     return cases
-
-
-def among(option: str, given: Sequence[str], known: Iterable[str]) -> Sequence[str]:
-    """The names that an option was given.
-
-    Raises:
-        UserError: one of them is not known.
-
-    """
-    for name in given:
-        if name not in known:
-            raise UserError(f"{option} {name!r} is not known", f"use one of: {', '.join(known)}")
-    return given
 
 
 def by_importance(cases: Sequence[Case], defaults: Defaults) -> list[Case]:

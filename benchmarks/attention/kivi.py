@@ -6,30 +6,18 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks.attention.cases import KIVI_DTYPES, B, Shape
 from benchmarks.attention.memory import Ranges, allocate, replicate, shuffled
+from benchmarks.attention.timing import Call
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.contract import Operators
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
-
-
-def operators() -> ModuleType:
-    """The operators that vLLM would run here."""
-    return dispatch.operators("cpu")
-
-
-def _prepared(step: Step) -> Step:
-    """The step with all that its layers share computed."""
-    for name, member in vars(Step).items():
-        if isinstance(member, functools.cached_property):
-            getattr(step, name)
-    return step
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache, Raw, Row, Step
 
 
 @dataclass(frozen=True)
@@ -37,19 +25,32 @@ class Place:
     """Where pools lie and what computes there.
 
     Attributes:
+        kind: whose operators, `cpu` or `cuda`: Triton interpreted is `cuda` too.
         device: of all tensors.
-        operators: gives the module with `store_blocks`, `attend` and `store_ring`.
-        step: makes what these take of a `step.Step`.
         allocate: gives a tensor of so many bytes, on huge pages if asked for.
         columns: the width of block tables is a multiple of this.
 
     """
 
+    kind: str
     device: torch.device
-    operators: Callable[[], ModuleType]
-    step: Callable[[Step], Any]
     allocate: Callable[[int, bool], torch.Tensor]
     columns: int = 1
+
+    @property
+    def operators(self) -> Operators:
+        """The operators that vLLM would run here."""
+        return dispatch.operators(self.kind)
+
+    def step(self, of: list[Row], table: torch.Tensor) -> Any:
+        """A step as the operators take it, with all that its layers share computed."""
+        step = Step(of, table, per_position=False)
+        if self.kind == "cuda":
+            return DeviceStep.of_rows(step)
+        for name, member in vars(Step).items():
+            if isinstance(member, functools.cached_property):
+                getattr(step, name)
+        return step
 
     def table(self, ids: torch.Tensor) -> torch.Tensor:
         """Page ids [..., n] as a table on the device, with zeros up to its width."""
@@ -57,7 +58,12 @@ class Place:
         return torch.nn.functional.pad(ids, (0, more)).to(self.device)
 
 
-CPU = Place(torch.device("cpu"), operators, _prepared, allocate)
+CPU = Place("cpu", torch.device("cpu"), allocate)
+
+
+def operators() -> Operators:
+    """The operators that vLLM would run on this processor."""
+    return CPU.operators
 
 
 def rows(batch: int, new: int, end: int) -> list[Row]:
@@ -120,7 +126,7 @@ class KiviPool:
         ids = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
         template.tables = self.place.table(ids)
         step = template.step(0, rows(1, len(key), len(key)))
-        self.place.operators().store_blocks(step, template.cache(0), key, value)
+        self.place.operators.store_blocks(step, template.cache(0), key, value)
         replicate(self.pages, template.pages)
         tokens = torch.cat([key, value], -1)
         whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
@@ -136,7 +142,7 @@ class KiviPool:
 
     def step(self, i: int, of: list[Row]) -> Any:
         """A step over set i, prefill exact, as the operators take it."""
-        return self.place.step(Step(of, self.tables[i], per_position=False))
+        return self.place.step(of, self.tables[i])
 
     def layer(self, i: int, of: list[Row]) -> tuple[Any, LayerCache]:
         """The step over set i and the layer's caches, which all calls of a step share."""
@@ -147,9 +153,9 @@ class KiviPool:
 
     def store(
         self, name: str, i: int, of: list[Row], key: torch.Tensor, value: torch.Tensor
-    ) -> Callable[[], object]:
+    ) -> Call:
         """A call of `store_blocks` or `store_ring` on set i."""
-        operator = getattr(self.place.operators(), name)
+        operator = getattr(self.place.operators, name)
         return partial(operator, *self.layer(i, of), key, value)
 
     def attention(
@@ -160,9 +166,9 @@ class KiviPool:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-    ) -> Callable[[], object]:
+    ) -> Call:
         """A call of `attend` on set i; query and output [tokens, num_heads, head_size]."""
-        attend = self.place.operators().attend
+        attend = self.place.operators.attend
         return partial(attend, *self.layer(i, of), query, key, value, self.params, output)
 
     def ranges(self, i: int, blocks: int, raw_tokens: int) -> Ranges:

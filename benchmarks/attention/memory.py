@@ -36,12 +36,10 @@ def allocate(nbytes: int, huge_pages: bool) -> torch.Tensor:
 
 def huge_page_bytes() -> int:
     """Bytes of this process that lie on huge pages now."""
-    try:
-        text = Path("/proc/self/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^AnonHugePages:\s*(\d+) kB", text, re.M)
-    return int(found[1]) << 10 if found else 0
+    with contextlib.suppress(OSError):
+        found = re.search(r"AnonHugePages:\s*(\d+)", Path("/proc/self/smaps_rollup").read_text())
+        return int(found[1]) << 10 if found else 0
+    return 0
 
 
 def cold_sets(read_bytes: int, llc: int) -> int:

@@ -1,103 +1,60 @@
-"""The results as tables for people and as JSON for machines."""
+"""The results as tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.attention.cases import KIVI_DTYPES, Case
+from benchmarks.attention.cases import KIVI_DTYPES, SECTIONS, Case
 
 Result = dict[str, Any]
-Cell = Callable[[Result], str]
+Columns = dict[str, tuple[str, str]]
+"""By title: the row's field, and its format."""
 
-
-def _number(name: str) -> Cell:
-    return lambda row: str(row[name])
-
-
-def _ms(name: str) -> Cell:
-    return lambda row: "–" if row.get(name) is None else f"{row[name]:.4g}"
-
-
-def _times(name: str) -> Cell:
-    return lambda row: "–" if row.get(name) is None else f"{row[name]:.2f}×"
-
-
-def _share(name: str) -> Cell:
-    return lambda row: "–" if row.get(name) is None else f"{row[name]:.1%}"
-
-
-_HEAD: dict[str, Cell] = {
-    "shape": _number("shape"),
-    "threads": _number("threads"),
-    "context": _number("context"),
+TITLES = {
+    "decode": "Decode: one token per sequence (median, ms)",
+    "prefill": "Prefill: one chunk of one sequence (median, ms)",
+    "store": "Store: what a step adds for kivi2 (median, ms)",
 }
-_END: dict[str, Cell] = {
-    "error": lambda row: f"{row['rel_error']:.1e}",
-    "rounds": _number("iterations"),
-}
-_STORE: dict[str, Cell] = {
-    "batch": _number("batch"),
-    "new": _number("new"),
-    "store_ring": _ms("store_ring_ms"),
-    "store_blocks": _ms("store_blocks_ms"),
-    "store": _ms("store_ms"),
-    "attend": _ms("attend_ms"),
-    "of attend": _share("share_of_attend"),
-    "bf16 store": _ms("bf16_store_ms"),
-}
-TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
-    "decode": (
-        "Decode: one token per sequence (median, ms)",
-        _HEAD
-        | {"batch": _number("batch"), "bf16": _ms("bf16_ms"), "fp8": _ms("fp8_ms")}
-        | {name: _ms(f"{name}_ms") for name in KIVI_DTYPES}
-        | {"floor": _ms("floor_ms"), "bf16 floor": _ms("bf16_floor_ms")}
-        | {"vs bf16": _times("ratio_bf16"), "vs fp8": _times("ratio_fp8")}
-        | {"of floor": _share("share_of_floor")}
-        | _END,
-    ),
-    "prefill": (
-        "Prefill: one chunk of one sequence (median, ms)",
-        _HEAD
-        | {"new": _number("new"), "bf16": _ms("bf16_ms"), "kivi2": _ms("kivi2_ms")}
-        | {"vs bf16": _times("ratio")}
-        | _END,
-    ),
-    "store": ("Store: what a step adds for kivi2 (median, ms)", _HEAD | _STORE | _END),
-}
+KEYS = ("shape", "threads", "context", "batch", "new")
 
 
-def _of_gpu() -> dict[str, tuple[str, dict[str, Cell]]]:
-    """The tables of `--device cuda`: of others only the fastest over each cache."""
-    head = {name: cell for name, cell in _HEAD.items() if name != "threads"}
-    others = {
-        "bf16": _ms("bf16_ms"),
-        "which": lambda row: str(row["bf16_is"] or "–").removesuffix("_bf16"),
-    }
-    ratios = {"vs bf16": _times("ratio_bf16"), "vs fp8": _times("ratio_fp8")}
-    fp8 = {
-        "fp8": _ms("fp8_ms"),
-        "which ": lambda row: str(row["fp8_is"] or "–").removesuffix("_fp8"),
-        "turboquant": _ms("turboquant_ms"),
-    }
-    own = {name: _ms(f"{name}_ms") for name in KIVI_DTYPES}
-    share = {"of bandwidth": _share("share_of_bandwidth")}
-    new = {"new": _number("new")}
-    kivi2 = {"kivi2": _ms("kivi2_ms"), "vs bf16": _times("ratio_bf16")}
-    kivi2["served"] = _ms("kivi2_served_ms")
-    titles = {name: title for name, (title, _) in TABLES.items()}
-    return {
-        "decode": (
-            titles["decode"],
-            head | {"batch": _number("batch")} | others | fp8 | own | ratios | share | _END,
-        ),
-        "prefill": (titles["prefill"], head | new | others | kivi2 | _END),
-        "store": (titles["store"], head | _STORE | _END),
-    }
+def _plain(*names: str) -> Columns:
+    return {name: (name, "{}") for name in names}
+
+
+def _ms(*names: str) -> Columns:
+    return {name: (f"{name}_ms", "{:.4g}") for name in names}
+
+
+def columns(section: str, device: str) -> Columns:
+    """The columns of a section's table."""
+    cpu = device == "cpu"
+    head = _plain("shape", *(["threads"] if cpu else []), "context")
+    end: Columns = {"error": ("rel_error", "{:.1e}"), "rounds": ("iterations", "{}")}
+    against = {f"vs {name}": (f"ratio_{name}", "{:.2f}×") for name in ("bf16", "fp8")}
+    if section == "store":
+        calls = _ms("store_ring", "store_blocks", "store", "attend")
+        share = {
+            "of attend": ("share_of_attend", "{:.1%}"),
+            "bf16 store": _ms("bf16_store")["bf16_store"],
+        }
+        return head | _plain("batch", "new") | calls | share | end
+    if cpu and section == "decode":
+        floors = {"floor": ("floor_ms", "{:.4g}"), "bf16 floor": ("bf16_floor_ms", "{:.4g}")}
+        caches = _ms("bf16", "fp8", *KIVI_DTYPES)
+        share = {"of floor": ("share_of_floor", "{:.1%}")}
+        return head | _plain("batch") | caches | floors | against | share | end
+    if cpu:
+        return head | _plain("new") | _ms("bf16", "kivi2") | {"vs bf16": ("ratio", "{:.2f}×")} | end
+    # Of others only the fastest over each cache.
+    bf16 = _ms("bf16") | {"which": ("bf16_is", "{}")}
+    if section == "prefill":
+        served = {"vs bf16": against["vs bf16"], "served": ("kivi2_served_ms", "{:.4g}")}
+        return head | _plain("new") | bf16 | _ms("kivi2") | served | end
+    fp8 = _ms("fp8") | {"which ": ("fp8_is", "{}")} | _ms("turboquant")
+    share = {"of bandwidth": ("share_of_bandwidth", "{:.1%}")}
+    return head | _plain("batch") | bf16 | fp8 | _ms(*KIVI_DTYPES) | against | share | end
 
 
 def show(rows: dict[str, list[Result]], device: str, cases: Sequence[Case]) -> None:
@@ -109,40 +66,57 @@ def show(rows: dict[str, list[Result]], device: str, cases: Sequence[Case]) -> N
         cases: in the order in which they were measured; shown in that of the shapes.
 
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 180
+    try:
+        import pandas as pd
+
+        from benchmarks.common.tables import show as table
+    except ImportError:  # PyTorch and Triton suffice to measure
+        print("no tables: pandas is not installed; --json has the rows")
+        return
     shapes = list(dict.fromkeys(case.shape for case in cases))
-    tables = TABLES if device == "cpu" else _of_gpu()
-    for section, (title, cells) in tables.items():
+    for section in SECTIONS:
         mine = rows[section]
         if not mine:
             continue
         if device != "cpu":  # measured by importance
             mine = sorted(mine, key=lambda r: (shapes.index(r["shape"]), r["context"], r["batch"]))
-        table = Table(title=title, title_justify="left")
-        for name in cells:
-            table.add_column(name, justify="left" if name == "shape" else "right")
-        for row in mine:
-            table.add_row(*_line(row, cells))
-        console.print(table)
-        said: dict[str, list[str]] = {}
-        for row in mine:
-            if "skipped" in row:
-                names = ("shape", "context", "batch", "new", "threads")
-                what = ", ".join(f"{name} {row[name]}" for name in names if name in row)
-                said.setdefault(f"skipped: {row['skipped']}", []).append(what)
-            missing = row.get("unavailable", {})
-            if full := [name for name, why in missing.items() if why.startswith("no room")]:
-                what = ", ".join(f"{name} {row[name]}" for name in ("shape", "context", "batch"))
-                said.setdefault(f"no room for {', '.join(full)}", []).append(what)
-            for name, why in missing.items():
-                if name not in full:
-                    said.setdefault(f"without {name}: {why}", [])
-        for reason, where in said.items():
-            console.print(reason, markup=False, soft_wrap=True)
-            for what in where:
-                console.print(f"  {what}", markup=False, soft_wrap=True)
+        lines = [_line(row, columns(section, device)) for row in mine]
+        right = {name: str for name in lines[0] if name not in ("shape", "which", "which ")}
+        table(pd.DataFrame(lines), TITLES[section], right, width=180)
+        for reason, where in _reasons(mine).items():
+            print("\n  ".join([reason, *where]))
+
+
+def _line(row: Result, cells: Columns) -> dict[str, str]:
+    line = {}
+    for title, (name, form) in cells.items():
+        value = row.get(name)
+        if "skipped" in row and name not in KEYS:
+            line[title] = "" if "skipped" in line.values() else "skipped"
+        else:
+            text = "–" if value is None else form.format(value)
+            line[title] = text.removesuffix("_bf16").removesuffix("_fp8")
+    return line
+
+
+def _reasons(rows: Sequence[Result]) -> dict[str, list[str]]:
+    """Why cases were skipped or contenders left out, and where."""
+
+    def of(row: Result, names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {row[name]}" for name in names if name in row)
+
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            names = ("shape", "context", "batch", "new", "threads")
+            said.setdefault(f"skipped: {row['skipped']}", []).append(of(row, names))
+        missing = row.get("unavailable", {})
+        if full := [name for name, why in missing.items() if why.startswith("no room")]:
+            where = said.setdefault(f"no room for {', '.join(full)}", [])
+            where.append(of(row, ("shape", "context", "batch")))
+        for name in missing.keys() - set(full):
+            said.setdefault(f"without {name}: {missing[name]}", [])
+    return said
 
 
 def facts(header: Result) -> list[str]:
@@ -159,12 +133,3 @@ def facts(header: Result) -> list[str]:
                 f"outputs differ by {found['difference']:.2g}, {same} caches"
             )
     return lines
-
-
-def _line(row: Result, cells: dict[str, Cell]) -> list[str]:
-    if "skipped" not in row:
-        return [cell(row) for cell in cells.values()]
-    known = [name for name in ("shape", "threads", "context", "batch", "new") if name in cells]
-    line = [cells[name](row) if name in known else "" for name in cells]
-    line[len(known)] = "skipped"
-    return line

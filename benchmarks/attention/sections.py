@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,19 +13,17 @@ from benchmarks.attention import baseline
 from benchmarks.attention.baseline import VllmPool
 from benchmarks.attention.cases import KIVI_DTYPES, RESIDUAL, SHAPES, B, Case, Shape
 from benchmarks.attention.floor import reader
-from benchmarks.attention.kivi import KiviPool, rows
+from benchmarks.attention.kivi import KiviPool, Row, rows
 from benchmarks.attention.memory import cold_sets, huge_page_bytes
-from benchmarks.attention.timing import Cursor, Timed, columns, interleave, once, store_columns
+from benchmarks.attention.timing import Call, Timed, columns, interleave, once, store_columns
 from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
 from benchmarks.common.machine import GIB
-from kivi_vllm.ops.step import Row
 
 _FLOORS = {"kivi2": "floor", "bf16": "bf16_floor"}
 """Whose bytes are also read raw, and the name of that column."""
 
 Result = dict[str, Any]
 Pool = VllmPool | KiviPool
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,33 @@ def measure(case: Case, settings: Settings) -> Result:
         the case's row: medians and quartiles, or `skipped` with the reason.
 
     """
-    of = {"decode": _decode, "prefill": _prefill}
-    default = _store_decode if case.new == 1 else _store_prefill
-    return case.fields | of.get(case.section, default)(case, settings)
+    of = {"decode": _decode, "prefill": _prefill, "store": _store}
+    try:
+        return case.fields | of[case.section](case, settings)
+    except _NoRoom as reason:
+        return case.fields | {"skipped": str(reason)}
 
 
-def _prepare(pools: dict[str, Pool], shape: Shape, settings: Settings) -> str:
-    """Allocate and fill the pools; say why not if they do not fit."""
+class _NoRoom(Exception):
+    """The pools of a case do not fit."""
+
+
+def _prepare(pools: dict[str, Pool], shape: Shape, settings: Settings) -> Result:
+    """Allocate and fill the pools; the columns about their memory.
+
+    Raises:
+        _NoRoom: they do not fit.
+
+    """
     need = sum(pool.nbytes for pool in pools.values())
     if need > settings.memory:
         each = ", ".join(f"{name} {pool.nbytes / GIB:.2g}" for name, pool in pools.items())
         limit = settings.memory / GIB
-        return f"the pools need {need / GIB:.3g} GiB ({each}), the limit is {limit:.3g}"
+        raise _NoRoom(f"the pools need {need / GIB:.3g} GiB ({each}), the limit is {limit:.3g}")
     template = Tokens(shape, TEMPLATE_BLOCKS * B)
     for pool in pools.values():
         pool.allocate(settings.huge_pages)
         pool.fill(template.key, template.value)
-    return ""
-
-
-def _huge_share(pools: dict[str, Pool]) -> Result:
-    """The part of the pools that lies on huge pages, as the system says."""
-    need = sum(pool.nbytes for pool in pools.values())
     return {"pool_bytes": need, "huge_page_share": round(min(1.0, huge_page_bytes() / need), 3)}
 
 
@@ -90,12 +94,11 @@ def _decode(case: Case, settings: Settings) -> Result:
         read[name] = KiviPool(shape, name, 1, batch, 1).read_bytes(blocks, RESIDUAL)
         sets = cold_sets(read[name], settings.llc)
         pools[name] = KiviPool(shape, name, sets, batch, blocks)
-    if reason := _prepare(pools, shape, settings):
-        return {"skipped": reason}
+    memory = _prepare(pools, shape, settings)
     own = Tokens(shape, batch)
     things: dict[str, Timed] = {}
     for name, pool in pools.items():
-        cursor = Cursor(pool.sets)
+        cursor = cycle(range(pool.sets))
         things[name] = Timed(_attention(pool, 1, total, own), cursor)
         if name in _FLOORS and (reads := _floor(pool, total, own)):
             things[_FLOORS[name]] = Timed(reads, cursor)
@@ -103,14 +106,13 @@ def _decode(case: Case, settings: Settings) -> Result:
     row: Result = columns(times)
     for floor in set(_FLOORS.values()) - set(times):  # no native library
         row |= {f"{floor}_{what}": None for what in ("ms", "q1", "q3")}
-    row["iterations"] = len(times["bf16"].seconds)
+    row["iterations"] = len(times["bf16"])
     parts = {"ratio_bf16": "bf16", "ratio_fp8": "fp8", "share_of_floor": "floor"}
     for column, other in parts.items():
         row[column] = round(times[other].ms / times["kivi2"].ms, 3) if other in times else None
     if reasons := baseline.refused():
         row["unavailable"] = reasons
-    row |= {f"{name}_bytes": nbytes for name, nbytes in read.items()}
-    return row | _huge_share(pools)
+    return row | {f"{name}_bytes": nbytes for name, nbytes in read.items()} | memory
 
 
 def _attention(pool: Pool, new: int, end: int, own: Tokens) -> list[Call]:
@@ -118,9 +120,8 @@ def _attention(pool: Pool, new: int, end: int, own: Tokens) -> list[Call]:
     if isinstance(pool, VllmPool):
         plan = pool.plan(new, end)
         return [pool.attention(i, plan, own.query, own.output) for i in range(pool.sets)]
-    of = rows(pool.batch, new, end)
-    args = (own.query, own.key, own.value, own.output)
-    return [pool.attention(i, of, *args) for i in range(pool.sets)]
+    args = (rows(pool.batch, new, end), own.query, own.key, own.value, own.output)
+    return [pool.attention(i, *args) for i in range(pool.sets)]
 
 
 def _floor(pool: Pool, total: int, own: Tokens) -> list[Call]:
@@ -133,8 +134,7 @@ def _floor(pool: Pool, total: int, own: Tokens) -> list[Call]:
             ranges = pool.ranges(i, total // B, total % B - 1)
             # The step's own token comes from the step.
             ranges += [(x.data_ptr(), x.nbytes) for x in (own.key, own.value)]
-        call = reader(ranges)
-        if call is None:
+        if (call := reader(ranges)) is None:
             return []
         calls.append(call)
     return calls
@@ -143,78 +143,50 @@ def _floor(pool: Pool, total: int, own: Tokens) -> list[Call]:
 def _prefill(case: Case, settings: Settings) -> Result:
     shape, total = SHAPES[case.shape], case.context + case.new
     bf16 = VllmPool(shape, "bf16", 1, 1, -(-total // B))
-    kivi2 = KiviPool(shape, "kivi2", 1, 1, -(-total // B))
-    pools: dict[str, Pool] = {"bf16": bf16, "kivi2": kivi2}
-    if reason := _prepare(pools, shape, settings):
-        return {"skipped": reason}
+    pools: dict[str, Pool] = {"bf16": bf16, "kivi2": KiviPool(shape, "kivi2", 1, 1, -(-total // B))}
+    memory = _prepare(pools, shape, settings)
     own = Tokens(shape, case.new)
     # vLLM reads a step's own tokens back from its cache.
     bf16.writer(bf16.slots(0, 0, case.context, total), own.key, own.value)()
     things = {n: once(*_attention(pool, case.new, total, own)) for n, pool in pools.items()}
     times = interleave(things, settings.budget, warm_up=False)
-    row: Result = columns(times)
-    row["iterations"] = len(times["bf16"].seconds)
-    row["ratio"] = round(times["bf16"].ms / times["kivi2"].ms, 3)
-    return row | _huge_share(pools)
+    ratio = round(times["bf16"].ms / times["kivi2"].ms, 3)
+    return columns(times) | {"iterations": len(times["bf16"]), "ratio": ratio} | memory
 
 
-def _store_decode(case: Case, settings: Settings) -> Result:
-    """What storing adds to a decode step: both calls each step, a block's work once in 128."""
-    shape, batch, blocks = SHAPES[case.shape], case.batch, case.context // B
-    total = case.context + RESIDUAL
-    read = KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(blocks, RESIDUAL)
-    kivi2 = KiviPool(shape, "kivi2", cold_sets(read, settings.llc), batch, blocks + 1)
-    read = VllmPool(shape, "bf16", 1, batch, 1).read_bytes(total)
-    bf16 = VllmPool(shape, "bf16", cold_sets(read, settings.llc), batch, blocks + 1)
-    pools: dict[str, Pool] = {"kivi2": kivi2, "bf16": bf16}
-    if reason := _prepare(pools, shape, settings):
-        return {"skipped": reason}
-    own = Tokens(shape, batch)
-    middle = rows(batch, 1, total)
-    last = rows(batch, 1, case.context + B)  # every sequence completes a block
-    slots = [
-        torch.cat([bf16.slots(i, row, total - 1, total) for row in range(batch)])
-        for i in range(bf16.sets)
-    ]
-    cursor = Cursor(kivi2.sets)
-    attend = _attention(kivi2, 1, total, own)
+def _store(case: Case, settings: Settings) -> Result:
+    """What storing adds to a step: a decode, which completes a block once in 128, or a chunk."""
+    shape, batch, decode = SHAPES[case.shape], case.batch, case.new == 1
+    end = case.context + RESIDUAL if decode else case.new
+    blocks = case.context // B + 1 if decode else -(-case.new // B)
+    read = {
+        "kivi2": KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(case.context // B, RESIDUAL),
+        "bf16": VllmPool(shape, "bf16", 1, batch, 1).read_bytes(end),
+    }
+    sets = {name: cold_sets(n, settings.llc) if decode else 1 for name, n in read.items()}
+    kivi2 = KiviPool(shape, "kivi2", sets["kivi2"], batch, blocks)
+    bf16 = VllmPool(shape, "bf16", sets["bf16"], batch, blocks)
+    memory = _prepare({"kivi2": kivi2, "bf16": bf16}, shape, settings)
+    own = Tokens(shape, batch * case.new)
+    writes = []
+    for i in range(bf16.sets):
+        slots = torch.cat([bf16.slots(i, row, end - case.new, end) for row in range(batch)])
+        writes.append(bf16.writer(slots, own.key, own.value))
+    cursor, attend = cycle(range(kivi2.sets)), _attention(kivi2, case.new, end, own)
+    this = rows(batch, case.new, end)
 
     def store(name: str, of: list[Row], before: Sequence[Call] = ()) -> Timed:
         calls = [kivi2.store(name, i, of, own.key, own.value) for i in range(kivi2.sets)]
         return Timed(calls, cursor, before)
 
-    times = interleave(
-        {
-            "attend": Timed(attend, cursor),
-            "store_ring": store("store_ring", middle, attend),
-            "store_blocks_idle": store("store_blocks", middle),
-            "store_blocks": store("store_blocks", last),
-            "bf16_store": Timed(
-                [bf16.writer(at, own.key, own.value) for at in slots], Cursor(bf16.sets)
-            ),
-        },
-        settings.budget,
-    )
-    return store_columns(times) | _huge_share(pools)
-
-
-def _store_prefill(case: Case, settings: Settings) -> Result:
-    """What storing adds to a prefill chunk."""
-    shape = SHAPES[case.shape]
-    kivi2 = KiviPool(shape, "kivi2", 1, 1, -(-case.new // B))
-    bf16 = VllmPool(shape, "bf16", 1, 1, -(-case.new // B))
-    pools: dict[str, Pool] = {"kivi2": kivi2, "bf16": bf16}
-    if reason := _prepare(pools, shape, settings):
-        return {"skipped": reason}
-    own = Tokens(shape, case.new)
-    of = rows(1, case.new, case.new)
-    times = interleave(
-        {
-            "attend": once(*_attention(kivi2, case.new, case.new, own)),
-            "store_ring": once(kivi2.store("store_ring", 0, of, own.key, own.value)),
-            "store_blocks": once(kivi2.store("store_blocks", 0, of, own.key, own.value)),
-            "bf16_store": once(bf16.writer(bf16.slots(0, 0, 0, case.new), own.key, own.value)),
-        },
-        settings.budget,
-    )
-    return store_columns(times) | _huge_share(pools)
+    things = {
+        "attend": Timed(attend, cursor),
+        "store_ring": store("store_ring", this, attend if decode else ()),
+        "store_blocks": store("store_blocks", this),
+        "bf16_store": Timed(writes, cycle(range(bf16.sets))),
+    }
+    if decode:
+        things["store_blocks_idle"] = things["store_blocks"]
+        all_complete = rows(batch, 1, case.context + B)
+        things["store_blocks"] = store("store_blocks", all_complete)
+    return store_columns(interleave(things, settings.budget)) | memory

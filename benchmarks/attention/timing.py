@@ -6,27 +6,16 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 from benchmarks.attention.cases import B
 
 AT_LEAST, AT_MOST = 3, 2000
 """Rounds, whatever the budget."""
 
-
-class Cursor:
-    """Which part of a pool comes next, for all that read this pool."""
-
-    def __init__(self, sets: int) -> None:
-        self.sets = sets
-        self._next = 0
-
-    def next(self) -> int:
-        """Move on."""
-        i = self._next
-        self._next = (i + 1) % self.sets
-        return i
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -35,38 +24,35 @@ class Timed:
 
     Attributes:
         calls: one per part.
-        cursor: the pool's.
+        cursor: which part comes next, for all that read this pool.
         before: for each part, what a step does just before the call; not timed.
 
     """
 
-    calls: Sequence[Callable[[], object]]
-    cursor: Cursor
-    before: Sequence[Callable[[], object]] = ()
+    calls: Sequence[Call]
+    cursor: Iterator[int]
+    before: Sequence[Call] = ()
 
-    def next(self) -> Callable[[], object]:
+    def next(self) -> Call:
         """The call over the next part, ready to be made."""
-        i = self.cursor.next()
+        i = next(self.cursor)
         if self.before:
             self.before[i]()
         return self.calls[i]
 
 
-def once(call: Callable[[], object]) -> Timed:
+def once(call: Call) -> Timed:
     """Work that is the same every time."""
-    return Timed([call], Cursor(1))
+    return Timed([call], repeat(0))
 
 
-@dataclass
-class Times:
+class Times(list[float]):
     """Durations of one thing, in seconds."""
-
-    seconds: list[float] = field(default_factory=list)
 
     @property
     def quartiles_ms(self) -> tuple[float, float, float]:
         """Lower quartile, median, upper quartile, in milliseconds."""
-        low, middle, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        low, middle, high = statistics.quantiles(self, n=4, method="inclusive")
         return low * 1e3, middle * 1e3, high * 1e3
 
     @property
@@ -75,7 +61,7 @@ class Times:
         return self.quartiles_ms[1]
 
 
-def wall(call: Callable[[], object]) -> float:
+def wall(call: Call) -> float:
     """Seconds of one call, by the clock of the processor."""
     start = time.perf_counter()
     call()
@@ -87,7 +73,7 @@ def interleave(
     budget: float,
     warm_up: bool = True,
     seed: int = 0,
-    stopwatch: Callable[[Callable[[], object]], float] = wall,
+    stopwatch: Callable[[Call], float] = wall,
 ) -> dict[str, Times]:
     """Time each thing once a round, in random order, until `budget` seconds have gone.
 
@@ -103,8 +89,7 @@ def interleave(
     if warm_up:
         for thing in things.values():
             thing.next()()
-    times = {name: Times() for name in things}
-    order = list(things)
+    times, order = {name: Times() for name in things}, list(things)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -115,7 +100,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                times[name].seconds.append(stopwatch(things[name].next()))
+                times[name].append(stopwatch(things[name].next()))
     finally:
         if collecting:
             gc.enable()
@@ -126,12 +111,8 @@ def columns(times: Mapping[str, Times]) -> dict[str, float]:
     """Medians and quartiles as a row's columns: `NAME_ms`, `NAME_q1`, `NAME_q3`."""
     row: dict[str, float] = {}
     for name, one in times.items():
-        low, middle, high = one.quartiles_ms
-        row |= {
-            f"{name}_ms": round(middle, 5),
-            f"{name}_q1": round(low, 5),
-            f"{name}_q3": round(high, 5),
-        }
+        for what, value in zip(("q1", "ms", "q3"), one.quartiles_ms, strict=True):
+            row[f"{name}_{what}"] = round(value, 5)
     return row
 
 
@@ -142,13 +123,9 @@ def store_columns(times: Mapping[str, Times]) -> dict[str, float]:
     where every sequence completes a block, which it does once in `B` steps; `store_ring`
     right behind `attend` on the same caches, as in a step.
     """
-    store = times["store_ring"].ms
+    blocks = times["store_blocks"].ms
     if "store_blocks_idle" in times:
-        store += times["store_blocks_idle"].ms + times["store_blocks"].ms / B
-    else:
-        store += times["store_blocks"].ms
-    return columns(times) | {
-        "iterations": len(times["attend"].seconds),
-        "store_ms": round(store, 5),
-        "share_of_attend": round(store / times["attend"].ms, 5),
-    }
+        blocks = times["store_blocks_idle"].ms + blocks / B
+    store, attend = times["store_ring"].ms + blocks, times["attend"]
+    more = {"store_ms": round(store, 5), "share_of_attend": round(store / attend.ms, 5)}
+    return columns(times) | {"iterations": len(attend)} | more

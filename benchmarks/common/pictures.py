@@ -7,16 +7,7 @@ from typing import Any
 
 from kivi_vllm.cli.errors import UserError
 
-COLOURS = (
-    "#444444",
-    "#c58a2b",
-    "#86b6dd",
-    "#4f8fc4",
-    "#a03b5c",
-    "#0b4f8a",
-    "#6d9a4b",
-    "#7a5ca8",
-)
+COLOURS = ("#444444", "#c58a2b", "#86b6dd", "#4f8fc4", "#a03b5c", "#0b4f8a", "#6d9a4b", "#7a5ca8")
 MARKERS = "osD^vPX*"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,12 @@ def environment(model: str) -> dict[str, str]:
     return env
 
 
-def header(script: str, model: str) -> dict[str, Any]:
+def header(module: str, model: str) -> dict[str, Any]:
     """Command, machine, versions and model of a measurement, for its JSON file."""
-    return machine.header(script) | {
-        "model": Path(model).name,
-        # What of the environment decides how fast a CPU is.
-        "environment": {
-            name: os.environ[name]
-            for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KIVI_VLLM_CPU_ISA")
-            if name in os.environ
-        },
-    }
+    # What of the environment decides how fast a CPU is.
+    names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KIVI_VLLM_CPU_ISA")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return machine.header(module) | {"model": Path(model).name, "environment": found}
 
 
 def run_to_end(
@@ -74,10 +69,13 @@ def run_to_end(
 
     """
     with step(title) as update:
-        with running(command, log, environment(model)) as process, _ended_with(process.pid):
-            while process.poll() is None:
-                time.sleep(0.5)
-                update(latest(tail(log, 5)))
+        with running(command, log, environment(model)) as process:
+            try:
+                while process.poll() is None:
+                    time.sleep(0.5)
+                    update(latest(tail(log, 5)))
+            finally:
+                _end_descendants(process.pid)
         text = log.read_text(errors="replace")
         if process.returncode:
             # A server that does not start says why before what waits for it does.
@@ -91,24 +89,11 @@ def run_to_end(
     return text
 
 
-@contextmanager
-def _ended_with(pid: int) -> Iterator[None]:
-    """On leaving, end what a process that was cut short has started.
-
-    A sweep starts its server in a session of its own, so that `running` does not see it.
-    """
+def _end_descendants(pid: int) -> None:
+    """A sweep starts its server in a session of its own, so that `running` does not see it."""
     import psutil
 
-    try:
-        yield
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-
-
-def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, ours, and what after it, vLLM's."""
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()

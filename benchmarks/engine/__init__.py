@@ -1,1 +1,5 @@
-"""A whole engine: throughput, and where its time goes."""
+"""A whole engine: throughput, where its time goes, and what fits."""
+
+from benchmarks.common.command import require
+
+require("pandas")

@@ -5,19 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import plot_quality
 import typer
 
 from benchmarks.common import machine
-from benchmarks.quality import perplexity, quantized_cache, report
-from benchmarks.quality.child_engine import Settings
+from benchmarks.common.files import check_folder, write_json
+from benchmarks.quality import perplexity, plot, quantized_cache, report
+from benchmarks.quality.engine import Settings
 from benchmarks.quality.model_facts import DTYPES, ModelFacts, model_facts
 from benchmarks.quality.passkey import KINDS
 from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.sections import SECTIONS, Reference, Result, Workload, measure
 from kivi_vllm.cli.default_model import default_model
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.files import check_folder
 from kivi_vllm.cli.main import main
 from kivi_vllm.cli.progress import note
 
@@ -38,7 +37,7 @@ def quality(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: pydoc (default), austen, wiki, or the path of a file."),
+        typer.Option(help="Repeatable: pydoc (default), or the path of a file."),
     ] = None,
     section: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SECTIONS)}; default: all.")
@@ -66,7 +65,7 @@ def quality(
     check_folder("--json", json_path)
     check_folder("--plots", plots)
     if plots is not None:
-        plot_quality.check()
+        plot.check()
     if not 0 < fraction <= 100:
         raise UserError(f"--fraction {fraction}: must be above 0", "--fraction 0.125")
     if dtype not in DTYPES:
@@ -96,7 +95,7 @@ def quality(
     )
     results: list[Result] = []
     failed: dict[str, str] = {}
-    header: dict[str, Any] = machine.header("quality.py") | {
+    header: dict[str, Any] = machine.header("quality") | {
         "model": {"name": Path(folder).name, **asdict(facts)},
         "dtype": dtype,
         "fraction": fraction,
@@ -115,13 +114,13 @@ def quality(
                 note(f"{row.name} failed: {error}")
                 header["failed"] = failed = {**failed, row.name: str(error)}
             if json_path is not None:
-                report.write(json_path, header, results)
+                write_json(json_path, report.document(header, results))
     finally:
-        report.show(results)
+        report.show(report.document(header, results))
     if plots is not None:
         data = report.document(header, results)
-        plot_quality.check(data)
-        for path in plot_quality.draw(data, plots):
+        plot.check(data)
+        for path in plot.draw(data, plots):
             print(path)
     if failed:
         raise UserError(
@@ -163,7 +162,6 @@ def _settings(
         dtype=dtype,
         kv_cache_memory_bytes=memory,
         max_num_batched_tokens=perplexity.chunk(row),
-        prefill="cached",
     )
 
 

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row's answers against the reference's.
+def compare(reference: Sequence[Sequence[int]], mine: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Compare answers of the same lengths to the same prompts, token by token.
 
-    Attributes:
-        text: where the prompts are from.
-        prompts: how many.
-        tokens: of each answer.
-        first_divergence: by prompt, tokens before the first that differs; `tokens` if none does.
-        agreement: by prompt, the share of places with the same token in both answers.
+    Returns:
+        `prompts`, how many; `tokens` of each answer; by prompt `first_divergence`, the tokens
+        before the first that differs (`tokens` if none does), and `agreement`, the share of places
+        with the same token; `median_divergence`, `mean_agreement`, and how many are `identical`.
 
     """
-
-    text: str
-    prompts: int
-    tokens: int
-    first_divergence: list[int]
-    agreement: list[float]
-
-    @property
-    def median_divergence(self) -> float:
-        """Median of `first_divergence`."""
-        return statistics.median(self.first_divergence)
-
-    @property
-    def mean_agreement(self) -> float:
-        """Mean of `agreement`."""
-        return statistics.fmean(self.agreement)
-
-    @property
-    def identical(self) -> int:
-        """Answers without any difference."""
-        return sum(n == self.tokens for n in self.first_divergence)
-
-
-def compare(text: str, reference: Sequence[Sequence[int]], mine: Sequence[Sequence[int]]) -> Figure:
-    """Compare answers of the same lengths to the same prompts, token by token."""
-    first, agreement = [], []
-    for a, b in zip(reference, mine, strict=True):
-        same = [x == y for x, y in zip(a, b, strict=True)]
-        first.append(same.index(False) if False in same else len(same))
-        agreement.append(sum(same) / len(same))
-    return Figure(text, len(first), len(reference[0]), first, agreement)
+    same = [
+        [x == y for x, y in zip(a, b, strict=True)] for a, b in zip(reference, mine, strict=True)
+    ]
+    tokens = len(reference[0])
+    first = [one.index(False) if False in one else tokens for one in same]
+    agreement = [statistics.fmean(one) for one in same]
+    return dict(
+        prompts=len(same),
+        tokens=tokens,
+        first_divergence=first,
+        agreement=agreement,
+        median_divergence=statistics.median(first),
+        mean_agreement=statistics.fmean(agreement),
+        identical=first.count(tokens),
+    )

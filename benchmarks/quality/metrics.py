@@ -1,4 +1,9 @@
-"""What two rows say of the same tokens, and how sure that is."""
+"""What two rows say of the same tokens, and how sure that is.
+
+The figures of T positions are a frame of T rows: `nll_reference` and `nll`, the negative
+log-probability of the next token by the reference and by the row, in nats; `kl`, KL(reference ||
+row) over the whole vocabulary, in nats; `agree`, whether both have the same most probable token.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class TokenFigures:
-    """Figures of each of T positions, all arrays [T].
-
-    Attributes:
-        nll_reference, nll: negative log-probability of the next token, in nats, by the reference
-            and by the row.
-        kl: KL(reference || row) over the whole vocabulary, in nats.
-        agree: whether both have the same most probable next token.
-
-    """
-
-    nll_reference: np.ndarray
-    nll: np.ndarray
-    kl: np.ndarray
-    agree: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.nll)
-
-    def __getitem__(self, which: slice) -> TokenFigures:
-        return TokenFigures(**{name: array[which] for name, array in self.arrays().items()})
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-
-def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
-    """The positions of all parts, in their order."""
-    return TokenFigures(
-        **{
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in TokenFigures.__dataclass_fields__
-        }
-    )
-
-
-def compare_logits(reference: torch.Tensor, row: torch.Tensor, targets: np.ndarray) -> TokenFigures:
+def compare_logits(reference: torch.Tensor, row: torch.Tensor, targets: np.ndarray) -> pd.DataFrame:
     """Compare the logits [T, vocabulary] of the reference and of a row at the same positions.
 
     Args:
@@ -66,12 +34,13 @@ def compare_logits(reference: torch.Tensor, row: torch.Tensor, targets: np.ndarr
     # Terms of both signs nearly cancel where the rows are close: summed in float64. A token that
     # the model rules out (-inf) adds nothing.
     terms = torch.where(a == -torch.inf, 0.0, a.exp() * (a - b))
-    return TokenFigures(
-        nll_reference=-a.gather(-1, at)[:, 0].double().cpu().numpy(),
-        nll=-b.gather(-1, at)[:, 0].double().cpu().numpy(),
-        kl=terms.sum(-1, dtype=torch.float64).cpu().numpy(),
-        agree=(a.argmax(-1) == b.argmax(-1)).cpu().numpy(),
-    )
+    figures = {
+        "nll_reference": -a.gather(-1, at)[:, 0].double(),
+        "nll": -b.gather(-1, at)[:, 0].double(),
+        "kl": terms.sum(-1, dtype=torch.float64),
+        "agree": a.argmax(-1) == b.argmax(-1),
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in figures.items()})
 
 
 @dataclass(frozen=True)
@@ -109,7 +78,7 @@ BLOCK = 64
 """Consecutive tokens that are drawn together: neighbours are not independent."""
 
 
-def summary(parts: Sequence[TokenFigures], seed: int = 0) -> Summary:
+def summary(parts: Sequence[pd.DataFrame], seed: int = 0) -> Summary:
     """Figures over stretches of consecutive positions, with intervals over blocks of them.
 
     Args:
@@ -117,31 +86,29 @@ def summary(parts: Sequence[TokenFigures], seed: int = 0) -> Summary:
         seed: of the bootstrap.
 
     """
-    blocks = [part[at : at + BLOCK] for part in parts for at in range(0, len(part), BLOCK)]
-    if not blocks:
+    everything = pd.concat(parts) if parts else pd.DataFrame()
+    if everything.empty:
         raise ValueError("no positions")
-    sizes = np.array([len(block) for block in blocks], np.float64)
-    sums = {
-        "ratio": np.array([(b.nll - b.nll_reference).sum() for b in blocks]),
-        "kl": np.array([b.kl.sum() for b in blocks]),
-        "top1": np.array([b.agree.sum() for b in blocks], np.float64),
-    }
+    blocks = pd.concat(
+        part.assign(more=part["nll"] - part["nll_reference"], size=1)
+        .groupby(np.arange(len(part)) // BLOCK)
+        .sum()
+        for part in parts
+    ).astype(float)
     drawn = np.random.default_rng(seed).integers(0, len(blocks), (RESAMPLES, len(blocks)))
+    sizes = blocks["size"].to_numpy()
 
-    def estimate(name: str) -> Estimate:
-        mean = sums[name].sum() / sizes.sum()
-        means = sums[name][drawn].sum(1) / sizes[drawn].sum(1)
+    def estimate(name: str) -> tuple[float, float, float]:
+        sums = blocks[name].to_numpy()
+        means = sums[drawn].sum(1) / sizes[drawn].sum(1)
         low, high = np.quantile(means, (0.025, 0.975))
-        if name == "ratio":
-            mean, low, high = np.exp((mean, low, high))
-        return Estimate(float(mean), float(low), float(high))
+        return float(sums.sum() / sizes.sum()), float(low), float(high)
 
-    everything = joined(parts)
     return Summary(
         tokens=len(everything),
-        perplexity_reference=float(np.exp(everything.nll_reference.mean())),
-        perplexity=float(np.exp(everything.nll.mean())),
-        ratio=estimate("ratio"),
-        kl=estimate("kl"),
-        top1=estimate("top1"),
+        perplexity_reference=float(np.exp(everything["nll_reference"].mean())),
+        perplexity=float(np.exp(everything["nll"].mean())),
+        ratio=Estimate(*map(float, np.exp(estimate("more")))),
+        kl=Estimate(*estimate("kl")),
+        top1=Estimate(*estimate("agree")),
     )

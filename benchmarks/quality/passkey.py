@@ -116,7 +116,7 @@ def _case(kind: str, text: str, model: str, length: int, depth: float, rng: rand
     if room > len(ids):
         raise UserError(
             f"the text {text} has {len(ids):,} tokens, less than a prompt of {length:,}",
-            "take shorter prompts or a longer text (austen has about a million tokens)",
+            "take shorter prompts or a longer text",
         )
     start = rng.randrange(len(ids) - room + 1)
     # The pieces of words at a cut may make other tokens, and so does the fact: less, if need be.

@@ -1,7 +1,7 @@
 """Teacher-forced divergence from a reference, by text and context length.
 
 Every row computes the same windows of text. A row's final hidden states are compared with the
-reference's through the model's own head (`run.Engine.compare`).
+reference's through the model's own head (`Engine.compare`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
-from benchmarks.quality.child_engine import Done, Engine
-from benchmarks.quality.metrics import Summary, TokenFigures, summary
+from benchmarks.quality.engine import Done, Engine
+from benchmarks.quality.metrics import Summary, summary
 from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
 
@@ -36,20 +37,14 @@ class Figure:
     figures: Summary
 
 
-def chunk(row: CacheRow, unquantized: bool | None = None) -> int | None:
+def chunk(row: CacheRow) -> int | None:
     """Tokens of a step for a row; None for vLLM's choice.
 
     The KIVI dtypes run with `prefill=cached`, where the chunks make no difference, nor do they for
-    a cache that keeps what it is given.
-
-    Args:
-        row: to be run.
-        unquantized: whether its cache is such; by default `auto` is.
-
+    a cache that keeps what it is given, as that of `auto`.
     """
-    if unquantized is None:
-        unquantized = row.dtype == "auto"
-    return None if unquantized or row.is_kivi or row.kind != "vllm" else HISTORY_CHUNK
+    exact = row.dtype == "auto" or row.is_kivi or row.kind != "vllm"
+    return None if exact else HISTORY_CHUNK
 
 
 def states(engine: Engine, windows: Windows, on_done: Done | None = None) -> list[np.ndarray]:
@@ -80,7 +75,7 @@ def compare(
     figures: list[Figure] = []
     index = 0
     for text, ones in windows.items():
-        tokens: list[TokenFigures] = []
+        tokens: list[pd.DataFrame] = []
         for window in ones:
             a = reference[index][first:]
             b = a if mine is reference else mine[index][first:]

@@ -35,20 +35,18 @@ class QuantizedCacheModel(TransformersModel):
     """`transformers.QuantizedCache` in a model of `transformers`, teacher-forced in chunks.
 
     Args:
-        name: a key of `TRANSFORMERS_BITS`.
-        arguments: see `TransformersModel`; `options` may name `backend`, `group_size` and
-            `residual_length`.
+        row: whose dtype is a key of `TRANSFORMERS_BITS`.
+        arguments: see `TransformersModel`; `max_model_len` too.
 
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, row: CacheRow, arguments: dict[str, Any]) -> None:
         super().__init__(arguments)
-        options = arguments["options"]
         self.settings = dict(
-            backend=options.get("backend", "quanto"),
-            nbits=TRANSFORMERS_BITS[name],
-            q_group_size=options.get("group_size", 32),
-            residual_length=options.get("residual_length", 128),
+            backend=row.options.get("backend", "quanto"),
+            nbits=TRANSFORMERS_BITS[row.dtype],
+            q_group_size=row.options.get("group_size", 32),
+            residual_length=row.options.get("residual_length", 128),
         )
         if arguments.get("max_model_len", 0) < CHUNK:
             raise UserError(f"windows shorter than {CHUNK} tokens are never quantized", "longer")

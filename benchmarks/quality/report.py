@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
-from benchmarks.quality.sections import Result
-from kivi_vllm.cli.files import write_json
+from benchmarks.common.tables import cell
+from benchmarks.common.tables import show as show_table
+from benchmarks.quality.sections import SECTIONS, Result
 
 
 def document(header: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
@@ -20,119 +20,83 @@ def document(header: dict[str, Any], results: Sequence[Result]) -> dict[str, Any
     return {
         "header": header,
         "caches": [part["cache"] for part in parts],
-        **{
-            name: [record for part in parts for record in part[name]]
-            for name in ("perplexity", "passkey", "generation")
-        },
+        **{name: [record for part in parts for record in part[name]] for name in SECTIONS},
     }
 
 
-def write(path: Path, header: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write the JSON file."""
-    write_json(path, document(header, results))
+def show(data: dict[str, Any]) -> None:
+    """Print the tables of a document, of the sections that were measured."""
+    for name, table in zip(SECTIONS, (_perplexity, _passkey, _generation), strict=True):
+        if data[name]:
+            frame = pd.DataFrame(data[name])
+            frame.insert(0, "where", frame["text"].map(lambda text: Path(text).name))
+            table(frame, data)
 
 
-def show(results: Sequence[Result]) -> None:
-    """Print the tables of the sections that were measured."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    for table in (*_perplexity(results), *_passkey(results), *_generation(results)):
-        console.print(table)
+def _together(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Rows of equal values beside each other, else in their order."""
+    return pd.concat([part for _, part in frame.groupby(list(names), sort=False)])
 
 
-def _table(title: str, names: Sequence[str], left: int) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index < left else "right")
-    return table
+def _interval(form: str) -> Callable[[Any], str]:
+    def write(one: dict[str, float]) -> str:
+        value, low, high = (cell(one[name], form) for name in ("value", "low", "high"))
+        return f"{value} ({low}–{high})"
+
+    return write
 
 
-def _interval(estimate: dict[str, float], form: str) -> str:
-    value, low, high = (_number(estimate[name], form) for name in ("value", "low", "high"))
-    return f"{value} ({low}–{high})"
-
-
-def _number(value: float, form: str) -> str:
-    """A formatted number; what rounds to nothing has no sign (a KL may be -1e-9)."""
-    text = format(value, form)
-    return text if text.strip("-0.%") else text.lstrip("-")
-
-
-def _perplexity(results: Sequence[Result]) -> Iterator[Table]:
-    records = [record for result in results for record in result.perplexity]
-    if not records:
-        return
-    bytes_of = {r.cache["name"]: r.cache["kv_bytes_per_token"] for r in results}
-    names = (
-        "text",
-        "context",
-        "cache",
-        "bytes/token",
-        "perplexity",
-        "ratio",
-        "KL",
-        "top-1",
-        "tokens",
+def _perplexity(frame: pd.DataFrame, data: dict[str, Any]) -> None:
+    frame = _together(frame, "where", "length")
+    sizes = {one["name"]: one["kv_bytes_per_token"] for one in data["caches"]}
+    table = pd.DataFrame(
+        {
+            "text": frame["where"],
+            "context": frame["length"].map(lambda length: f"{length // 2:,}–{length:,}"),
+            "cache": frame["cache"],
+            "bytes/token": frame["cache"].map(sizes),
+            "perplexity": frame["perplexity"],
+            "ratio": frame["ratio"],
+            "KL": frame["kl"],
+            "top-1": frame["top1"],
+            "tokens": frame["tokens"],
+        }
     )
-    table = _table("Perplexity and divergence from the first row, 95 % intervals", names, 3)
-    places = list(dict.fromkeys((r["text"], r["length"]) for r in records))
-    for text, length in places:
-        for record in (r for r in records if (r["text"], r["length"]) == (text, length)):
-            size = bytes_of[record["cache"]]
-            table.add_row(
-                Path(text).name,
-                f"{length // 2:,}–{length:,}",
-                record["cache"],
-                "–" if size is None else f"{size:,.0f}",
-                f"{record['perplexity']:.3f}",
-                _interval(record["ratio"], ".3f"),
-                _interval(record["kl"], ".4f"),
-                _interval(record["top1"], ".1%"),
-                f"{record['tokens']:,}",
-            )
-        table.add_section()
-    yield table
+    forms = {"bytes/token": ",.0f", "perplexity": ".3f", "tokens": ",d"}
+    intervals = {"ratio": _interval(".3f"), "KL": _interval(".4f"), "top-1": _interval(".1%")}
+    title = "Perplexity and divergence from the first row, 95 % intervals"
+    show_table(table, title, {**forms, **intervals}, by=["text", "context"])
 
 
-def _passkey(results: Sequence[Result]) -> Iterator[Table]:
-    records = [record for result in results for record in result.passkey]
-    if not records:
-        return
-    depths = sorted({r["depth"] for r in records})
-    names = ("text", "length", "fact", "cache", *(f"at {d:.0%}" for d in depths), "all")
-    table = _table("Hidden facts found, of all asked for, by depth", names, 4)
-    for text, length, kind in dict.fromkeys((r["text"], r["length"], r["kind"]) for r in records):
-        for result in results:
-            mine = [
-                r
-                for r in result.passkey
-                if (r["text"], r["length"], r["kind"]) == (text, length, kind)
-            ]
-            groups = [*([r for r in mine if r["depth"] == d] for d in depths), mine]
-            if mine:
-                cells = (f"{sum(r['correct'] for r in g)}/{len(g)}" for g in groups)
-                table.add_row(Path(text).name, f"{length:,}", kind, result.cache["name"], *cells)
-        table.add_section()
-    yield table
+def _passkey(frame: pd.DataFrame, data: dict[str, Any]) -> None:
+    def found(part: pd.DataFrame) -> str:
+        return f"{part['correct'].sum()}/{len(part)}"
+
+    place = ["where", "length", "kind", "cache"]
+    rows = [
+        dict(zip(("text", "length", "fact", "cache"), key, strict=True))
+        | {f"at {depth:.0%}": found(part) for depth, part in mine.groupby("depth")}
+        | {"all": found(mine)}
+        for key, mine in _together(frame, *place[:3]).groupby(place, sort=False)
+    ]
+    table = pd.DataFrame(rows)
+    forms: dict[str, Any] = {"length": ",d", **dict.fromkeys(table.columns[4:], str)}
+    title = "Hidden facts found, of all asked for, by depth"
+    show_table(table, title, forms, by=["text", "length", "fact"])
 
 
-def _generation(results: Sequence[Result]) -> Iterator[Table]:
-    records = [record for result in results for record in result.generation]
-    if not records:
-        return
-    names = ("text", "cache", "first difference", "agreement", "identical")
-    table = _table(
-        f"Greedy answers of {records[0]['tokens']} tokens against the first row's", names, 2
+def _generation(frame: pd.DataFrame, data: dict[str, Any]) -> None:
+    frame = _together(frame, "where")
+    counts = zip(frame["identical"], frame["prompts"], strict=True)
+    table = pd.DataFrame(
+        {
+            "text": frame["where"],
+            "cache": frame["cache"],
+            "first difference": frame["median_divergence"],
+            "agreement": frame["mean_agreement"],
+            "identical": [f"{same}/{prompts}" for same, prompts in counts],
+        }
     )
-    for text in dict.fromkeys(record["text"] for record in records):
-        for record in (r for r in records if r["text"] == text):
-            table.add_row(
-                Path(text).name,
-                record["cache"],
-                f"{record['median_divergence']:.0f}",
-                f"{record['mean_agreement']:.1%}",
-                f"{record['identical']}/{record['prompts']}",
-            )
-        table.add_section()
-    yield table
+    forms = {"first difference": ".0f", "agreement": ".1%", "identical": str}
+    title = f"Greedy answers of {frame['tokens'].iloc[0]} tokens against the first row's"
+    show_table(table, title, forms, by=["text"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.common.bars import bar
 from benchmarks.quality import generation, passkey, perplexity
-from benchmarks.quality.child_engine import Engine, Settings
+from benchmarks.quality.engine import Engine, Settings
 from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.texts import windows as cut
 from kivi_vllm.cli.errors import UserError
@@ -185,10 +185,5 @@ def _generation(
         at += len(mine)
         if is_reference:
             reference.answers[text] = tokens
-        figure = generation.compare(text, reference.answers[text], tokens)
-        more = dict(
-            median_divergence=figure.median_divergence,
-            mean_agreement=figure.mean_agreement,
-            identical=figure.identical,
-        )
-        result.generation.append({"cache": engine.row.name, **asdict(figure), **more})
+        figures = generation.compare(reference.answers[text], tokens)
+        result.generation.append({"cache": engine.row.name, "text": text, **figures})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
 
@@ -26,7 +27,7 @@ class TransformersModel:
     """A model of `transformers` in this process; the base of the rows that vLLM does not compute.
 
     Args:
-        arguments: `model`, `dtype` and `max_model_len` of the comparison, the row's `options`.
+        arguments: `model` and `dtype` of the comparison.
         attention: name of an attention implementation.
 
     """
@@ -49,7 +50,7 @@ class TransformersModel:
         return dict(kv_cache_tokens=None, kv_bytes_per_token=None)
 
     def generate(
-        self, prompts: list[Any], params: dict[str, Any], done: Callable[[int], None]
+        self, prompts: list[list[int]], params: dict[str, Any], done: Callable[[int], None]
     ) -> list[tuple[str, list[int]]]:
         """Not here."""
         raise UserError(
@@ -87,16 +88,15 @@ class SimulatedModel(TransformersModel):
     """A KIVI dtype's rule inside `transformers`.
 
     Args:
-        dtype: one of ours.
-        arguments: see `TransformersModel`; `options` are the `kivi` entry.
+        row: with the dtype and its options.
+        arguments: see `TransformersModel`.
 
     """
 
-    def __init__(self, dtype: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, row: CacheRow, arguments: dict[str, Any]) -> None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        options = {k: v for k, v in arguments["options"].items() if k != "prefill"}
-        config = KiviConfig.from_options(dtype, {**options, "prefill": "cached"})
+        config = KiviConfig.from_options(row.dtype, {**row.options, "prefill": "cached"})
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention(config))
         super().__init__(arguments, NAME)
         if getattr(self.model.config, "sliding_window", None) and getattr(

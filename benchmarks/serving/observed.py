@@ -18,16 +18,19 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 @dataclass
 class Sample:
     """One reading of /metrics, all labels of a metric added up."""
 
-    values: dict[str, float]
+    values: dict[str, float] = field(default_factory=dict)
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -35,13 +38,12 @@ class Sample:
         """Read the Prometheus text format."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        values: dict[str, float] = {}
-        labels: dict[str, dict[str, str]] = {}
+        found = cls()
         for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
-                labels[sample.name] = dict(sample.labels)
-        return cls(values, labels)
+            for one in family.samples:
+                found.values[one.name] = found.values.get(one.name, 0.0) + one.value
+                found.labels[one.name] = dict(one.labels)
+        return found
 
     def get(self, name: str) -> float:
         """A metric of vLLM by its name without the prefix; 0 if it is not there yet."""
@@ -58,9 +60,7 @@ class Observer:
     """
 
     def __init__(self, host: str, port: int, every: float = 1.0) -> None:
-        self.url = f"http://{host}:{port}/metrics"
-        self.port = port
-        self.every = every
+        self.url, self.port, self.every = f"http://{host}:{port}/metrics", port, every
         self.samples: list[Sample] = []
         self.memory: list[int] = []
         self.gpu_memory: list[int] = []
@@ -87,6 +87,9 @@ class Observer:
         def grown(name: str) -> float:
             return last.get(name) - first.get(name)
 
+        def most(name: str) -> float:
+            return max(sample.get(name) for sample in self.samples)
+
         queries = grown("prefix_cache_queries_total")
         # While requests wait, what runs is what fits.
         full = [
@@ -94,10 +97,10 @@ class Observer:
         ]
         config = last.labels.get("vllm:cache_config_info", {})
         return {
-            "running_max": max(s.get("num_requests_running") for s in self.samples),
+            "running_max": most("num_requests_running"),
             "running_while_others_wait": statistics.median(full) if full else None,
-            "waiting_max": max(s.get("num_requests_waiting") for s in self.samples),
-            "kv_cache_usage_max": max(s.get("kv_cache_usage_perc") for s in self.samples),
+            "waiting_max": most("num_requests_waiting"),
+            "kv_cache_usage_max": most("kv_cache_usage_perc"),
             "preemptions": grown("num_preemptions_total"),
             "prefix_hit_rate": grown("prefix_cache_hits_total") / queries if queries else None,
             "memory_peak_bytes": max(self.memory),
@@ -114,41 +117,29 @@ class Observer:
     def _read(self) -> None:
         with self._opener.open(self.url, timeout=60) as reply:
             self.samples.append(Sample.parse(reply.read().decode()))
-        self.memory.append(sum(map(_pss, self._processes)))
+        total = 0
+        for process in self._processes:
+            with suppress(psutil.Error):  # it has gone
+                total += process.memory_full_info().pss  # shared pages by their share
+        self.memory.append(total)
         if self._has_gpu and (used := _gpu_bytes()) is not None:
             self.gpu_memory.append(used)
 
 
-def server_processes(port: int) -> list[int]:
+def server_processes(port: int) -> list[psutil.Process]:
     """The process that listens on a port, and its descendants.
 
     Raises:
         RuntimeError: nothing of ours listens there.
 
     """
-    import psutil
-
     for process in psutil.process_iter():
-        try:
-            listens = any(
-                one.status == psutil.CONN_LISTEN and one.laddr.port == port
-                for one in process.net_connections("tcp")
-            )
-            if listens:
-                # The one that was started is above those that inherited its socket.
-                return [process.pid, *(child.pid for child in process.children(recursive=True))]
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
+        with suppress(psutil.AccessDenied, psutil.NoSuchProcess):
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN and one.laddr.port == port:
+                    # The one that was started is above those that inherited its socket.
+                    return [process, *process.children(recursive=True)]
     raise RuntimeError(f"no process of this user listens on port {port}")
-
-
-def _pss(pid: int) -> int:
-    """Bytes of a process's memory, shared pages by their share; 0 once it has gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
 def _gpu_bytes() -> int | None:
@@ -167,8 +158,7 @@ def _value(words: Sequence[str], name: str) -> str:
 
 def main() -> int:
     """Run the command line as the module says; its exit status."""
-    words = sys.argv[1:]
-    every = 1.0
+    words, every = sys.argv[1:], 1.0
     if words[:1] == ["--every"]:
         every, words = float(words[1]), words[2:]
     with Observer(_value(words, "--host"), int(_value(words, "--port")), every) as observer:

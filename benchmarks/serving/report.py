@@ -2,157 +2,134 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
+from benchmarks.common.files import write_json
+from benchmarks.common.tables import show as table
 from benchmarks.serving.sweep import LATENCIES, PERCENTILES, Row
-from kivi_vllm.cli.files import write_json
 
 Summary = dict[str, Any]
 
+WAITING, MOST = "running, median while others wait", "most running"
+"""The two figures of concurrency, by what they are."""
 
-def median(values: Iterable[float | None]) -> float | None:
-    """The median of what is there."""
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else None
+TITLES = {
+    "long": "long: prompts of their own, all from the start",
+    "shared": "shared: prompts with shared prefixes, all from the start",
+    "kivi": "kivi: KIVI's lengths, all from the start",
+    "rate": "rate: shared prefixes at a rising request rate",
+    "context": "context: one request at a time",
+}
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
     """Medians over the rounds, by dtype and workload, in the order of the rows.
 
-    `ratio` is that of the output tokens a second to the first dtype's on the same
-    workload, and `batch_ratio` that of the most requests that ran at once.
+    `running_while_others_wait` is the median of the requests that run while others wait, and
+    `running` the most that ran at any moment. `ratio` is that of the output tokens a second to the
+    first dtype's on the same workload, `concurrency_ratio` that of the median, `batch_ratio` of the
+    most.
     """
     found: list[Summary] = []
-    for key in dict.fromkeys((row.workload, row.kv_cache_dtype) for row in rows):
-        mine = [row for row in rows if (row.workload, row.kv_cache_dtype) == key]
-        server = [row.server for row in mine]
-        found.append(
-            {
-                "workload": key[0],
-                "kv_cache_dtype": key[1],
-                "rounds": len(mine),
-                "request_rate": mine[0].request_rate,
-                "kv_cache_tokens": mine[0].kv_cache_tokens,
-                "failed": sum(row.num_prompts - row.completed for row in mine),
-                "requests_per_s": median(row.requests_per_s for row in mine),
-                "output_tokens_per_s": median(row.output_tokens_per_s for row in mine),
-                "output_tokens_per_s_all": [row.output_tokens_per_s for row in mine],
-                "latency_ms": {
-                    name: {p: median(row.latency_ms[name][p] for row in mine) for p in PERCENTILES}
-                    for name in LATENCIES
-                },
-                "running": median(s["running_max"] for s in server),
-                "running_while_others_wait": median(s["running_while_others_wait"] for s in server),
-                "saturated": all(row.server["running_max"] < row.num_prompts for row in mine),
-                "kv_cache_usage_max": median(s["kv_cache_usage_max"] for s in server),
-                "preemptions": median(s["preemptions"] for s in server),
-                "prefix_hit_rate": median(s["prefix_hit_rate"] for s in server),
-                "memory_peak_bytes": median(s["memory_peak_bytes"] for s in server),
-                "gpu_memory_peak_bytes": median(s["gpu_memory_peak_bytes"] for s in server),
-            }
-        )
-    for one in found:
-        first = next(other for other in found if other["workload"] == one["workload"])
-        one["ratio"] = one["output_tokens_per_s"] / first["output_tokens_per_s"]
-        one["batch_ratio"] = one["running"] / first["running"] if first["running"] else None
+    groups = pd.DataFrame(rows).groupby(["workload", "kv_cache_dtype"], sort=False)
+    for (workload, dtype), mine in groups:
+        server = pd.DataFrame(list(mine["server"])).rename(columns={"running_max": "running"})
+        numbers = server[list(_OF_SERVER)].apply(pd.to_numeric).median()
+        latency = list(mine["latency_ms"])
+        rate, tokens = rows[mine.index[0]]["request_rate"], rows[mine.index[0]]["kv_cache_tokens"]
+        one = {
+            "workload": workload,
+            "kv_cache_dtype": dtype,
+            "rounds": len(mine),
+            "request_rate": rate,
+            "kv_cache_tokens": tokens,
+            "failed": int((mine["num_prompts"] - mine["completed"]).sum()),
+            "requests_per_s": float(mine["requests_per_s"].median()),
+            "output_tokens_per_s": float(mine["output_tokens_per_s"].median()),
+            "output_tokens_per_s_all": mine["output_tokens_per_s"].to_list(),
+            "latency_ms": {
+                name: pd.DataFrame([x[name] for x in latency]).median().to_dict()
+                for name in LATENCIES
+            },
+            "saturated": all(server["running"].to_numpy() < mine["num_prompts"].to_numpy()),
+            **{name: None if pd.isna(x) else float(x) for name, x in numbers.items()},
+        }
+        first = next((other for other in found if other["workload"] == workload), one)
+        for name, of in _RATIOS.items():
+            one[name] = one[of] / first[of] if one[of] and first[of] else None
+        found.append(one)
     return found
+
+
+_OF_SERVER = (
+    "running",
+    "running_while_others_wait",
+    "kv_cache_usage_max",
+    "preemptions",
+    "prefix_hit_rate",
+    "memory_peak_bytes",
+    "gpu_memory_peak_bytes",
+)
+_RATIOS = {
+    "ratio": "output_tokens_per_s",
+    "concurrency_ratio": "running_while_others_wait",
+    "batch_ratio": "running",
+}
 
 
 def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write the JSON file."""
-    data = {"header": head, "summary": summarize(rows), "rows": [asdict(row) for row in rows]}
+    data = {"header": head, "summary": summarize(rows), "rows": list(rows)}
     write_json(path, data)
+
+
+_KEYS = {"workload": "workload", "kv_cache_dtype": "--kv-cache-dtype"}
+_COLUMNS: dict[str, tuple[str, Any]] = {
+    "requests_per_s": ("req/s", ".3g"),
+    "output_tokens_per_s": ("output tok/s", ".2f"),
+    "ratio": ("ratio", "{:.2f}×".format),
+    "running_while_others_wait": (WAITING, ".0f"),
+    "concurrency_ratio": ("ratio ", "{:.2f}×".format),
+    "most": (MOST, str),
+    "kv_cache_usage_max": ("cache used", ".0%"),
+    "preemptions": ("preempted", ".0f"),
+    "prefix_hit_rate": ("hits", ".0%"),
+    "memory": ("peak MiB", ",.0f"),
+    "failed": ("failed", "d"),
+    "rounds": ("rounds", "d"),
+}
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the tables."""
-    summary = summarize(rows)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 150
-    for table in _tables(summary):
-        console.print(table)
-
-
-def _tables(summary: Sequence[Summary]) -> Iterator[Table]:
-    capacity = {one["kv_cache_dtype"]: one["kv_cache_tokens"] for one in summary}
-    if capacity:
-        yield _capacity(capacity)
-    titles = {
-        "long": "long: prompts of their own, all at once",
-        "shared": "shared: prompts with shared prefixes, all at once",
-        "kivi": "kivi: KIVI's lengths, all at once",
-        "rate": "rate: shared prefixes at a rising request rate",
-        "context": "context: one request at a time",
-    }
-    for kind, title in titles.items():
-        mine = [one for one in summary if one["workload"].split("-")[0] == kind]
-        if not mine:
-            continue
-        yield _loads(title, mine)
-        yield _latencies(title, mine)
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _capacity(capacity: dict[str, int | None]) -> Table:
-    table = _table("Capacity", ["--kv-cache-dtype"], ["cache tokens", "ratio"])
-    first = next(iter(capacity.values()))
-    for dtype, tokens in capacity.items():
-        ratio = tokens / first if tokens and first else None
-        table.add_row(dtype, _number(tokens, ",d"), _number(ratio, ".2f", "×"))
-    return table
-
-
-def _loads(title: str, summary: Sequence[Summary]) -> Table:
-    names = ["req/s", "output tok/s", "ratio", "running", "ratio", "cache used", "preempted"]
-    names += ["hits", "peak memory", "failed", "rounds"]
-    table = _table(title, ["workload", "--kv-cache-dtype"], names)
-    for one in summary:
-        memory = one["gpu_memory_peak_bytes"] or one["memory_peak_bytes"]
-        table.add_row(
-            one["workload"],
-            one["kv_cache_dtype"],
-            _number(one["requests_per_s"], ".3g"),
-            _number(one["output_tokens_per_s"], ".2f"),
-            _number(one["ratio"], ".2f", "×"),
-            _number(one["running"], ".0f") + ("" if one["saturated"] else " *"),
-            _number(one["batch_ratio"], ".2f", "×"),
-            _number(one["kv_cache_usage_max"], ".0%"),
-            _number(one["preemptions"], ".0f"),
-            _number(one["prefix_hit_rate"], ".0%"),
-            f"{memory / 2**20:,.0f} MiB",
-            str(one["failed"]),
-            str(one["rounds"]),
-        )
-    if not all(one["saturated"] for one in summary):
-        table.caption = "* all requests ran at once: the cache would hold more"
-    return table
-
-
-def _latencies(title: str, summary: Sequence[Summary]) -> Table:
-    names = [f"{name} {p}" for name in LATENCIES for p in PERCENTILES]
-    table = _table(f"{title}: milliseconds", ["workload", "--kv-cache-dtype"], names)
-    for one in summary:
-        values = [one["latency_ms"][name][p] for name in LATENCIES for p in PERCENTILES]
-        cells = [_number(value, ",.0f") for value in values]
-        table.add_row(one["workload"], one["kv_cache_dtype"], *cells)
-    return table
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "–" if value is None else f"{value:{form}}{unit}"
+    frame = pd.DataFrame(summarize(rows))
+    numbers = frame[[name for name in _COLUMNS if name in frame]].apply(pd.to_numeric)
+    stars = frame["saturated"].map({True: "", False: " *"})
+    gpu = pd.to_numeric(frame["gpu_memory_peak_bytes"])
+    numbers["most"] = frame["running"].map("{:.0f}".format) + stars
+    numbers["memory"] = gpu.fillna(frame["memory_peak_bytes"]) / 2**20
+    latencies = pd.DataFrame(
+        [
+            {f"{name} {p}": one[name][p] for name in LATENCIES for p in PERCENTILES}
+            for one in frame["latency_ms"]
+        ]
+    )
+    keys = frame[list(_KEYS)].rename(columns=_KEYS)
+    sizes = frame.groupby("kv_cache_dtype", sort=False)["kv_cache_tokens"].first()
+    sizes = pd.DataFrame({"cache tokens": sizes, "ratio": sizes / sizes.iloc[0]})
+    table(sizes.reset_index(), "Capacity", {"cache tokens": ",.0f", "ratio": "{:.2f}×".format})
+    loads = keys.join(
+        numbers[list(_COLUMNS)].rename(columns={n: c[0] for n, c in _COLUMNS.items()})
+    )
+    for kind, title in TITLES.items():
+        mine = frame["workload"].str.split("-").str[0] == kind
+        if mine.any():
+            table(loads[mine], title, dict(_COLUMNS.values()), width=180)
+            if not frame["saturated"][mine].all():
+                print("* all requests ran: the cache would hold more")
+            forms = dict.fromkeys(latencies, ",.0f")
+            table(keys.join(latencies)[mine], f"{title}: milliseconds", forms, width=180)

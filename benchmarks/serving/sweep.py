@@ -7,13 +7,10 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.vllm_runs import run_to_end, vllm_command
-from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.server import free_port, kv_tokens
 
 PERCENTILES = ("p50", "p95", "p99")
@@ -29,50 +26,22 @@ WARM_UP = {
 """Of each server, before what is measured; a sweep's own takes the first prompts of each load."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One load on one server.
+Row = dict[str, Any]
+"""One load on one server: `kv_cache_dtype`, `workload` (long, shared, kivi, context-N or rate-N),
+`round`, `request_rate` (a second; None if all were there or came one by one), the requests
+(`num_prompts`, `completed`, `failed`), `duration_s` from the first request to the end of the last
+answer, and over that time `requests_per_s`, `output_tokens_per_s` and `tokens_per_s` (prompts,
+cached or not, and outputs). `latency_ms` has `PERCENTILES` of `LATENCIES`: time to the first token,
+mean time of an answer's later tokens, time between tokens, whole answers. `kv_cache_tokens` is what
+vLLM reports at start, `server` what `observed.py` saw."""
 
-    Attributes:
-        kv_cache_dtype: of the server.
-        workload: its name: long, shared, kivi, context-N or rate-N.
-        round: 0 .. --repeat - 1.
-        request_rate: in requests a second; None if all came at once, or one by one.
-        num_prompts, completed, failed: requests.
-        duration_s: from the first request to the last answer's end.
-        requests_per_s, output_tokens_per_s, tokens_per_s: over that time; `tokens`
-            counts prompts, cached or not, and outputs.
-        latency_ms: p50, p95 and p99 of ttft (time to the first token), tpot (mean time
-            of an answer's later tokens), itl (between tokens), e2el (whole answers).
-        kv_cache_tokens: the size of the cache that vLLM reports at start.
-        server: what `observed.py` saw.
-
-    """
-
-    kv_cache_dtype: str
-    workload: str
-    round: int
-    request_rate: float | None
-    num_prompts: int
-    completed: int
-    failed: int
-    duration_s: float
-    requests_per_s: float
-    output_tokens_per_s: float
-    tokens_per_s: float
-    latency_ms: dict[str, dict[str, float]]
-    kv_cache_tokens: int | None
-    server: dict[str, Any]
-
-
-def check_pandas() -> None:
-    """Refuse where pandas is missing: vLLM would ask for it after the last load."""
-    if find_spec("pandas") is None:
-        raise UserError(
-            "pandas is not installed, which `vllm bench sweep` needs",
-            "pip install pandas",
-            status=1,
-        )
+_RATES = {
+    "duration_s": "duration",
+    "requests_per_s": "request_throughput",
+    "output_tokens_per_s": "output_throughput",
+    "tokens_per_s": "total_token_throughput",
+}
+"""Our names of what `vllm bench serve` reports, and its own."""
 
 
 def sweep(
@@ -125,19 +94,14 @@ def sweep(
 
 def _row(data: dict[str, Any], dtype: str, turn: int, tokens: int | None) -> Row:
     rate = data["request_rate"]
-    return Row(
-        kv_cache_dtype=dtype,
-        workload=data["_benchmark_name"],
-        round=turn,
-        request_rate=None if rate == "inf" else float(rate),
-        num_prompts=data["num_prompts"],
-        completed=data["completed"],
-        failed=data["failed"],
-        duration_s=data["duration"],
-        requests_per_s=data["request_throughput"],
-        output_tokens_per_s=data["output_throughput"],
-        tokens_per_s=data["total_token_throughput"],
-        latency_ms={name: {p: data[f"{p}_{name}_ms"] for p in PERCENTILES} for name in LATENCIES},
-        kv_cache_tokens=tokens,
-        server=data["server"],
-    )
+    return {
+        "kv_cache_dtype": dtype,
+        "workload": data["_benchmark_name"],
+        "round": turn,
+        "request_rate": None if rate == "inf" else float(rate),
+        **{name: data[name] for name in ("num_prompts", "completed", "failed")},
+        **{name: data[theirs] for name, theirs in _RATES.items()},
+        "latency_ms": {n: {p: data[f"{p}_{n}_ms"] for p in PERCENTILES} for n in LATENCIES},
+        "kv_cache_tokens": tokens,
+        "server": data["server"],
+    }

@@ -22,10 +22,10 @@ KIVI_LONGEST = math.ceil((KIVI_INPUT + KIVI_OUTPUT) * (1 + KIVI_SPREAD))
 CONTEXT_OUTPUT = 33
 """Answers of the section `context`: 32 decode steps behind the first token."""
 
-AT_ONCE = ("long", "shared", "kivi")
+SATURATING = ("long", "shared", "kivi")
 """Workloads of which all requests are there from the start: the cache's memory limits the batch."""
 
-WORKLOADS = (*AT_ONCE, "context")
+WORKLOADS = (*SATURATING, "context")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
+from kivi_vllm.attention.groups.pages import PageSpec
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
-from kivi_vllm.ops.contract import Operators
 from kivi_vllm.ops.step import Batch
 
 
@@ -28,23 +28,14 @@ class KiviMetadata:
     """One cache group's view of a step.
 
     Attributes:
-        operators: of the device.
-        batch: what the engine knows of the step; its tensors are vLLM's own buffers.
+        block_table: [num_reqs, max_blocks], page ids of this group.
+        step: what the operators must know of the step, for all layers; of the groups of
+            pages only, whose metadata the layers get.
 
     """
 
-    operators: Operators
-    batch: Batch
-
-    @property
-    def block_table(self) -> torch.Tensor:
-        """[num_reqs, max_blocks], page ids of this group."""
-        return self.batch.block_table
-
-    @functools.cached_property
-    def step(self) -> Any:
-        """What the operators must know of this step; made for all layers together."""
-        return self.operators.step(self.batch)
+    block_table: torch.Tensor
+    step: Any = None
 
 
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
@@ -84,6 +75,8 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
+        if not isinstance(self.kv_cache_spec, PageSpec):
+            return KiviMetadata(m.block_table_tensor)
         ends = m.seq_lens_cpu_upper_bound
         batch = Batch(
             query_start_loc=m.query_start_loc[: m.num_reqs + 1],
@@ -96,7 +89,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             per_position=self.per_position,
             decode_len=self.decode_len,
         )
-        return KiviMetadata(self.operators, batch)
+        return KiviMetadata(batch.block_table, self.operators.step(batch))
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def _transformers(name: str) -> Check:
 
 def _vllm(name: str) -> Check:
     import_module("vllm")
-    supported, finding = import_module("kivi_vllm.attention.hooks.wraps").supported_vllm()
+    supported, finding = import_module("kivi_vllm.attention.versions").supported_vllm()
     if not supported:
         return Check(name, FAIL, finding, INSTALL)
     return Check(name, OK, finding)

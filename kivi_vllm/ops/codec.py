@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kivi_vllm.ops.codes import pack, unpack
+from kivi_vllm.ops.codes import pack, top, unpack
 from kivi_vllm.ops.format import PageFormat
 
 FP16_MAX = 65504.0
@@ -31,17 +31,17 @@ def quantize(
 
     """
     x = x.float()
-    top = 2**bits - 1
+    most = top(bits)
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     spread = (high - low).masked_fill(high == low, 0.0)  # two infinities: 0, not NaN
     # By a tensor: devices may multiply by a number's reciprocal, which rounds differently.
-    scale, zero = spread / torch.full_like(spread, top), low
+    scale, zero = spread / torch.full_like(spread, most), low
     if clip:
         scale, zero = fit(x, low, spread, scale, bits, dim)
     zero = zero.clamp(-FP16_MAX, FP16_MAX).half()
     scale = scale.clamp(max=FP16_MAX).half()
     s = scale.float()
-    codes = ((x - zero.float()) / torch.where(s > 0, s, 1.0)).round().clamp(0, top)
+    codes = ((x - zero.float()) / torch.where(s > 0, s, 1.0)).round().clamp(0, most)
     codes = torch.where(s > 0, codes, 0.0)  # scale 0 or NaN
     return codes.to(torch.uint8), scale, zero
 
@@ -66,16 +66,16 @@ def fit(
         fp32 scale and zero, size 1 along `dim`.
 
     """
-    top = 2**bits - 1
+    most = top(bits)
     good = (spread > 1e-6) & (spread < FP16_MAX)
     span = torch.where(good, spread, 1.0)
     u = ((x - low) * (torch.full_like(span, FIT_STEPS) / span)).clamp(0, FIT_STEPS).round()
-    slope, start = torch.full_like(span, FIT_STEPS / top), torch.zeros_like(span)
+    slope, start = torch.full_like(span, FIT_STEPS / most), torch.zeros_like(span)
     weight = 1 + ((2 * u - FIT_STEPS).square() * 2.0**-18).round()
     n, total = (y.sum(dim, keepdim=True).double() for y in (weight, weight * u))
     for _ in range(FIT_ROUNDS):
         inverse = torch.ones_like(slope) / slope
-        c = ((u - start) * inverse).clamp(0, top).round()
+        c = ((u - start) * inverse).clamp(0, most).round()
         # Whole numbers below 2^53 from here on, until a quotient is rounded.
         c1, c2, cu = ((weight * y).sum(dim, keepdim=True).double() for y in (c, c * c, c * u))
         d = n * c2 - c1 * c1

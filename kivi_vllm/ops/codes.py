@@ -12,8 +12,8 @@ more, so that one AND gives a vector of codes:
 - byte `(n, q, lane, j)` of v_codes, slot i: channel 32·n + 16·(i mod 2) + lane,
   token 64·⌊i/2⌋ + 4·q + j.
 
-`code_index` is this rule in code. The kernels have it in files of the same name:
-`cpu/csrc/codes.h` and `triton/codes.py`.
+`code_index` is this rule in code. The kernels have it in files of the same name, with the
+same names in them: `cpu/csrc/codes.h` and `triton/codes.py`. All else asks these three.
 """
 
 from __future__ import annotations
@@ -28,9 +28,62 @@ from kivi_vllm.config import BLOCK_SIZE
 Side = Literal["k", "v"]
 
 
+# The functions of a number of bits stand alone, so that Triton can call them when it compiles.
+
+
+def top(bits: int) -> int:
+    """The largest code."""
+    return 2**bits - 1
+
+
+def slots(bits: int) -> int:
+    """Codes of a byte."""
+    return 8 // bits
+
+
+def pitch(bits: int) -> int:
+    """Bits from the beginning of one slot to that of the next."""
+    return 8 // (8 // bits)
+
+
+def pairs(bits: int) -> int:
+    """Pairs of slots of a byte: a pair has 32 tokens of K, or 32 channels of V."""
+    return 8 // bits // 2
+
+
+def key_tokens(bits: int) -> int:
+    """Tokens of K whose codes share vectors: those of one n."""
+    return 16 * (8 // bits)
+
+
+def key_units(bits: int) -> int:
+    """So many times `key_tokens` are a page."""
+    return 8 // (8 // bits)
+
+
+def value_tokens(bits: int) -> int:
+    """Tokens of V that lie one after the other in one pair of slots."""
+    return 128 // (8 // bits // 2)
+
+
+def value_quads(bits: int) -> int:
+    """Groups of four of them: vectors of one n."""
+    return 32 // (8 // bits // 2)
+
+
+def key_shape(bits: int, head_size: int) -> tuple[int, int, int, int]:
+    """k_codes as [n, q, lane, j]."""
+    return bits, head_size // 4, 16, 4
+
+
+def value_shape(bits: int, head_size: int) -> tuple[int, int, int, int]:
+    """v_codes as [n, q, lane, j]."""
+    return head_size // 32, 8 * bits, 16, 4
+
+
 @functools.cache
 def code_index(side: Side, bits: int, head_size: int) -> torch.Tensor:
-    """Where the codes of a page lie: the rule of "Order of the codes" above.
+    """Where the codes of a page lie: the rule above.
 
     Args:
         side: k_codes or v_codes.
@@ -42,31 +95,33 @@ def code_index(side: Side, bits: int, head_size: int) -> torch.Tensor:
         slots, `token * D + channel` of the code there.
 
     """
-    slots, d = 8 // bits, head_size
-    quads = d // 4 if side == "k" else 8 * bits
-    n = torch.arange(bits if side == "k" else d // 32)[:, None, None, None, None]
-    q = torch.arange(quads)[:, None, None, None]
-    lane = torch.arange(16)[:, None, None]
-    j, i = torch.arange(4)[:, None], torch.arange(slots)
+    d = head_size
+    shape = key_shape(bits, d) if side == "k" else value_shape(bits, d)
+    n, q, lane, j, i = torch.meshgrid(
+        *(torch.arange(size) for size in (*shape, slots(bits))), indexing="ij"
+    )
     if side == "k":
-        token, channel = slots * 16 * n + 16 * i + lane, 4 * q + j
+        token, channel = key_tokens(bits) * n + 16 * i + lane, 4 * q + j
     else:
-        channel, token = 32 * n + 16 * (i % 2) + lane, 64 * (i // 2) + 4 * q + j
-    return (token * d + channel).reshape(-1, slots)
+        token, channel = value_tokens(bits) * (i // 2) + 4 * q + j, 32 * n + 16 * (i % 2) + lane
+    return (token * d + channel).reshape(-1, slots(bits))
+
+
+def _shifts(bits: int, device: torch.device) -> torch.Tensor:
+    """Where the slots of a byte begin."""
+    return torch.arange(slots(bits), device=device, dtype=torch.uint8) * pitch(bits)
 
 
 def pack(codes: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
     """Pack codes [..., 128, D] into the bytes [..., 16 * D * bits] of a page's k or v_codes."""
     index = code_index(side, bits, codes.shape[-1]).to(codes.device)
-    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.uint8) * bits
-    return (codes.flatten(-2)[..., index] << shifts).sum(-1, dtype=torch.uint8)
+    return (codes.flatten(-2)[..., index] << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
     """Inverse of `pack`."""
     d = packed.shape[-1] // (16 * bits)
-    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
-    slots = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    codes = torch.empty_like(slots.flatten(-2))
-    codes[..., code_index(side, bits, d).flatten().to(packed.device)] = slots.flatten(-2)
+    found = (packed.unsqueeze(-1) >> _shifts(bits, packed.device)) & top(bits)
+    codes = torch.empty_like(found.flatten(-2))
+    codes[..., code_index(side, bits, d).flatten().to(packed.device)] = found.flatten(-2)
     return codes.unflatten(-1, (BLOCK_SIZE, d))

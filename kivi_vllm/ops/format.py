@@ -17,8 +17,6 @@ num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
 so `page_bytes = 16·D·(k_bits + v_bits) + 1024·D/G`: 96 bytes a token at
 D = 128, G = 32, 2 bits, where bf16 takes 512.
 
-**Order of the codes.** See `codes`.
-
 **Rotated values.** With `rotate_values`, what v_scale, v_zero and v_codes stand for are
 the values after `codec.rotate`; a sum of values over tokens is rotated back.
 
@@ -48,6 +46,7 @@ from kivi_vllm.config import (
     KiviConfig,
     KiviConfigError,
 )
+from kivi_vllm.ops.codes import key_shape, value_shape
 
 RAW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -161,10 +160,10 @@ class PageFormat:
             spec = [
                 ("k_scale", torch.float16, (BLOCK_SIZE // g, d)),
                 ("k_zero", torch.float16, (BLOCK_SIZE // g, d)),
-                ("k_codes", torch.uint8, (self.k_bits, d // 4, 16, 4)),
+                ("k_codes", torch.uint8, key_shape(self.k_bits, d)),
                 ("v_scale", torch.float16, (d // g, BLOCK_SIZE)),
                 ("v_zero", torch.float16, (d // g, BLOCK_SIZE)),
-                ("v_codes", torch.uint8, (d // 32, 8 * self.v_bits, 16, 4)),
+                ("v_codes", torch.uint8, value_shape(self.v_bits, d)),
             ]
         fields: dict[str, Field] = {}
         offset = 0

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.serving import report, sweep
+from benchmarks.serving import plot, report
 from benchmarks.serving.observed import Observer, Sample
 from benchmarks.serving.sweep import LATENCIES, PERCENTILES, WARM_UP, Row
 from benchmarks.serving.workloads import WORKLOADS, Sizes, rising, saturating
-from kivi_vllm.cli.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(input_len=3500, output_len=128, prefixes=8, scale=1.0, max_model_len=8192)
@@ -45,10 +44,13 @@ def test_mistakes_show_before_a_server_starts(arguments: list[str], words: list[
         assert word in done.stderr
 
 
-def test_what_vllm_needs_at_the_end_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pandas is not installed"):
-        sweep.check_pandas()
+def test_what_vllm_needs_at_the_end_is_asked_for_first() -> None:
+    """`vllm bench sweep` would ask for pandas after the last load."""
+    code = "import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('benchmarks.serving')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert "pandas is not installed" in done.stderr and "kivi-vllm[bench]" in done.stderr
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
@@ -100,21 +102,21 @@ def test_prompts_spread_from_3000_to_4000() -> None:
 
 
 def row(dtype: str, turn: int, speed: float, running: float) -> Row:
-    return Row(
-        kv_cache_dtype=dtype,
-        workload="long",
-        round=turn,
-        request_rate=None,
-        num_prompts=24,
-        completed=24 if turn else 23,
-        failed=0 if turn else 1,
-        duration_s=10.0,
-        requests_per_s=speed / 128,
-        output_tokens_per_s=speed,
-        tokens_per_s=speed * 30,
-        latency_ms={name: {p: 100.0 * speed for p in PERCENTILES} for name in LATENCIES},
-        kv_cache_tokens={"auto": 11648, "kivi2": 50937}[dtype],
-        server={
+    return {
+        "kv_cache_dtype": dtype,
+        "workload": "long",
+        "round": turn,
+        "request_rate": None,
+        "num_prompts": 24,
+        "completed": 24 if turn else 23,
+        "failed": 0 if turn else 1,
+        "duration_s": 10.0,
+        "requests_per_s": speed / 128,
+        "output_tokens_per_s": speed,
+        "tokens_per_s": speed * 30,
+        "latency_ms": {name: {p: 100.0 * speed for p in PERCENTILES} for name in LATENCIES},
+        "kv_cache_tokens": {"auto": 11648, "kivi2": 50937}[dtype],
+        "server": {
             "running_max": running + 1,
             "running_while_others_wait": running,
             "waiting_max": 20,
@@ -124,7 +126,7 @@ def row(dtype: str, turn: int, speed: float, running: float) -> Row:
             "memory_peak_bytes": 1 << 30,
             "gpu_memory_peak_bytes": None,
         },
-    )
+    }
 
 
 ROWS = [
@@ -141,6 +143,7 @@ def test_summary_is_of_medians_against_the_first() -> None:
     assert auto["ratio"] == 1.0 and kivi2["ratio"] == 2.5
     assert kivi2["running"] == 13.5 and kivi2["batch_ratio"] == pytest.approx(13.5 / 4)
     assert kivi2["running_while_others_wait"] == 12.5
+    assert kivi2["concurrency_ratio"] == pytest.approx(12.5 / 3)
     assert kivi2["failed"] == 1 and kivi2["rounds"] == 2 and kivi2["saturated"]
     (free,) = report.summarize([row("kivi2", 1, 10.0, 23)])
     assert free["running"] == 24 and not free["saturated"]
@@ -150,15 +153,18 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     report.show(ROWS)
     shown = capsys.readouterr().out
     assert "50,937" in shown and "4.37×" in shown and "2.50×" in shown
+    # One definition of concurrency, and the most beside it, named as such.
+    assert f"{12.5 / 3:.2f}×" in shown and "at once" not in shown
+    assert all(word in shown for word in ("running", "while", "wait", "most"))
     pytest.importorskip("matplotlib")
     header = {"model": "m", "gpu": None, "cpu": "c"}
     rates = [
-        replace(one, workload=f"rate-{rate}", request_rate=rate) for one in ROWS for rate in (1, 2)
+        one | {"workload": f"rate-{rate}", "request_rate": rate} for one in ROWS for rate in (1, 2)
     ]
-    contexts = [replace(one, workload="context-512") for one in ROWS]
+    contexts = [one | {"workload": "context-512"} for one in ROWS]
     path = tmp_path / "serving.json"
     report.write(path, header, [*ROWS, *rates, *contexts])
-    assert json.loads(path.read_text())["rows"][0] == asdict(ROWS[0])
+    assert json.loads(path.read_text())["rows"][0] == ROWS[0]
     command = [sys.executable, "-m", "benchmarks.serving.plot", str(path)]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "p")], capture_output=True, text=True, check=True, cwd=ROOT
@@ -166,6 +172,27 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     files = {Path(name).name for name in done.stdout.split()}
     kinds = ("capacity", "load", "rate", "pareto", "context")
     assert files == {f"p-{kind}.{suffix}" for kind in kinds for suffix in ("png", "svg")}
+
+
+RESULTS = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("serving-*.json"))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_published_files_are_drawn(name: str, tmp_path: Path) -> None:
+    """The files' schema is the one that is drawn."""
+    pytest.importorskip("matplotlib").use("Agg")
+    data = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    files = list(plot.draw(data["header"], data["summary"], tmp_path / "p"))
+    assert len(files) >= 4 and all(file.stat().st_size > 1000 for file in files)
+
+
+def test_summary_of_published_rows_is_the_published_one() -> None:
+    """Every field of an old file's summary is still made, from its own rows."""
+    for name in RESULTS:
+        data = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        made = report.summarize(data["rows"])
+        for old, new in zip(data["summary"], made, strict=True):
+            assert {key: new[key] for key in old} == old, name
 
 
 METRICS = """\

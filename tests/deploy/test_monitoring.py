@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import yaml
 
+from kivi_vllm.config import QUANTIZED_DTYPES
 from tests.deploy.expressions import (
     DEPLOY,
     dashboard,
@@ -113,3 +114,9 @@ def test_grafana_is_told_where_its_dashboards_lie() -> None:
     assert provider["options"]["path"] == mounted
     (source,) = yaml.safe_load(compose["configs"]["datasources"]["content"])["datasources"]
     assert source["url"] == "http://prometheus:9090"
+
+
+def test_rules_name_the_cache_dtypes_that_there_are() -> None:
+    text = (DEPLOY / "prometheus" / "rules.yml").read_text()
+    named = re.findall(r'cache_dtype!~"([^"]+)"', text)
+    assert [set(names.split("|")) for names in named] == [set(QUANTIZED_DTYPES)]

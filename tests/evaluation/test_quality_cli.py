@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from benchmarks.quality import child_engine, report
+from benchmarks.common.files import write_json
+from benchmarks.quality import __main__ as cli
+from benchmarks.quality import engine, plot, report
 from benchmarks.quality.sections import Result, Workload
 from kivi_vllm.cli.errors import UserError
 from tests.engine import tiny_model
 from tests.evaluation.tokenizers import bytes_tokenizer
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def quality() -> ModuleType:
-    return importlib.import_module("benchmarks.quality.__main__")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ DEFAULTS: dict[str, Any] = dict(
     [
         (dict(cache=["auto", "kivi3"]), "no cache dtype 'kivi3'"),
         (dict(cache=["simulated:kivi2"]), "cannot be the reference"),
-        (dict(text=["nothing.txt"]), "no such text"),
+        (dict(text=["nothing.txt"]), "--text nothing.txt cannot be read"),
         (dict(section=["perplexety"]), "--section perplexety"),
         (dict(fact=["needles"]), "--fact needles"),
         (dict(lengths="1k"), "--lengths 1k"),
@@ -68,17 +60,14 @@ DEFAULTS: dict[str, Any] = dict(
     ],
 )
 def test_mistakes_show_before_any_engine_starts(
-    quality: ModuleType,
     model: str,
     changes: dict[str, Any],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        child_engine.Engine, "_start", lambda self: pytest.fail("an engine was started")
-    )
+    monkeypatch.setattr(engine, "Child", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(UserError, match=message) as found:
-        quality.quality(**{"model": model, **DEFAULTS, **changes})
+        cli.quality(**{"model": model, **DEFAULTS, **changes})
     assert found.value.remedy
 
 
@@ -142,7 +131,7 @@ RESULTS = [_result("auto", 46080, 0.0), _result("kivi2", 4320, 0.2)]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    report.show(RESULTS)
+    report.show(report.document({}, RESULTS))
     said = capsys.readouterr().out
     for piece in ("512–1,024", "1,024–2,048", "4,320", "1.200 (1.080–1.320)", "80.0%", "1/1"):
         assert piece in said
@@ -150,32 +139,28 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert piece in said
 
 
-def test_the_file_is_whole_and_flat(tmp_path: Path) -> None:
-    path = tmp_path / "q.json"
-    report.write(path, {"dtype": "float32"}, RESULTS)
-    data = json.loads(path.read_text())
+def test_the_documents_records_are_flat() -> None:
+    data = json.loads(json.dumps(report.document({"dtype": "float32"}, RESULTS)))
     assert [len(data[name]) for name in ("caches", "perplexity", "passkey", "generation")] == [
         2,
         4,
         6,
         2,
     ]
-    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_pictures(quality: ModuleType, tmp_path: Path) -> None:
+def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot_quality = sys.modules["plot_quality"]
     header = {"model": {"name": "m"}, "dtype": "float32"}
     path = tmp_path / "q.json"
-    report.write(path, header, RESULTS)
-    plot_quality.plot(path, tmp_path / "p")
+    write_json(path, report.document(header, RESULTS))
+    plot.plot(path, tmp_path / "p")
     names = {f"p-pydoc-{what}.{ending}" for what in ("kl", "size") for ending in ("png", "svg")}
     assert {one.name for one in tmp_path.iterdir()} == {"q.json", *names}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     with pytest.raises(UserError, match="no two rows"):
-        report.write(path, header, RESULTS[:1])
-        plot_quality.plot(path, tmp_path / "p")
+        write_json(path, report.document(header, RESULTS[:1]))
+        plot.plot(path, tmp_path / "p")
     path.write_text("{}")
-    with pytest.raises(UserError, match=r"no result of quality\.py"):
-        plot_quality.plot(path, tmp_path / "p")
+    with pytest.raises(UserError, match=r"no result of benchmarks\.quality"):
+        plot.plot(path, tmp_path / "p")

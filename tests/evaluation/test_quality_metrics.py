@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from benchmarks.quality import generation
-from benchmarks.quality.metrics import TokenFigures, compare_logits, joined, summary
+from benchmarks.quality.metrics import compare_logits, summary
 
 
 def _logits(tokens: int = 50, vocabulary: int = 300, spread: float = 4.0) -> torch.Tensor:
@@ -49,14 +50,16 @@ def test_tokens_that_are_ruled_out_add_nothing() -> None:
     np.testing.assert_allclose(padded.kl, compare_logits(a, b, targets).kl, rtol=1e-6)
 
 
-def _figures(n: int, difference: float, noise: float, seed: int = 0) -> TokenFigures:
+def _figures(n: int, difference: float, noise: float, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     nll = rng.exponential(2.0, n)
-    return TokenFigures(
-        nll_reference=nll,
-        nll=nll + difference + noise * rng.standard_normal(n),
-        kl=rng.exponential(0.1, n),
-        agree=rng.random(n) < 0.9,
+    return pd.DataFrame(
+        dict(
+            nll_reference=nll,
+            nll=nll + difference + noise * rng.standard_normal(n),
+            kl=rng.exponential(0.1, n),
+            agree=rng.random(n) < 0.9,
+        )
     )
 
 
@@ -82,29 +85,37 @@ def test_neighbours_are_drawn_together() -> None:
     """64 tokens that all differ alike are no more than one observation."""
     rng = np.random.default_rng(0)
     alike = np.repeat(rng.exponential(0.1, 30), 64)
-    zero = np.zeros(len(alike))
-    one = TokenFigures(zero, zero, alike, zero == 0)
-    other = TokenFigures(zero, zero, rng.permutation(alike), zero == 0)
+    one = pd.DataFrame(dict(nll_reference=0.0, nll=0.0, kl=alike, agree=True))
+    other = one.assign(kl=rng.permutation(alike))
     wide, narrow = summary([one]).kl, summary([other]).kl
     assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
 
 
 def test_no_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="no positions"):
-        summary([])
+    for parts in ([], [_figures(0, 0.1, 0.1)]):
+        with pytest.raises(ValueError, match="no positions"):
+            summary(parts)
 
 
-def test_parts_are_joined_in_order() -> None:
-    whole = _figures(100, 0.1, 0.1)
-    parts = [whole[:30], whole[30:]]
-    assert len(parts[1]) == 70
-    np.testing.assert_array_equal(joined(parts).kl, whole.kl)
+def test_blocks_do_not_reach_over_the_ends_of_parts() -> None:
+    """Two stretches of 32 tokens, alike in themselves: two observations, and not one block."""
+    parts = [
+        pd.DataFrame(dict(nll_reference=0.0, nll=0.0, kl=kl, agree=True), index=range(32))
+        for kl in (0.0, 1.0)
+    ]
+    two, one = summary(parts).kl, summary([pd.concat(parts)]).kl
+    assert (two.value, two.low, two.high) == (0.5, 0.0, 1.0)
+    assert (one.value, one.low, one.high) == (0.5, 0.5, 0.5)
 
 
 def test_answers_are_compared_token_by_token() -> None:
     reference = [[1, 2, 3, 4], [5, 6, 7, 8]]
-    figure = generation.compare("t", reference, [[1, 2, 9, 4], [5, 6, 7, 8]])
-    assert figure.first_divergence == [2, 4]
-    assert figure.agreement == [0.75, 1.0]
-    assert (figure.median_divergence, figure.identical) == (3, 1)
-    assert figure.mean_agreement == pytest.approx(0.875)
+    assert generation.compare(reference, [[1, 2, 9, 4], [5, 6, 7, 8]]) == dict(
+        prompts=2,
+        tokens=4,
+        first_divergence=[2, 4],
+        agreement=[0.75, 1.0],
+        median_divergence=3,
+        mean_agreement=0.875,
+        identical=1,
+    )

@@ -18,13 +18,21 @@ def chat(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A piece of Python's manual: single characters are many tokens."""
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_text(texts.text("pydoc")[:20_000])
+    return str(path)
+
+
 @pytest.fixture
 def model(tmp_path: Path, chat: bool) -> str:
     return bytes_tokenizer(tmp_path / "model", bos=True, chat=chat)
 
 
-def test_cases(model: str, chat: bool) -> None:
-    found = passkey.cases("pydoc", model, LENGTH, 2, depths=(0.1, 0.5, 0.9))
+def test_cases(model: str, text: str, chat: bool) -> None:
+    found = passkey.cases(text, model, LENGTH, 2, depths=(0.1, 0.5, 0.9))
     assert len(found) == 2 * 3 * 2
     tokenizer = texts.tokenizer(model)
     for case in found:
@@ -39,10 +47,10 @@ def test_cases(model: str, chat: bool) -> None:
     assert len({tuple(case.prompt) for case in found}) == len(found)
 
 
-def test_a_seed_decides(model: str) -> None:
+def test_a_seed_decides(model: str, text: str) -> None:
     def made(**changes: object) -> list[passkey.Case]:
         arguments: dict = dict(depths=(0.5,), kinds=("passkey",), seed=3)
-        return passkey.cases("pydoc", model, LENGTH, 1, **{**arguments, **changes})
+        return passkey.cases(text, model, LENGTH, 1, **{**arguments, **changes})
 
     assert made() == made()
     assert made()[0].key != made(seed=4)[0].key
@@ -73,9 +81,9 @@ def test_scores(kind: str, key: str, answer: str, right: bool) -> None:
     assert passkey.Case(kind, "t", 1, 0.5, key, []).score(answer) is right
 
 
-def test_prompts_without_room_are_refused(model: str, tmp_path: Path) -> None:
+def test_prompts_without_room_are_refused(model: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no room"):
-        passkey.cases("pydoc", model, 300, 1)
+        passkey.cases(text, model, 300, 1)
     path = tmp_path / "short"
     path.write_text("short " * 50)
     with pytest.raises(UserError, match="has 300 tokens, less than a prompt of 1,500"):

@@ -1,209 +1,150 @@
-"""GSM8K, pass key and PG-19: loaders on files of the real schemas, prompts, scores."""
+"""Published evaluations as tasks of lm-evaluation-harness: prompts, data, scores; one real run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 
-from benchmarks.quality.metrics import TokenFigures
-from benchmarks.quality.tasks import gsm8k, passkey, pg19
-from benchmarks.quality.tasks.data import DataSet, read_jsonl
-from benchmarks.quality.tasks.items import Item, fitting_length, mean, means, run
-from kivi_vllm.cli.errors import UserError
+from benchmarks.quality.tasks import passkey
+from kivi_vllm.cli.default_model import default_model
 
-DATA = Path(__file__).with_name("data")
-
-
-class Words:
-    """A tokenizer of words and line breaks, with a token that begins every text."""
-
-    positions = 4096
-
-    def __init__(self) -> None:
-        self.known: dict[str, int] = {"<s>": 0}
-
-    def encode(self, text: str) -> list[int]:
-        words = text.replace("\n", " \n ").replace("  ", " ").split(" ")
-        return [0] + [self.known.setdefault(word, len(self.known)) for word in words if word]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        names = list(self.known)
-        return " ".join(names[i] for i in ids if i)
+TASKS = Path(passkey.__file__).parent
+PUBLISHED = "8a4b0a5ab31cb3df77444f14343b2121ff23f0a89d11d20e648eab5068d171fa"
+"""SHA-256 of the prompts and lengths in LongBench's two configuration files."""
 
 
-class Parrot:
-    """An engine that says what it is told, and remembers what it was asked."""
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Makes a task of the harness from its file, with what `--metadata` gives."""
+    pytest.importorskip("lm_eval", reason="pip install 'kivi-vllm[eval]'")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = list(texts)
-        self.asked: list[tuple] = []
+    monkeypatch.chdir(Path(__file__).parent)  # the tasks' data is in ./data
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def generate(self, prompts, max_tokens, stop=None, on_done=None):
-        self.asked.append((list(prompts), max_tokens, stop))
-        found = [SimpleNamespace(text=self.texts.pop(0)) for _ in prompts]
-        for n in range(len(prompts)):
-            on_done(n + 1)
-        return found
+    def made(name: str, **metadata: Any) -> Any:
+        config = load_yaml(TASKS / f"{name}.yaml")
+        config["metadata"] |= metadata
+        config.pop("tag", None)
+        if "num_fewshot" in config:
+            config["num_fewshot"] = 2  # of the three that the file has
+        return ConfigurableTask(config=config)
+
+    return made
 
 
-def item(task="t", prompt=(1, 2), max_tokens=3, right="x", stop=()):
-    scores = {"score": lambda text: float(text == right)}
-    return Item(task, "0", list(prompt), max_tokens, [right], scores, stop)
+def _scores(task: Any, answers: list[str]) -> list[dict[str, dict[str, float]]]:
+    """Scores of answers to a task's first items, by filter."""
+    task.build_all_requests(limit=len(answers), rank=0, world_size=1)
+    for item, answer in zip(task.instances, answers, strict=True):
+        item.resps.append(answer)
+    task.apply_filters()
+    return [
+        {name: task.process_results(item.doc, [text]) for name, text in item.filtered_resps.items()}
+        for item in task.instances
+    ]
+
+
+def _prompts(task: Any, count: int) -> list[str]:
+    task.build_all_requests(limit=count, rank=0, world_size=1)
+    return [item.args[0] for item in task.instances]
 
 
 # ---------------------------------------------------------------------- GSM8K
 
 
-def test_gsm8k_loads_the_published_schema():
-    problems = gsm8k.load(DATA / "gsm8k", "train")
-    assert len(problems) == 3
-    assert problems[0].question.startswith("Mia has 3 bags")
-    assert problems[2].answer.endswith("#### 180")
+def test_gsm8k_asks_after_the_first_worked_examples(load: Callable[..., Any]) -> None:
+    prompts = _prompts(load("gsm8k"), 2)
+    lines = (Path("data/gsm8k/train.jsonl")).read_text().splitlines()
+    shots = [json.loads(line) for line in lines[:2]]
+    question = json.loads(Path("data/gsm8k/test.jsonl").read_text().splitlines()[0])["question"]
+    worked = "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in shots)
+    assert prompts[0] == f"{worked}Question: {question}\nAnswer:"
 
 
-def test_gsm8k_prompt():
-    shots = [gsm8k.Problem("Q1?", "Reason.\n#### 3"), gsm8k.Problem("Q2?", "#### 4")]
-    assert gsm8k.prompt(shots, "Q3?") == (
-        "Question: Q1?\nAnswer: Reason.\n#### 3\n\n"
-        "Question: Q2?\nAnswer: #### 4\n\n"
-        "Question: Q3?\nAnswer:"
-    )
+def test_gsm8k_scores(load: Callable[..., Any]) -> None:
+    answers = [" 1000+250=1250.\n#### 1,250", " It is -5 degrees."]
+    strict, flexible = "strict-match", "flexible-extract"
+    one, other = _scores(load("gsm8k"), answers)
+    assert one[strict]["exact_match"] == one[flexible]["exact_match"] == 1
+    assert (other[strict]["exact_match"], other[flexible]["exact_match"]) == (0, 1)
+    [wrong] = _scores(load("gsm8k"), ["#### 1251"])
+    assert wrong[strict]["exact_match"] == wrong[flexible]["exact_match"] == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "strict", "flexible"),
-    [
-        (" 3*4=<<3*4=12>>12 marbles.\n#### 12", "12", "12"),
-        ("#### 1,250", "1250", "1250"),
-        ("#### -5", "-5", "-5"),
-        ("so it is $1,250.50.", None, "1250.50"),
-        ("#### 7\nNo: 8 or 9", "7", "9"),
-        ("The answer is 42.", None, "42"),
-        ("#### $30", None, "30"),  # lm-evaluation-harness' strict pattern takes no dollar sign
-        ("I do not know", None, None),
-    ],
-)
-def test_gsm8k_answers(text, strict, flexible):
-    assert (gsm8k.strict(text), gsm8k.flexible(text)) == (strict, flexible)
+# ------------------------------------------------------------------ LongBench
+
+LONGBENCH = sorted(path.stem for path in (TASKS / "longbench").glob("[!_]*.yaml"))
 
 
-def test_gsm8k_items_are_scored():
-    items = gsm8k.items(
-        gsm8k.load(DATA / "gsm8k", "test"), gsm8k.load(DATA / "gsm8k", "train")[:2], Words().encode
-    )
-    assert [one.expected for one in items] == [["1250"], ["-5"]]
-    assert all(one.max_tokens == 256 and "Question:" in one.stop for one in items)
-    answers = run(Parrot([" 1000+250=1250.\n#### 1250", " It is -5 degrees."]), items)
-    assert [one.scores for one in answers] == [
-        {"strict": 1.0, "flexible": 1.0},
-        {"strict": 0.0, "flexible": 1.0},
+def test_longbenchs_prompts_and_lengths_are_the_published_ones() -> None:
+    """To the last blank: a prompt that reads better is another benchmark."""
+    pytest.importorskip("lm_eval", reason="pip install 'kivi-vllm[eval]'")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    ours = {}
+    for name in LONGBENCH:
+        config = load_yaml(TASKS / "longbench" / f"{name}.yaml", resolve_func=False)
+        text = config["doc_to_text"].replace("{{", "{").replace("}}", "}")
+        ours[name] = [text, config["generation_kwargs"]["max_gen_toks"]]
+        assert config["task"] == f"kivi_longbench_{name}" and config["tag"] == "kivi_longbench"
+        assert config["dataset_kwargs"]["data_files"]["test"] == f"data/longbench/{name}.jsonl"
+    assert len(ours) == 16
+    assert hashlib.sha256(json.dumps(ours).encode()).hexdigest() == PUBLISHED
+
+
+def test_a_whole_prompt(load: Callable[..., Any]) -> None:
+    assert _prompts(load("longbench/trec"), 1) == [
+        "Please determine the type of the question below. Here are some examples of questions.\n\n"
+        "Question: Who wrote it?\nType: Individual\nQuestion: What do owls eat?\nType: Food\n"
+        "Question: When did the war end?\nType:"
     ]
-    table = means(answers)["gsm8k"]
-    assert (table["strict"].mean, table["flexible"].mean) == (50.0, 100.0)
-
-
-def test_gsm8k_refuses_another_file(tmp_path):
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "12"}) + "\n")
-    with pytest.raises(UserError, match=r"problem 1.*####"):
-        gsm8k.load(tmp_path, "test")
-
-
-# ----------------------------------------------------------------------- data
-
-
-def test_missing_data_says_where_to_put_it(tmp_path):
-    with pytest.raises(UserError) as caught:
-        gsm8k.load(tmp_path, "train")
-    assert str(tmp_path / "train.jsonl") in str(caught.value)
-    assert "openai/grade-school-math" in caught.value.remedy
-    assert "--download" in caught.value.remedy
-
-
-def test_data_lies_in_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("KIVI_VLLM_CACHE", str(tmp_path))
-    assert gsm8k.DATA.folder(None) == tmp_path.resolve() / "data" / "gsm8k"
-    assert gsm8k.DATA.folder(Path("here")) == Path("here")
+    [prompt] = _prompts(load("longbench/hotpotqa"), 1)
+    assert "{near the hills}" in prompt, "braces in a context stay"
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("task", "answer", "score"),
     [
-        ("{", "line 2, is no JSON"),
-        ("[]", "no JSON object"),
-        ("{}", "has no 'a'"),
-        ('{"a": 1}', "int"),
+        ("hotpotqa", " River Axe", 1.0),  # the best answer counts: against 'Axe' it is 2/3
+        ("hotpotqa", " Thames", 0.0),
+        ("trec", "\n\nDate\nQuestion: Who?\nType: City", 1.0),  # the first line alone
+        ("trec", "Date or City", 0.5),
+        ("trec", "", 0.0),
+        ("samsum", "Kim and Lee will have tea at five at Lee's.\nDialogue: no", 1.0),
+        ("lcc", "# a comment\n    return add(a, a)\nmore", 1.0),
+        ("lcc", "return", 0.46),  # 2 * 6 of 6 + 20 characters
+        ("repobench-p", "    add(1, 2))", 1.0),
+        ("passage_count", "There are 2, or 3.", 0.5),
+        ("passage_retrieval_en", "Paragraph 2", 1.0),
+        ("passage_retrieval_en", "Paragraph 1", 0.0),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, what):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": "good"}\n' + line + "\n")
-    with pytest.raises(UserError, match=what):
-        read_jsonl(path, {"a": str})
-
-
-def test_a_failed_download_says_what_to_do(tmp_path):
-    def unreachable(folder: Path) -> None:
-        raise ConnectionError("no route\nto host")
-
-    data = DataSet("things", "things", "the things", unreachable)
-    with pytest.raises(UserError, match=r"ConnectionError: no route$") as caught:
-        data.fetch(tmp_path / "new")
-    assert str(tmp_path / "new") in caught.value.remedy
-
-
-# ---------------------------------------------------------------------- items
-
-
-def test_answers_keep_the_order_of_the_items():
-    items = [item(max_tokens=3, right="a"), item(max_tokens=5, right="c"), item(right="b")]
-    engine = Parrot(["a", "b", "c"])  # the first and the third item go together
-    seen: list[int] = []
-    answers = run(engine, items, seen.append)
-    assert [one.text for one in answers] == ["a", "c", "b"]
-    assert [one.scores["score"] for one in answers] == [1, 1, 1]
-    assert [asked[1] for asked in engine.asked] == [3, 5]
-    assert seen == [1, 2, 3]
-
-
-def test_mean_and_its_error():
-    one = mean([1.0, 0.0, 1.0, 1.0])
-    # Variance of the sample 0.25, of the mean 0.0625.
-    assert (one.mean, one.error, one.count) == (75.0, 25.0, 4)
-    assert mean([1.0]).error is None
-
-
-@pytest.mark.parametrize(
-    ("given", "model", "expected"),
-    [(None, 100, 13), (64, 100, 64), (13, 100, 13), (None, None, 13), (64, 10, 64)],
-)
-def test_the_length_is_what_is_needed(given, model, expected):
-    assert fitting_length([item(), item(prompt=range(10))], given, model) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "model", "remedy"),
-    [
-        (12, 100, "--max-model-len 13"),
-        (12, 12, "a model with a longer context"),
-        (None, 12, "a model with a longer context"),
-    ],
-)
-def test_too_long_is_an_error_with_a_remedy(given, model, remedy):
-    with pytest.raises(UserError, match="10 tokens and up to 3") as caught:
-        fitting_length([item(), item(prompt=range(10))], given, model)
-    assert remedy in caught.value.remedy
+def test_longbench_scores(load: Callable[..., Any], task: str, answer: str, score: float) -> None:
+    [found] = _scores(load(f"longbench/{task}"), [answer])
+    [scores] = found.values()
+    assert scores["score"] == pytest.approx(score, abs=0.01)
 
 
 # ------------------------------------------------------------------- pass key
 
 
-def test_passkey_prompt():
+def _size(text: str) -> int:
+    """A text's words and line breaks, and a token that begins it."""
+    return 1 + len(text.replace("\n", " \n ").split(" "))
+
+
+def test_passkey_prompt() -> None:
     assert passkey.prompt(12345, 1, 2).split("\n") == [
         passkey.TASK,
         passkey.FILLER,
@@ -214,85 +155,75 @@ def test_passkey_prompt():
     ]
 
 
-@pytest.mark.parametrize("length", [150, 1000, 1019, 1020, 1021])
-def test_passkey_prompts_have_the_length(length):
-    tokens = Words()
-    items = passkey.items([length], 4, tokens)
-    line = len(tokens.encode(passkey.FILLER)) - 1 + 1  # its words and a line break
-    for one in items:
-        assert length - line < len(one.prompt) <= length
-    assert [one.facts["depth"] for one in items] == [25, 50, 75, 100]
-    assert len({tuple(one.expected) for one in items}) == 4
+@pytest.mark.parametrize("length", [150, 1000, 1019, 1020, 1021, 12288])
+def test_passkey_prompts_have_the_length(length: int) -> None:
+    rows = passkey.prompts([length], 4, _size)
+    line = _size(passkey.FILLER + "\n") - 1
+    for row in rows:
+        assert length - line < _size(row["input"]) <= length
+        assert row["input"].count(row["target"]) == 2
+    assert [row["depth"] for row in rows] == [25, 50, 75, 100]
+    assert len({row["target"] for row in rows}) == 4
 
 
-def test_passkey_depths_are_where_they_say():
-    tokens = Words()
-    for one in passkey.items([2000], 5, tokens):
-        text = tokens.decode(one.prompt)
-        at = text.index(one.expected[0]) / len(text)
-        assert abs(100 * at - one.facts["depth"]) < 6
+def test_passkey_depths_are_where_they_say() -> None:
+    for row in passkey.prompts([2000], 5, _size):
+        at = row["input"].index(row["target"]) / len(row["input"])
+        assert abs(100 * at - row["depth"]) < 6
 
 
-def test_passkey_too_short():
-    with pytest.raises(UserError, match="--length 20"):
-        passkey.items([20], 1, Words())
+def test_passkey_too_short() -> None:
+    with pytest.raises(ValueError, match="lengths: 20: the shortest prompt has"):
+        passkey.prompts([20], 1, _size)
 
 
 @pytest.mark.parametrize(
-    ("text", "score"),
-    [(" 12345. The grass", 1), ("12345", 1), (" 1234", 0), (" 99 or 12345", 0), ("", 0)],
+    ("answer", "score"),
+    [(" 74509. The grass", 1), ("74509", 1), (" 7450", 0), (" 99 or 74509", 0), ("", 0)],
 )
-def test_passkey_scores(text, score):
-    assert passkey.scorer("12345")(text) == score
+def test_passkey_scores(load: Callable[..., Any], answer: str, score: int) -> None:
+    task = load("passkey_file")
+    assert _prompts(task, 1)[0].endswith(".\nWhat is the pass key? The pass key is ")
+    [found] = _scores(task, [answer])
+    assert found["first-number"]["exact_match"] == score
 
 
-def test_kivis_passkey_file():
-    tokens = Words()
-    (one,) = passkey.read(DATA / "passkey_examples.jsonl", tokens)
-    assert one.expected == ["74509"]
-    assert tokens.decode(one.prompt).endswith("What is the pass key? The pass key is")
-    with pytest.raises(UserError, match="no such file"):
-        passkey.read(DATA / "nothing.jsonl", tokens)
+# ------------------------------------------------------------------ a real run
 
 
-# ---------------------------------------------------------------------- PG-19
-
-
-def test_pg19_loads_the_published_folder():
-    books = pg19.load(DATA / "pg19", limit=5)
-    assert [one.name for one in books] == ["The Lamp, and Other Tales", "The Lane"]
-    assert books[0].text.startswith("THE LAMP")
-    assert [one.name for one in pg19.load(DATA / "pg19", limit=1)] == ["The Lamp, and Other Tales"]
-    # A folder of texts alone will do.
-    assert [one.name for one in pg19.load(DATA / "pg19" / "test", limit=5)] == ["10146", "2544"]
-
-
-def test_pg19_missing(tmp_path):
-    with pytest.raises(UserError, match=r"test/\*\.txt"):
-        pg19.load(tmp_path, 1)
-
-
-def test_pg19_windows_begin_with_the_book():
-    tokens = Words()
-    books = pg19.load(DATA / "pg19", limit=2)
-    found = pg19.windows(books, 20, tokens)
-    assert [len(one) for one in found] == [20, 20]
-    assert found[0] == tokens.encode(books[0].text)[:20]
-    with pytest.raises(UserError, match=r"The Lane has .* less than --length 200"):
-        pg19.windows(books, 200, tokens)
-
-
-def test_pg19_figures_by_hand():
-    # Nine predictions of a book of ten tokens: surprise 1 in the first half, 3 in the second.
-    nll = np.array([1.0] * 5 + [3.0] * 4)
-    book = TokenFigures(np.ones(9), nll, kl=np.full(9, 0.5), agree=np.arange(9) < 6)
-    five, ten = pg19.figures([book, book], [5, 10])
-    # The first five tokens: four predictions, at positions 0 to 3.
-    assert (five.whole.tokens, five.whole.perplexity) == (8, pytest.approx(math.e))
-    assert (five.tail.tokens, five.tail.perplexity) == (4, pytest.approx(math.e))
-    assert ten.whole.tokens == 18
-    assert ten.whole.perplexity == pytest.approx(math.exp((5 * 1 + 4 * 3) / 9))
-    assert ten.whole.ratio.value == pytest.approx(math.exp(8 / 9))
-    assert ten.tail.perplexity == pytest.approx(math.exp(3))
-    assert ten.whole.kl.value == pytest.approx(0.5)
-    assert ten.whole.top1.value == pytest.approx(6 / 9)
+@pytest.mark.slow
+def test_lm_eval_runs_a_task_on_a_kivi_cache(tmp_path: Path) -> None:
+    """The command of benchmarks/README.md, on a CPU; what the harness saves says what it ran."""
+    pytest.importorskip("lm_eval", reason="pip install 'kivi-vllm[eval]'")
+    arguments = {
+        "pretrained": str(default_model()),
+        "kv_cache_dtype": "kivi4",
+        "dtype": "float32",
+        "max_model_len": 640,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "additional_config": {"kivi": {"prefill": "cached", "residual_length": 32}},
+    }
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm"]
+    command += ["--tasks", str(TASKS / "passkey.yaml"), "--limit", "2", "--batch_size", "auto"]
+    command += ["--metadata", '{"lengths": [600], "keys": 2}', "--log_samples"]
+    command += ["--output_path", str(tmp_path), "--model_args", json.dumps(arguments)]
+    quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(
+        command,
+        env={**os.environ, **quick, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [results] = tmp_path.rglob("results_*.json")
+    saved = json.loads(results.read_text())
+    assert saved["config"]["model_args"] == arguments
+    [samples] = tmp_path.rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [row["doc"]["depth"] for row in rows] == [50, 100]
+    # The model reads the key out of the quantized cache.
+    right = [row["doc"]["target"] in row["resps"][0][0] for row in rows]
+    assert right == [True, True]
+    assert saved["results"]["kivi_passkey"]["exact_match,first-number"] == 1

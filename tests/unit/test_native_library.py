@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from kivi_vllm.config import KiviConfigError
-from kivi_vllm.ops.cpu import library, operators
+from kivi_vllm.ops.cpu import abi, library, operators
 from tests.unit.native import INSTRUCTION_SETS, ROOT, simulator
+from tests.unit.simulator import Case
 from tests.unit.test_attend import CASES
 from tests.unit.test_native import MORE
+
+CSRC = ROOT / "kivi_vllm" / "ops" / "cpu" / "csrc"
 
 
 def test_this_machine_runs_what_it_says() -> None:
@@ -32,13 +38,143 @@ def test_unknown_instruction_set() -> None:
     assert library.load().isa == library.load().select(None)
 
 
-def test_library_of_other_sources(tmp_path: Path) -> None:
-    other = tmp_path / "other.so"
-    source = 'extern "C" long kivi_call_bytes() { return 8; }'
-    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(other)]
-    subprocess.run(command, input=source, text=True, check=True)
-    with pytest.raises(OSError, match="was built from other sources"):
+def library_of(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The library, but for its kernels, of sources with these changes of `abi.h`."""
+    sources = shutil.copytree(CSRC, folder / "csrc")
+    text = (sources / "abi.h").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (sources / "abi.h").write_text(text)
+    (sources / "none.cpp").write_text(
+        '#include "units.h"\nnamespace kivi { namespace portable {\nextern const Kernels kernels;\n'
+        'const Kernels kernels{"portable", 0, {}, {}, {}, {}, {}};\n}}'
+    )
+    target = folder / "other.so"
+    names = [sources / "library.cpp", sources / "none.cpp", "-o", target]
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *names], check=True)
+    return target
+
+
+def test_library_of_the_same_structs(tmp_path: Path) -> None:
+    """What the next tests change is what is refused there."""
+    assert library.Library(library_of(tmp_path)).available == ["portable"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [("k_bits, v_bits, group_size", "v_bits, k_bits, group_size")],
+            "it has KiviCall.k_bits at byte 40 where KiviCall.k_bits at 32 is expected",
+        ),
+        (
+            [("soft_cap", "logits_cap")],
+            "it has KiviCall.logits_cap at byte 448 where KiviCall.soft_cap at 448 is expected",
+        ),
+        (
+            [
+                (
+                    "block_stride, head_stride, token_stride",
+                    "head_stride, block_stride, token_stride",
+                )
+            ],
+            "it has KiviRaw.block_stride at byte 16 where KiviRaw.block_stride at 8 is expected",
+        ),
+        (
+            [("double scale, soft_cap;", "float scale, soft_cap;")],
+            "it has KiviCall.soft_cap at byte 444 where KiviCall.soft_cap at 448 is expected",
+        ),
+        (
+            [("  int64_t sliding_window; ", "  int64_t sliding_window, more; ")],
+            "it has KiviCall at byte 480 where KiviCall at 472 is expected",
+        ),
+        (
+            [("FIELD(KiviCall, sliding_window)", "")],
+            "it has KiviRow at byte 40 where KiviCall.sliding_window at 464 is expected",
+        ),
+    ],
+    ids=["order", "name", "raw", "type", "size", "missing"],
+)
+def test_library_of_other_structs(
+    tmp_path: Path, changes: list[tuple[str, str]], message: str
+) -> None:
+    other = library_of(tmp_path, *changes)
+    with pytest.raises(OSError, match="was built from other sources: ") as error:
         library.Library(other)
+    assert message in str(error.value)
+
+
+def test_library_of_other_functions(tmp_path: Path) -> None:
+    other = tmp_path / "other.so"
+    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(other)]
+    source = 'extern "C" int kivi_parallel() { return 1; }'
+    subprocess.run(command, input=source, text=True, check=True)
+    with pytest.raises(OSError, match=r"was built from other sources: .*kivi_"):
+        library.Library(other)
+
+
+def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed bytes, taken apart by the names of `abi`, are those of the cache and step."""
+    calls: list[tuple[bytes, Any]] = []
+    run = operators._run
+    monkeypatch.setattr(
+        operators,
+        "_run",
+        lambda function, call, cache: (calls.append((call, cache)), run(function, call, cache)),
+    )
+    case = Case("kivi_k4v2", 64, 32, (6, 2), 128, sinks=8, soft_cap=30.0, window=500)
+    sim = simulator(case)
+    sim.step({sim.add(150): 150})
+    call, cache = calls[1]  # of store_blocks, attend and store_ring
+    values, at = {}, 0
+    for name, kind in abi.COMMON_FIELDS + abi.QUERY_FIELDS:
+        numbers = kind.unpack_from(call, at)
+        values[name] = numbers if len(numbers) > 1 else numbers[0]
+        at += kind.size
+    assert at == len(call)
+    ring = dict(zip([name for name, _ in abi.RAW_FIELDS], values["ring"], strict=True))
+    pages, raw, table = cache.pages, cache.ring.cache, cache.ring.table
+    block, head, token = (n * raw.itemsize for n in raw.stride()[:3])
+    assert ring == {
+        "data": raw.data_ptr(),
+        "block_stride": block,
+        "head_stride": head,
+        "token_stride": token,
+        "num_blocks": raw.shape[0],
+        "table": table.data_ptr(),
+        "table_stride": table.stride(0),
+        "table_width": table.shape[1],
+    }
+    assert values["sinks"][0] == cache.sinks.cache.data_ptr()
+    expected = {
+        "num_rows": 1,
+        "decode_len": 1,
+        "k_bits": 4,
+        "v_bits": 2,
+        "group_size": 64,
+        "head_size": 128,
+        "raw_tokens": cache.fmt.raw_tokens,
+        "dtype": 2,
+        "num_kv_heads": 2,
+        "pages": pages.data_ptr(),
+        "page_block_stride": pages.stride(0),
+        "page_head_stride": pages.stride(1),
+        "num_blocks": pages.shape[0],
+        "num_tails": len(cache.tails),
+        "residual_length": 32,
+        "sink_tokens": 8,
+        "rotate_values": 0,
+        "clip": 0,
+        "threads": torch.get_num_threads(),
+        "out_dtype": 2,
+        "num_heads": 6,
+        "scale": 128**-0.5,
+        "soft_cap": 30.0,
+        "alibi_slopes": 0,
+        "sliding_window": 500,
+    }
+    assert {name: values[name] for name in expected} == expected
 
 
 # torch is imported once: each environment is a fork of that process, the library not yet loaded.

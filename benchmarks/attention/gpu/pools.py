@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from benchmarks.attention.cases import B, Shape
 from benchmarks.attention.gpu.device import Gpu, brief
 from benchmarks.attention.gpu.work import Seen, Work
-from benchmarks.attention.kivi import KiviPool, Place
+from benchmarks.attention.kivi import KiviPool
 from benchmarks.attention.memory import replicate, shuffled
 from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
 from benchmarks.common.machine import GIB
 from kivi_vllm.ops.codec import decode_pages
-from kivi_vllm.ops.step import Step
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 MOST_SETS, SET_BYTES = 16, 2 * GIB
 """Calls over different caches in one graph: as many as fit into so many bytes, at most 16."""
-
-COLUMNS = 16
-"""Tables are as wide as a multiple of this: Triton compiles anew for other strides."""
-
-
-def place(gpu: Gpu) -> Place:
-    """Where the pools of a GPU lie."""
-
-    def operators() -> Any:
-        from kivi_vllm.ops.triton import operators as module
-
-        return module
-
-    def step(of: Step) -> Any:
-        from kivi_vllm.ops.step import DeviceStep
-
-        return DeviceStep.of_rows(of)
-
-    return Place(gpu.device, operators, step, gpu.allocate, COLUMNS)
 
 
 class PagedPool:
@@ -113,7 +92,7 @@ class QuantizedPool(KiviPool):
     def __init__(
         self, shape: Shape, name: str, sets: int, batch: int, blocks: int, gpu: Gpu
     ) -> None:
-        super().__init__(shape, name, sets, batch, blocks, place(gpu))
+        super().__init__(shape, name, sets, batch, blocks, gpu.place)
 
     def allocate(self, huge_pages: bool = False) -> None:
         """Take the memory."""

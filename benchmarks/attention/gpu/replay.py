@@ -36,7 +36,7 @@ def replayed(gpu: Gpu, shape: Shape, dtype: str) -> dict[str, Any]:
     for pool in pools:
         pool.allocate()
         pool.fill(template.key, template.value)
-    operators = pools[0].place.operators()
+    operators = pools[0].place.operators
 
     def run(pool: QuantizedPool, step: Any, of: Tokens) -> None:
         cache = pool.cache(0)

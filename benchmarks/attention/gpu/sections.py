@@ -13,7 +13,7 @@ from benchmarks.attention import check
 from benchmarks.attention.cases import KIVI_DTYPES, RESIDUAL, SHAPES, B, Case, Shape
 from benchmarks.attention.gpu.contenders import CONTENDERS, Contender, best, writer
 from benchmarks.attention.gpu.device import Call, Gpu, brief
-from benchmarks.attention.gpu.pools import MOST_SETS, PagedPool, Pool, QuantizedPool, fitting, place
+from benchmarks.attention.gpu.pools import MOST_SETS, PagedPool, Pool, QuantizedPool, fitting
 from benchmarks.attention.gpu.replay import replayed
 from benchmarks.attention.gpu.work import Work
 from benchmarks.attention.kivi import rows
@@ -71,7 +71,7 @@ class Bench:
                 continue
             self.say("doing", dtype)
             try:
-                variant = partial(check.kivi, shape, dtype, place=place(self.gpu))
+                variant = partial(check.kivi, shape, dtype, place=self.gpu.place)
                 steps = check.STEPS if dtype == "kivi2" else check.STEPS[:1]
                 errors |= check.check(shape, {dtype: variant}, self.gpu.device, steps)
                 if not self.errors:
@@ -146,7 +146,7 @@ class Bench:
             stopwatch=self.gpu.stopwatch,
         )
         return {
-            name: Times([seconds / things[name][1] for seconds in one.seconds])
+            name: Times([seconds / things[name][1] for seconds in one])
             for name, one in times.items()
         }
 
@@ -198,7 +198,7 @@ class Bench:
                 row[f"{cache}_ms"] = round(medians[fastest], 5)
                 row[f"ratio_{cache}"] = round(medians[fastest] / medians["kivi2"], 3)
         row |= {
-            "iterations": len(times["kivi2"].seconds),
+            "iterations": len(times["kivi2"]),
             "calls_per_graph": things["kivi2"][1],
             "rel_error": errors["kivi2"],
             "rel_errors": errors,

@@ -1,30 +1,28 @@
-"""The process that measures on a GPU: `python -m benchmarks.attention.gpu.worker REQUEST EVENTS`.
-
-As `benchmarks.attention.worker`, with one more event, `doing`: the contender that runs, so that
-the parent knows who is to blame if the process ends or hangs.
-"""
+"""What the process does that measures on a GPU; it reports as `children.Tell` says."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.attention.cases import SHAPES, Case
-from benchmarks.attention.events import reporting
 from benchmarks.attention.gpu.device import Gpu, brief
 from benchmarks.attention.gpu.sections import Bench
+from benchmarks.common.child import report
 from kivi_vllm.cli.errors import UserError
 
 
-def _measure(request: dict[str, Any], say: Any) -> None:
-    settings = request["settings"]
+def measure_all(cases: Sequence[Case], settings: dict[str, Any], without: dict[str, str]) -> None:
+    """Check and time all cases, without the contenders that broke before."""
+
+    def say(kind: str, what: Any) -> None:
+        report((kind, what))
+
     if settings["smoke"]:
         from tests.triton.interpreted import repair
 
@@ -33,19 +31,14 @@ def _measure(request: dict[str, Any], say: Any) -> None:
         raise UserError("PyTorch finds no GPU", "run this where `nvidia-smi` shows one", status=1)
     gpu = Gpu(settings["smoke"])
     bandwidth = gpu.bandwidth()
-    say(
-        "header",
-        gpu.header()
-        | {
-            "bandwidth_bytes_per_s": bandwidth,
-            "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
-            "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
-        },
-    )
-    budget, memory = settings["budget"], settings["memory"]
-    bench = Bench(gpu, say, budget, memory, bandwidth, dict(request["without"]))
-    for fields in request["cases"]:
-        case = Case(**fields)
+    header = gpu.header() | {
+        "bandwidth_bytes_per_s": bandwidth,
+        "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
+        "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+    say("header", header)
+    bench = Bench(gpu, say, settings["budget"], settings["memory"], bandwidth, dict(without))
+    for case in cases:
         if time.time() > settings["deadline"]:
             why = {"device": "cuda", "skipped": "the time of --seconds was over"}
             say("row", case.fields | why)
@@ -58,7 +51,3 @@ def _measure(request: dict[str, Any], say: Any) -> None:
             gpu.finish()  # if the GPU itself failed this process is of no more use
             row = case.fields | {"skipped": brief(error)}
         say("row", row | {"device": "cuda", "took_s": round(time.monotonic() - start, 2)})
-
-
-if __name__ == "__main__":
-    reporting(_measure, json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from pathlib import Path
 
-import torch
+import torch  # noqa: F401 - brings OpenMP
 
 from kivi_vllm.config import KiviConfigError
+from kivi_vllm.ops.cpu import abi
 
 ENVIRONMENT = "KIVI_VLLM_CPU_ISA"
 """Names the instruction set to use, or `reference` for PyTorch; unset: the best there is."""
@@ -23,11 +25,15 @@ REFERENCE = "reference"
 PATH = Path(os.environ.get("KIVI_VLLM_CPU_LIBRARY") or Path(__file__).with_name("libkivi_cpu.so"))
 """The library; the variable names another build of it, for instance a sanitizer's."""
 
-I64, PTR = ctypes.c_int64, ctypes.c_void_p
-CALL_BYTES = (47 + 12) * 8
-"""Size of KiviCall in csrc/abi.h, which `operators` packs."""
+I64 = ctypes.c_int64
 
 OK, NO_MEMORY, BAD_PAGE = range(3)
+
+
+class _Field(ctypes.Structure):
+    """KiviField of csrc/abi.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("offset", I64))
 
 
 class Library:
@@ -44,15 +50,19 @@ class Library:
         """Load `path` and choose an instruction set.
 
         Raises:
-            OSError: the file is missing or cannot be loaded here.
+            OSError: the file is missing, cannot be loaded here, or has other functions or
+                structs than `abi`.
             KiviConfigError: this build or this machine does not have `isa`.
 
         """
         self._c = ctypes.CDLL(str(path))
         try:
             self._declare()
-        except AttributeError:  # a function is missing
-            raise OSError(f"{path} was built from other sources") from None
+            different = _difference(self._c.kivi_fields())
+        except AttributeError as error:  # a function is missing
+            different = str(error)
+        if different:
+            raise OSError(f"{path} was built from other sources: {different}; build it again")
         names = ctypes.create_string_buffer(256)
         self._c.kivi_available(names, I64(256))
         self.parallel = bool(self._c.kivi_parallel())
@@ -61,12 +71,8 @@ class Library:
 
     def _declare(self) -> None:
         c = self._c
-        c.kivi_call_bytes.restype = I64
-        if c.kivi_call_bytes() != CALL_BYTES:
-            raise AttributeError
+        c.kivi_fields.restype = ctypes.POINTER(_Field)
         c.kivi_select.restype = ctypes.c_char_p
-        c.kivi_read.restype = ctypes.c_uint64
-        c.kivi_read.argtypes = [PTR, PTR, I64, I64]
         for function in (c.kivi_store_blocks, c.kivi_attend, c.kivi_store_ring):
             function.argtypes = [ctypes.c_char_p]
         self.store_blocks = c.kivi_store_blocks
@@ -89,20 +95,16 @@ class Library:
         self.isa = chosen.decode()
         return self.isa
 
-    def read(self, addresses: torch.Tensor, nbytes: torch.Tensor, threads: int) -> int:
-        """Read memory and do nothing else: the least time that these bytes can take.
 
-        Args:
-            addresses, nbytes: [n] int64, ranges to read, in this order.
-            threads: that share the ranges.
-
-        Returns:
-            a sum over the bytes.
-
-        """
-        return self._c.kivi_read(
-            addresses.data_ptr(), nbytes.data_ptr(), I64(len(addresses)), I64(threads)
-        )
+def _difference(fields: ctypes._Pointer[_Field]) -> str:
+    """The first field of the structs that the library has elsewhere than `abi`, if any."""
+    all_fields = (fields[i] for i in itertools.count())
+    theirs = itertools.takewhile(lambda field: field.name, all_fields)
+    named = ((field.name.decode(), field.offset) for field in theirs)
+    for own, other in itertools.zip_longest(abi.offsets(), named, fillvalue=("nothing", 0)):
+        if own != other:
+            return f"it has {other[0]} at byte {other[1]} where {own[0]} at {own[1]} is expected"
+    return ""
 
 
 @functools.cache

@@ -13,7 +13,6 @@ like some that passed the checks are recognized by their shapes and strides.
 from __future__ import annotations
 
 import ctypes
-import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +21,15 @@ import torch
 
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
+from kivi_vllm.ops.cpu.abi import COMMON, QUERY, RAW, RAW_FIELDS
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import limits, prepare, step
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
 
 __all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
 
-# KiviCall of csrc/abi.h: up to `threads`, and the rest.
-COMMON, QUERY = struct.Struct("=47q"), struct.Struct("=8q2d2q")
 NO_QUERY = bytes(QUERY.size)
-RAW = struct.Struct("=8q")  # KiviRaw
-NO_RAW = (0,) * 8
+NO_RAW = (0,) * len(RAW_FIELDS)
 
 _CPU = torch.device("cpu")
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.ops import codec
+from kivi_vllm.ops.triton.codes import top
 
 FP16_MAX: tl.constexpr = tl.constexpr(codec.FP16_MAX)
 FIT_STEPS: tl.constexpr = tl.constexpr(codec.FIT_STEPS)
@@ -19,7 +20,7 @@ def quantize(x, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr):
     bad = tl.max((x != x).to(tl.int32), AXIS) > 0
     low, high = tl.min(x, AXIS), tl.max(x, AXIS)
     spread = tl.where(high == low, 0.0, high - low)
-    scale = tl.div_rn(spread, tl.full(spread.shape, 2**BITS - 1, tl.float32))
+    scale = tl.div_rn(spread, tl.full(spread.shape, top(BITS), tl.float32))
     zero = low
     if CLIP:
         scale, zero = _fit(x, low, spread, scale, AXIS, BITS)
@@ -35,7 +36,7 @@ def codes(x, scale, zero, BITS: tl.constexpr):
     s, z = scale.to(tl.float32), zero.to(tl.float32)
     good = s > 0  # neither 0 nor NaN
     y = tl.div_rn(x - z, tl.broadcast_to(tl.where(good, s, 1.0), x.shape))
-    return tl.where(good, _whole(y, 2**BITS - 1.0), 0.0).to(tl.int32)
+    return tl.where(good, _whole(y, top(BITS)), 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _fit(x, low, spread, scale, AXIS: tl.constexpr, BITS: tl.constexpr):
     All products but those that are cut to a range next are exact, so that nothing changes where
     the compiler fuses them into sums.
     """
-    TOP: tl.constexpr = 2**BITS - 1
+    TOP: tl.constexpr = top(BITS)
     good = (spread > 1e-6) & (spread < FP16_MAX)
     span = tl.where(good, spread, 1.0)
     steps = tl.full(span.shape, FIT_STEPS, tl.float32)

@@ -118,7 +118,7 @@ def _decode(
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
                 seen = at_full_precision(s[:, None], seen_from[None], C)
                 state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
-        elif C.K_BITS == 0:
+        elif not C.PACKED:
             whole = _query(q, live, 0, 1, C.DP, C)
             for n in range(first, tl.minimum(first + per_split, end)):
                 page = tl.load(table + row * table_row + n).to(tl.int64)

@@ -112,7 +112,7 @@ def _prefill(
             tl.full((M,), float("-inf"), tl.float32),
         )
         same = tl.full((M,), 1.0, tl.float32) * scale
-        if C.K_BITS > 0:
+        if C.PACKED:
             # fp16 has more bits than bf16 for what was dequantized; its range suffices for
             # queries that are divided by their largest number.
             T: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
@@ -125,7 +125,7 @@ def _prefill(
             half = n * STEP % B // STEP
             s = n * STEP + tl.arange(0, STEP)
             seen = ~at_full_precision(s[None], seen_from[:, None], C)
-            if C.K_BITS > 0:
+            if C.PACKED:
                 k = keys_of(page, half, C).to(T)
                 p, m, alpha = _weigh(state, x, k, s, t, seen, slope, largest * scale, RULES)
                 state = _add(state, p, m, alpha, values_of(page, half, C).to(T))

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kivi_vllm.ops.step import DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import codes, quantize, rotate
+from kivi_vllm.ops.triton.codes import key_tokens, store_keys, store_values, tokens_of
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.tokens import (
     B,
@@ -29,8 +30,6 @@ from kivi_vllm.ops.triton.tokens import (
 def _store_k(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Part `part` of a page's K, at addresses `bases` [TOKENS]; run `run` of WIDTH channels."""
     GROUPS: tl.constexpr = TOKENS // C.G
-    SLOTS: tl.constexpr = 8 // C.K_BITS
-    N: tl.constexpr = TOKENS // (16 * SLOTS)
     d = run * WIDTH + tl.arange(0, WIDTH)
     live = d < C.D
     # `fit` has much to do for every group, so a thread should have few of them, not the eight
@@ -43,57 +42,28 @@ def _store_k(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDT
     tl.store((page + C.K[0]).to(tl.pointer_type(tl.float16)) + at, scale, mask=live[None])
     tl.store((page + C.K[1]).to(tl.pointer_type(tl.float16)) + at, zero, mask=live[None])
     c = codes(x, scale[:, None], zero[:, None], C.K_BITS)
-    c = tl.reshape(c, (N, SLOTS, 16, WIDTH)) << _shifts(C.K_BITS)[None, :, None, None]
-    n = (part * N + tl.arange(0, N))[:, None, None]
-    lane, channel = tl.arange(0, 16)[None, :, None], d[None, None]
-    at = (n * (C.D // 4) + channel // 4) * 64 + lane * 4 + channel % 4
-    tl.store(page + C.K[2] + at, tl.sum(c, 1).to(tl.uint8), mask=live[None, None])
-
-
-@triton.jit
-def _v_tokens(part, C: tl.constexpr, TOKENS: tl.constexpr):
-    """Part `part` of a page's tokens, [TOKENS]: where its halves share bytes, some of both."""
-    HALVES: tl.constexpr = 2 if C.V_BITS == 2 else 1
-    EACH: tl.constexpr = TOKENS // HALVES
-    i = tl.arange(0, TOKENS)
-    if TOKENS < B:
-        i = i // EACH * (B // HALVES) + part * EACH + i % EACH
-    return i
+    c = tl.reshape(c, (TOKENS, WIDTH))
+    store_keys(page + C.K[2], c, part, d, live, C.K_BITS, C.D)
 
 
 @triton.jit
 def _store_v(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Part `part` (`_v_tokens`) of a page's V, at addresses `bases` [TOKENS]; likewise."""
-    HALVES: tl.constexpr = 4 // C.V_BITS
-    EACH: tl.constexpr = TOKENS // HALVES
+    """Part `part` (`tokens_of`) of a page's V, at addresses `bases` [TOKENS]; likewise."""
     GROUPS: tl.constexpr = WIDTH // C.G
-    UNITS: tl.constexpr = WIDTH // 32
     channel = run * WIDTH + tl.arange(0, WIDTH)
     x = tl.load(bases[None] + channel[:, None]).to(tl.float32)
     if C.RUN > 0:
         x = rotate(x, C.RUN, TOKENS, False)
     x = tl.reshape(x, (GROUPS, C.G, TOKENS))
     scale, zero = quantize(x, 1, C.V_BITS, C.CLIP)  # [GROUPS, TOKENS]
-    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + _v_tokens(part, C, TOKENS)[None]
+    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + tokens_of(part, C.V_BITS, TOKENS)[
+        None
+    ]
     tl.store((page + C.V[0]).to(tl.pointer_type(tl.float16)) + at, scale)
     tl.store((page + C.V[1]).to(tl.pointer_type(tl.float16)) + at, zero)
     c = codes(x, scale[:, None], zero[:, None], C.V_BITS)
-    # Slot i is half i // 2 of the tokens, and half i % 2 of the unit's 32 channels.
-    c = tl.reshape(c, (UNITS, 2, 16, HALVES, EACH))
-    shift = tl.reshape(_shifts(C.V_BITS), (HALVES, 2))
-    shift = tl.trans(shift)[None, :, None, :, None]
-    c = tl.sum(tl.sum(c << shift, 3), 1)  # [UNITS, 16, EACH]
-    n = (run * UNITS + tl.arange(0, UNITS))[:, None, None]
-    lane = tl.arange(0, 16)[None, :, None]
-    token = (part * EACH + tl.arange(0, EACH))[None, None]
-    at = (n * (B // HALVES // 4) + token // 4) * 64 + lane * 4 + token % 4
-    tl.store(page + C.V[2] + at, c.to(tl.uint8))
-
-
-@triton.jit
-def _shifts(BITS: tl.constexpr):
-    """Where the slots of a byte begin."""
-    return tl.arange(0, 8 // BITS) * BITS
+    c = tl.reshape(c, (WIDTH, TOKENS))
+    store_values(page + C.V[2], c, part, run, C.V_BITS)
 
 
 @triton.jit
@@ -149,20 +119,20 @@ def _store_blocks(
                 if C.SINKS > 0:  # no part in the ranges: the next ones stand in for them
                     s = tl.where(s < C.SINKS, s + C.SINKS, s)
                 k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
-                if C.K_BITS == 0:
+                if C.PACKED:
+                    _store_k(page, k_at, part, run, C, K[0], K[1])
+                else:
                     to = (page + C.K[2]).to(raw.key.dtype) + part * K[0] * C.D
                     _copy(to, C.D, k_at, K[0], C, K[0])
-                else:
-                    _store_k(page, k_at, part, run, C, K[0], K[1])
             else:
                 part -= PARTS[0]
                 run, part = part // (B // V[0]), part % (B // V[0])
-                position = block * B + _v_tokens(part, C, V[0])
+                position = block * B + tokens_of(part, C.V_BITS, V[0])
                 v_at = raw_bases(position, True, row, q0, a, head, raw, C, 0)[1]
-                if C.V_BITS == 0:
-                    _copy((page + C.V[2]).to(raw.key.dtype), C.D, v_at, B, C, B)
-                else:
+                if C.PACKED:
                     _store_v(page, v_at, part, run, C, V[0], V[1])
+                else:
+                    _copy((page + C.V[2]).to(raw.key.dtype), C.D, v_at, B, C, B)
         elif part < PARTS[0] + PARTS[1] + PARTS[2]:
             if R > 0:
                 i = part - PARTS[0] - PARTS[1]
@@ -210,9 +180,9 @@ def _store_ring(
 
 def _parts(c: PageConstants) -> tuple[tuple[int, int], tuple[int, int]]:
     """(tokens, channels) of K and of V that a program of `_store_blocks` takes."""
-    if c.K_BITS == 0:
+    if not c.PACKED:
         return (32, c.DP), (B.value, c.DP)
-    k_tokens, v_width = max(c.G, 128 // c.K_BITS), max(c.G, c.RUN)
+    k_tokens, v_width = max(c.G, key_tokens(c.K_BITS)), max(c.G, c.RUN)
     if c.CLIP or c.RUN:  # more is done with every number: so many numbers fit the registers
         return (k_tokens, min(c.DP, 4096 // k_tokens)), (min(B.value, 4096 // v_width), v_width)
     return (k_tokens, c.DP), (B.value, v_width)

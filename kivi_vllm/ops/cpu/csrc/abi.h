@@ -1,9 +1,15 @@
 // What Python and the kernels say to each other: plain C structs of 64-bit fields, which
 // `operators.py` packs. Strides are in bytes; the last dimension of every tensor is dense.
+//
+// Each field stands once more in KIVI_FIELDS, and in abi.py: when the library is loaded, Python
+// compares names and offsets with its own.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 enum KiviDtype { KIVI_BF16 = 0, KIVI_FP16 = 1, KIVI_FP32 = 2 };
+
+enum { KIVI_RAW_BITS = 0 };  // k_bits and v_bits of pages that hold tokens verbatim (RAW_BITS)
 
 // A cache of full-precision tokens: K in the first head_size elements of a token, V in the next.
 struct KiviRaw {
@@ -50,6 +56,34 @@ struct KiviCall {
   double scale, soft_cap;
   const float *alibi_slopes;  // [num_heads] or null
   int64_t sliding_window;     // 0: none
+};
+
+#define KIVI_FIELDS(FIELD)                                                                     \
+  FIELD(KiviRow, index) FIELD(KiviRow, q0) FIELD(KiviRow, q1) FIELD(KiviRow, a)                \
+  FIELD(KiviRow, b)                                                                            \
+  FIELD(KiviRaw, data) FIELD(KiviRaw, block_stride) FIELD(KiviRaw, head_stride)                \
+  FIELD(KiviRaw, token_stride) FIELD(KiviRaw, num_blocks) FIELD(KiviRaw, table)                \
+  FIELD(KiviRaw, table_stride) FIELD(KiviRaw, table_width)                                     \
+  FIELD(KiviTensor, data) FIELD(KiviTensor, token_stride) FIELD(KiviTensor, head_stride)       \
+  FIELD(KiviCall, rows) FIELD(KiviCall, num_rows) FIELD(KiviCall, per_position)                \
+  FIELD(KiviCall, decode_len) FIELD(KiviCall, k_bits) FIELD(KiviCall, v_bits)                  \
+  FIELD(KiviCall, group_size) FIELD(KiviCall, head_size) FIELD(KiviCall, raw_tokens)           \
+  FIELD(KiviCall, dtype) FIELD(KiviCall, num_kv_heads) FIELD(KiviCall, pages)                  \
+  FIELD(KiviCall, page_block_stride) FIELD(KiviCall, page_head_stride)                         \
+  FIELD(KiviCall, num_blocks) FIELD(KiviCall, block_table) FIELD(KiviCall, block_table_stride) \
+  FIELD(KiviCall, block_table_width) FIELD(KiviCall, ring) FIELD(KiviCall, tails)              \
+  FIELD(KiviCall, num_tails) FIELD(KiviCall, residual_length) FIELD(KiviCall, sinks)           \
+  FIELD(KiviCall, sink_tokens) FIELD(KiviCall, rotate_values) FIELD(KiviCall, clip)            \
+  FIELD(KiviCall, key) FIELD(KiviCall, value) FIELD(KiviCall, threads)                         \
+  FIELD(KiviCall, query) FIELD(KiviCall, output) FIELD(KiviCall, out_dtype)                    \
+  FIELD(KiviCall, num_heads) FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap)                  \
+  FIELD(KiviCall, alibi_slopes) FIELD(KiviCall, sliding_window)
+#define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
+
+// Where a field begins, or a struct (whose name has no dot) ends.
+struct KiviField {
+  const char *name;
+  int64_t offset;
 };
 
 // Status of a call.

@@ -5,12 +5,7 @@
 // int32 dot product serves each. 16 bits together keep the error of an output near 1e-3 where one
 // int8 alone leaves up to 1e-1.
 //
-// Codes come in vectors of 64 bytes (16 lanes x 4 bytes): see "order of the codes" in format.py.
-// A tile is 32 numbers: "slot 0" its first 16, "slot 1" the others. The bytes of slot 1 stand for
-// code * kSlot1<BITS>.
-
-template <int BITS>
-constexpr int kSlot1 = BITS == 2 ? 4 : 1;
+// How codes lie in vectors: codes.h.
 
 // Query rows that share one reading of the codes.
 #if defined(KIVI_AMX)
@@ -108,10 +103,9 @@ static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int
 
 // ------------------------------------------------------------- dot products
 //
-// dot<BITS, R, HALVES>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for
-// a tile, high and low joined. `codes` has `quads` vectors of 4 numbers x 16 lanes; 2-bit bytes
-// hold two tiles: `half` chooses (HALVES = 1), or both are summed, their numbers one after the
-// other (HALVES = 2).
+// dot<R>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for a tile, high and
+// low joined. `runs` is the tile, a Codes::Keys or Values. (Codes of slot 1 are as Run::read gives
+// them: multiplied.)
 
 // The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes.
 // (Fetching fewer lines at a time, between the other steps too, was slower.)
@@ -140,23 +134,20 @@ static INLINE __m512i dp(__m512i sum, __m512i codes, const int8_t *part) {
 template <int R>
 constexpr int kSets = R <= 2 ? 2 : 1;
 
-template <int BITS, int R, int HALF, int AHEAD>
-static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts,
-                            __m512i (*sums)[2 * R][2], Stream &stream) {
-  const __m512i m0 = _mm512_set1_epi8(BITS == 2 ? 3 : 15);
-  const __m512i m1 = _mm512_set1_epi8(BITS == 2 ? 12 : 15);
-  for (int base = 0; base < quads; base += kChunk, parts += kSpan) {
-    const int end = min_of(kChunk, quads - base) / kLanes;
+template <int R, int AHEAD, class RUN>
+static INLINE void dot_run(const RUN &run, const int8_t *parts, __m512i (*sums)[2 * R][2],
+                           Stream &stream) {
+  for (int base = 0; base < run.quads; base += kChunk, parts += kSpan) {
+    const int end = min_of(kChunk, run.quads - base) / kLanes;
     for (int i = 0; i < end; i++) {
       stream.fetch<AHEAD>();
-      const uint8_t *c = codes + (base + i * kLanes) * 64;
+      const int64_t at = (base + i * kLanes) * 64;
       const int8_t *p = parts + i * 4;
 #pragma GCC unroll 4
       for (int k = 0; k < kLanes; k++) {
-        __m512i x = _mm512_loadu_si512(c + k * 64);
-        if (HALF) x = _mm512_srli_epi16(x, 4);
-        const __m512i c0 = _mm512_and_si512(x, m0);
-        const __m512i c1 = _mm512_and_si512(BITS == 2 ? x : _mm512_srli_epi16(x, 4), m1);
+        vc slot[2];
+        run.read(at + k * 64, slot);
+        const __m512i c0 = (__m512i)slot[0], c1 = (__m512i)slot[1];
         __m512i(*set)[2] = sums[k % kSets<R>];
 #pragma GCC unroll 8
         for (int r = 0; r < 2 * R; r++) {
@@ -168,22 +159,16 @@ static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts
   }
 }
 
-template <int BITS, int R, int HALVES, int AHEAD>
-static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
-                       int32_t (*out)[32], Stream &stream) {
+template <int R, int AHEAD, class RUNS>
+static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   __m512i sums[kSets<R>][2 * R][2];
 #pragma GCC unroll 2
   for (int k = 0; k < kSets<R>; k++)
 #pragma GCC unroll 8
     for (int r = 0; r < 2 * R; r++) sums[k][r][0] = sums[k][r][1] = _mm512_setzero_si512();
-  if (HALVES == 2) {
-    dot_half<BITS, R, 0, AHEAD>(codes, quads, parts, sums, stream);
-    dot_half<BITS, R, 1, AHEAD>(codes, quads, parts + kSpan, sums, stream);
-  } else if (half) {
-    dot_half<BITS, R, 1, AHEAD>(codes, quads, parts, sums, stream);
-  } else {
-    dot_half<BITS, R, 0, AHEAD>(codes, quads, parts, sums, stream);
-  }
+  runs([&](auto run) __attribute__((always_inline)) {
+    dot_run<R, AHEAD>(run, parts + quad_offset(run.first), sums, stream);
+  });
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -204,12 +189,9 @@ constexpr int kShort = 8;
 static_assert(kShort == kChunk);
 
 // R query rows and one half of the lanes: sums[r][slot] += 256 * high + low.
-template <int BITS, int HALF, int R, int AHEAD>
-static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts,
-                            __m256i (*sums)[2], Stream &stream) {
-  const __m256i m0 = _mm256_set1_epi8(BITS == 2 ? 3 : 15);
-  const __m256i m1 = _mm256_set1_epi8(BITS == 2 ? 12 : 15);
-  for (int base = 0; base < quads; base += kShort, codes += kShort * 64) {
+template <int R, int AHEAD, class RUN>
+static INLINE void dot_run(RUN run, const int8_t *parts, __m256i (*sums)[2], Stream &stream) {
+  for (int base = 0; base < run.quads; base += kShort, run.vectors += kShort * 64) {
     const int8_t *p = parts + quad_offset(base);
     stream.fetch<AHEAD>();
     __m256i s[2 * R][2] = {};
@@ -217,10 +199,9 @@ static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts
     for (int i = 0; i < kShort / kLanes; i++, p += 4)
 #pragma GCC unroll 2
       for (int k = 0; k < kLanes; k++) {
-        __m256i x = _mm256_loadu_si256((const __m256i *)(codes + (i * kLanes + k) * 64));
-        if (HALF) x = _mm256_srli_epi16(x, 4);
-        const __m256i c0 = _mm256_and_si256(x, m0);
-        const __m256i c1 = _mm256_and_si256(BITS == 2 ? x : _mm256_srli_epi16(x, 4), m1);
+        vc slot[2];
+        run.read((i * kLanes + k) * 64, slot);
+        const __m256i c0 = (__m256i)slot[0], c1 = (__m256i)slot[1];
 #pragma GCC unroll 4
         for (int r = 0; r < 2 * R; r++) {
           int four;
@@ -240,20 +221,14 @@ static INLINE void dot_half(const uint8_t *codes, int quads, const int8_t *parts
   }
 }
 
-template <int BITS, int R, int HALVES, int AHEAD>
-static INLINE void dot_rows(const uint8_t *codes, int quads, int half, const int8_t *parts,
-                            int32_t (*out)[32], Stream &stream) {
+template <int R, int AHEAD, class RUNS>
+static INLINE void dot_rows(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   for (int lanes = 0; lanes < 2; lanes++) {
-    const uint8_t *c = codes + 32 * lanes;
     __m256i sums[R][2] = {};
-    if (HALVES == 2) {
-      dot_half<BITS, 0, R, AHEAD>(c, quads, parts, sums, stream);
-      dot_half<BITS, 1, R, AHEAD>(c, quads, parts + kSpan, sums, stream);
-    } else if (half) {
-      dot_half<BITS, 1, R, AHEAD>(c, quads, parts, sums, stream);
-    } else {
-      dot_half<BITS, 0, R, AHEAD>(c, quads, parts, sums, stream);
-    }
+    runs([&](auto run) __attribute__((always_inline)) {
+      run.vectors += 32 * lanes;
+      dot_run<R, AHEAD>(run, parts + quad_offset(run.first), sums, stream);
+    });
     for (int r = 0; r < R; r++)
       for (int i = 0; i < 2; i++)
         _mm256_storeu_si256((__m256i *)(out[r] + 16 * i + 8 * lanes), sums[r][i]);
@@ -261,34 +236,31 @@ static INLINE void dot_rows(const uint8_t *codes, int quads, int half, const int
 }
 
 // Two rows at once: more sums than that do not fit the registers.
-template <int BITS, int R, int HALVES, int AHEAD>
-static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
-                       int32_t (*out)[32], Stream &stream) {
-  if constexpr (R > 2)
-    dot_rows<BITS, R - 2, HALVES, 0>(codes, quads, half, parts + 256, out + 2, stream);
-  dot_rows<BITS, R == 1 ? 1 : 2, HALVES, AHEAD>(codes, quads, half, parts, out, stream);
+template <int R, int AHEAD, class RUNS>
+static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
+  if constexpr (R > 2) dot_rows<R - 2, 0>(runs, parts + 256, out + 2, stream);
+  dot_rows<R == 1 ? 1 : 2, AHEAD>(runs, parts, out, stream);
 }
 
 #else
 
-template <int BITS, int R, int HALVES, int AHEAD>
-static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
-                       int32_t (*out)[32], Stream &) {
+template <int R, int AHEAD, class RUNS>
+static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &) {
   for (int r = 0; r < R; r++) {
     int32_t sums[2][2][16] = {};  // [high, low][slot][lane]
-    for (int h = 0; h < HALVES; h++) {
-      const int shift = HALVES == 2 ? 4 * h : 4 * half;
-      for (int q = 0; q < quads; q++)
+    runs([&](auto run) __attribute__((always_inline)) {
+      for (int q = 0; q < run.quads; q++)
         for (int p = 0; p < 2; p++) {
-          const int8_t *four = parts + (2 * r + p) * 64 + quad_offset(q + h * quads);
+          const int8_t *four = parts + (2 * r + p) * 64 + quad_offset(run.first + q);
           for (int lane = 0; lane < 16; lane++)
             for (int j = 0; j < 4; j++) {
-              const int x = codes[(q * 16 + lane) * 4 + j] >> (BITS == 2 ? shift : 0);
-              sums[p][0][lane] += (x & (BITS == 2 ? 3 : 15)) * four[j];
-              sums[p][1][lane] += (BITS == 2 ? x & 12 : x >> 4) * four[j];
+              vc slot[2];
+              run.read((q * 16 + lane) * 4 + j, slot);
+              sums[p][0][lane] += slot[0] * four[j];
+              sums[p][1][lane] += slot[1] * four[j];
             }
         }
-    }
+    });
     for (int s = 0; s < 2; s++)
       for (int lane = 0; lane < 16; lane++)
         out[r][16 * s + lane] = sums[0][s][lane] * 256 + sums[1][s][lane];

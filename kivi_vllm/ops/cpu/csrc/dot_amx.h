@@ -38,43 +38,40 @@ static void begin() {
 static void end() { asm volatile("tilerelease" ::: "memory"); }
 #endif
 
-// The codes of 64 numbers and both slots, one to a byte, in the order of the parts.
-template <int BITS, int AHEAD>
-static INLINE void unpack_codes(const uint8_t *codes, int quads, int shift,
-                                uint8_t (*out)[16][64], Stream &stream) {
-  const __m512i m0 = _mm512_set1_epi8(BITS == 2 ? 3 : 15);
-  const __m512i m1 = _mm512_set1_epi8(BITS == 2 ? 12 : 15);
+// The codes of 64 numbers and both slots, one to a byte, in the order of the parts: quads
+// [16 * span, 16 * span + 16) of the tile, with zeros where the run has none.
+template <int AHEAD, class RUN>
+static INLINE void unpack_codes(const RUN &run, int span, uint8_t (*out)[16][64], Stream &stream) {
 #pragma GCC unroll 16
   for (int q = 0; q < 16; q++) {
-    if (q % 4 == 0 && q < quads) stream.fetch<AHEAD>();
-    __m512i x = _mm512_setzero_si512();
-    if (q < quads) x = _mm512_loadu_si512(codes + q * 64);
-    x = _mm512_srl_epi16(x, _mm_cvtsi32_si128(shift));
+    const int in_run = 16 * span + q - run.first;
+    vc slot[2] = {};
+    if (0 <= in_run && in_run < run.quads) {
+      if (q % 4 == 0) stream.fetch<AHEAD>();
+      run.read(in_run * 64, slot);
+    }
     const int at = q % kLanes * 4 + q / kLanes;
-    _mm512_store_si512(out[0][at], _mm512_and_si512(x, m0));
-    _mm512_store_si512(out[1][at],
-                       _mm512_and_si512(BITS == 2 ? x : _mm512_srli_epi16(x, 4), m1));
+    _mm512_store_si512(out[0][at], (__m512i)slot[0]);
+    _mm512_store_si512(out[1][at], (__m512i)slot[1]);
   }
 }
 
-template <int BITS, int R, int HALVES, int AHEAD>
-static INLINE void dot(const uint8_t *codes, int quads, int half, const int8_t *parts,
-                       int32_t (*out)[32], Stream &stream) {
+template <int R, int AHEAD, class RUNS>
+static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   alignas(64) uint8_t unpacked[2][16][64];
   alignas(64) int32_t sums[2][16][16];
   tile_zero(0);
   tile_zero(1);
-  const int spans = HALVES == 2 ? 2 : (quads + 15) / 16;
-  for (int i = 0; i < spans; i++) {
-    const uint8_t *at = HALVES == 2 ? codes : codes + i * 1024;
-    const int count = HALVES == 2 ? quads : min_of(16, quads - 16 * i);
-    unpack_codes<BITS, AHEAD>(at, count, 4 * (HALVES == 2 ? i : half), unpacked, stream);
-    tile_load_a(2, parts + i * kSpan);
-    tile_load_b(3, unpacked[0]);
-    tile_multiply(0, 2, 3);
-    tile_load_b(4, unpacked[1]);
-    tile_multiply(1, 2, 4);
-  }
+  runs([&](auto run) __attribute__((always_inline)) {
+    for (int span = run.first / 16; span * 16 < run.first + run.quads; span++) {
+      unpack_codes<AHEAD>(run, span, unpacked, stream);
+      tile_load_a(2, parts + span * kSpan);
+      tile_load_b(3, unpacked[0]);
+      tile_multiply(0, 2, 3);
+      tile_load_b(4, unpacked[1]);
+      tile_multiply(1, 2, 4);
+    }
+  });
   tile_store(0, sums[0]);
   tile_store(1, sums[1]);
 #pragma GCC unroll 8

@@ -12,11 +12,6 @@ typedef double vd __attribute__((vector_size(W * 8)));
 #define WIDE(x) __builtin_convertvector(x, vd)
 #define NARROW(x) __builtin_convertvector(x, vf)
 
-static INLINE vf half_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // 0 <= x < 2^22
-static INLINE vf either(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-// A product that is clamped before it is rounded cannot be fused with the addition that rounds it.
-static INLINE vf clamp(vf x, vf top) { return vmin(vmax(x, vf{}), top); }  // of NaN: 0
-
 // codec.fit: scale and zero of less squared error, of W groups of n numbers in rows `columns` apart.
 // All sums and products are of whole numbers, so nothing is rounded before the quotients.
 static INLINE void fit(const float *x, int n, int columns, float top, vf low, vf spread, vf *scale,
@@ -60,11 +55,10 @@ static INLINE void fit(const float *x, int n, int columns, float top, vf low, vf
 #undef NARROW
 
 // Codes, scales and zeros of `rows` of `columns` numbers, `group` rows a group.
-//
-// Two bits need no division: a scale has 11 bits, so 0.5, 1.5 and 2.5 of it are exact, and no fp32
-// number next to one of them is so near that its quotient would be rounded to the tie.
-static void quantize(EncodeScratch &s, int rows, int columns, int group, float top, bool clip,
-                     uint16_t *scale, uint16_t *zero) {
+template <class CODES>
+static void quantize(EncodeScratch &s, int rows, int columns, int group, bool clip, uint16_t *scale,
+                     uint16_t *zero) {
+  const float top = (float)CODES::top;
   const float kMax = 65504.0f, kNan = __builtin_nanf("");
   for (int g = 0; g < rows; g += group, scale += columns, zero += columns)
     for (int i = 0; i < columns; i += W) {
@@ -89,21 +83,9 @@ static void quantize(EncodeScratch &s, int rows, int columns, int group, float t
       from = load_half(zero + i);
       const vi positive = step > 0.0f;  // not 0, not NaN
       uint8_t *codes = s.codes + g * columns + i;
-      const auto encode = [&](auto code_of) __attribute__((always_inline)) {
-        for (int t = 0; t < group; t++)
-          store_bytes(codes + t * columns, code_of(load(x + t * columns) - from) & positive);
-      };
-      if (top == 3.0f) {
-        const vf half = 0.5f * step, three_halves = 1.5f * step, five_halves = 2.5f * step;
-        encode([&](vf y) __attribute__((always_inline)) {
-          return -((y > half) + (y >= three_halves) + (y > five_halves));
-        });
-      } else {
-        const vf divisor = either(positive, step, all(1.0f));
-        encode([&](vf y) __attribute__((always_inline)) {
-          return __builtin_convertvector(half_even(clamp(y / divisor, all(top))), vi);
-        });
-      }
+      const typename CODES::Rounding code_of(step, positive);
+      for (int t = 0; t < group; t++)
+        store_bytes(codes + t * columns, code_of(load(x + t * columns) - from) & positive);
     }
 }
 
@@ -142,44 +124,6 @@ static void load_values(int64_t dtype, const uint8_t *const *v, int d, float *x)
     }
 }
 
-// out[q][lane] = word q of row `lane` of 16, which are `stride` bytes apart; a word is four codes of
-// each slot, and those of slot i + 1 lie `apart[i]` bytes on.
-static INLINE void pack_tile(const uint8_t *codes, int stride, const int (&apart)[3], int bits,
-                             int words, uint8_t *out) {
-  const auto load_words = [](const uint8_t *p) __attribute__((always_inline)) {
-    return (vu)load((const float *)p);
-  };
-  for (int q = 0; q < words; q += W)
-    for (int lane = 0; lane < 16; lane += W) {
-      vf v[W];
-#pragma GCC unroll 16
-      for (int l = 0; l < W; l++) {
-        const uint8_t *x = codes + (lane + l) * stride + 4 * q;
-        vu word = load_words(x) | load_words(x + apart[0]) << bits;
-        if (bits == 2) word |= load_words(x + apart[1]) << 4 | load_words(x + apart[2]) << 6;
-        v[l] = (vf)word;
-      }
-      transpose(v);
-      for (int l = 0; l < W && q + l < words; l++)
-        store((float *)(out + 64 * (q + l) + 4 * lane), v[l]);
-    }
-}
-
-// K: byte (tile, channel / 4, lane, channel % 4); tiles of 32 tokens, two to a byte at 2 bits.
-static void pack_keys(const uint8_t *codes, int d, int bits, uint8_t *out) {
-  const int tokens = bits == 2 ? 64 : 32;  // of a byte's slots
-  for (int t = 0; t < kBlock; t += tokens, out += 16 * d)
-    pack_tile(codes + t * d, d, {16 * d, 32 * d, 48 * d}, bits, d / 4, out);
-}
-
-// V: byte (tile, token / 4, lane, token % 4); tiles of 32 channels, at 2 bits tokens 64 apart share
-// a byte. Codes are [d][128].
-static void pack_values(const uint8_t *codes, int d, int bits, uint8_t *out) {
-  const int words = bits == 2 ? 16 : 32, next = 16 * kBlock;
-  for (int c = 0; c < d; c += 32, out += 64 * words)
-    pack_tile(codes + c * kBlock, kBlock, {next, 64, next + 64}, bits, words, out);
-}
-
 static void copy(const uint8_t *from, int64_t n, uint8_t *to) { __builtin_memcpy(to, from, n); }
 
 static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, int64_t head,
@@ -205,7 +149,7 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
       keep(t, Source::token(c.sinks, row.index, 0, head, t));
       k[t] = k[c.sink_tokens + t];  // stands in for it in its group
     }
-  if (c.k_bits == 0) {
+  if (is_raw(c)) {
     for (int t = 0; t < kBlock; t++) {
       copy(k[t], bytes, page + t * bytes);
       copy(v[t], bytes, page + (kBlock + t) * bytes);
@@ -214,12 +158,15 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
   }
   const Layout at(c);
   const auto half = [&](int offset) { return (uint16_t *)(page + offset); };
-  const auto top = [](int64_t bits) { return (float)((1 << bits) - 1); };
-  load_keys(c.dtype, k, d, s.x);
-  quantize(s, kBlock, d, group, top(c.k_bits), c.clip, half(at.k_scale), half(at.k_zero));
-  pack_keys(s.codes, d, (int)c.k_bits, page + at.k_codes);
-  load_values(c.dtype, v, d, s.x);
-  if (c.rotate_values) rotate_rows(s.x, d);
-  quantize(s, d, kBlock, group, top(c.v_bits), c.clip, half(at.v_scale), half(at.v_zero));
-  pack_values(s.codes, d, (int)c.v_bits, page + at.v_codes);
+  with_codes(c, [&](auto of_keys, auto of_values) {
+    using K = decltype(of_keys);
+    using V = decltype(of_values);
+    load_keys(c.dtype, k, d, s.x);
+    quantize<K>(s, kBlock, d, group, c.clip, half(at.k_scale), half(at.k_zero));
+    K::pack_keys(s.codes, d, page + at.k_codes);
+    load_values(c.dtype, v, d, s.x);
+    if (c.rotate_values) rotate_rows(s.x, d);
+    quantize<V>(s, d, kBlock, group, c.clip, half(at.v_scale), half(at.v_zero));
+    V::pack_values(s.codes, d, page + at.v_codes);
+  });
 }

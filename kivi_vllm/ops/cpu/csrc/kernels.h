@@ -9,6 +9,7 @@ namespace kivi {
 namespace KIVI_ISA {
 
 #include "simd.h"
+#include "codes.h"
 #include "dot.h"
 #include "prepare.h"
 #include "source.h"
@@ -84,12 +85,9 @@ static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
   }
   __builtin_memset(s.acc, 0, sizeof(float) * q.rows * d);
   if (u.block_lo < u.block_hi) {
-    if (c.k_bits == 2)
-      attend_pages<2, 2>(c, u, q, s.page, state);
-    else if (c.v_bits == 2)
-      attend_pages<4, 2>(c, u, q, s.page, state);
-    else
-      attend_pages<4, 4>(c, u, q, s.page, state);
+    with_codes(c, [&](auto k, auto v) {
+      attend_pages<decltype(k), decltype(v)>(c, u, q, s.page, state);
+    });
     if (c.rotate_values) rotate_back(s.acc, q.rows, (int)d);
   }
   if (q.window || q.slopes) {  // positions count

@@ -68,7 +68,7 @@ static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, i
 
 // R rows, from row `r0` on, over the page of tokens [first, first + 128), of which those in
 // [low, high) (relative to `first`) count. `stream` is the next page.
-template <int KB, int VB, int R, int AHEAD>
+template <class K, class V, int R, int AHEAD>
 static void attend_page(const Queries &queries, int r0, int64_t first, int low, int high, bool plain,
                         const uint8_t *page, Stream &stream, const Layout &at, PageScratch &s,
                         State &state) {
@@ -82,14 +82,13 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
     for (int r = 0; r < R; r++)
       multiply_split(queries.fixed + (int64_t)(r0 + r) * d, p.k_fixed + g * d, d, s.parts + 128 * r);
     for (int end = tile + at.group_tiles; tile < end; tile++) {
-      const uint8_t *codes = page + at.k_codes + (KB == 2 ? tile / 2 : tile) * d * 16;
-      dot<KB, R, 1, AHEAD>(codes, d / 4, KB == 2 ? tile % 2 : 0, s.parts, s.dots, stream);
+      dot<R, AHEAD>(typename K::Keys(page + at.k_codes, d, tile), s.parts, s.dots, stream);
       for (int r = 0; r < R; r++) {
         const float unit = queries.unit[r0 + r] * p.k_factor[g];
         const float zero = s.k_zero_sum[g * kRows + r];
         for (int i = 0; i < 32; i += W)
           store(s.scores[r] + 32 * tile + i,
-                load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / kSlot1<KB>)) + zero);
+                load_ints(s.dots[r] + i) * (i < 16 ? unit : unit * (1.0f / K::slot1)) + zero);
       }
     }
   }
@@ -150,13 +149,12 @@ static void attend_page(const Queries &queries, int r0, int64_t first, int low, 
     for (int r = 0; r < R; r++)
       multiply_split(s.p_fixed[r], p.v_fixed + g * kBlock, kBlock, s.parts + 128 * r);
     for (int end = tile + at.group_tiles; tile < end; tile++) {
-      const uint8_t *codes = page + at.v_codes + tile * (VB == 2 ? 1024 : 2048);
-      dot<VB, R, VB == 2 ? 2 : 1, AHEAD>(codes, VB == 2 ? 16 : 32, 0, s.parts, s.dots, stream);
+      dot<R, AHEAD>(typename V::Values(page + at.v_codes, tile), s.parts, s.dots, stream);
       for (int r = 0; r < R; r++) {
         const float scale = weight[r] * unit[r], zero = weight[r] * s.v_zero_sum[g * kRows + r];
         float *acc = state.acc + (int64_t)(r0 + r) * d + 32 * tile;
         for (int i = 0; i < 32; i += W)
-          store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? scale : scale * (1.0f / kSlot1<VB>)) +
+          store(acc + i, load_ints(s.dots[r] + i) * (i < 16 ? scale : scale * (1.0f / V::slot1)) +
                              (load(acc + i) + zero));
       }
     }
@@ -191,11 +189,9 @@ static void rotate_back(float *x, int rows, int d) {
       }
 }
 
-template <int KB, int VB>
+template <class K, class V>
 static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
                          State &state) {
-  // Lines of a page over its vectors of codes, times 4: a whole number for groups of 32.
-  constexpr int kAhead = (KB + VB) / 2 + 1;
   const Layout at(c);
   balance_queries(page_of(c, *u.row, u.kv_head, 0), at, queries, s.balance, s.unbalance);
   // What comes after the last page: a page of full-precision tokens has the same size.
@@ -217,11 +213,11 @@ static void attend_pages(const KiviCall &c, const Unit &u, Queries &queries, Pag
       const int n = (left + turns - 1) / turns;  // 5 rows as 3 and 2, not 4 and 1
       with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
         if (r0 == 0)
-          attend_page<KB, VB, rows.value, kAhead>(queries, r0, first, low, high, plain, page, stream, at,
-                                                  s, state);
+          attend_page<K, V, rows.value, kLinesAhead<K, V>>(queries, r0, first, low, high, plain, page,
+                                                           stream, at, s, state);
         else
-          attend_page<KB, VB, rows.value, 0>(queries, r0, first, low, high, plain, page, stream, at, s,
-                                             state);
+          attend_page<K, V, rows.value, 0>(queries, r0, first, low, high, plain, page, stream, at, s,
+                                           state);
       });
       r0 += n;
     }

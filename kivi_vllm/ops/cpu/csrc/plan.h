@@ -39,14 +39,14 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
     u.end = end;
     u.raw_from = max_of(0, seen);
     const int64_t oldest = c.sliding_window ? max_of(0, start + 1 - c.sliding_window) : 0;
-    if (c.k_bits) {
+    if (is_raw(c)) {  // pages are read like the tokens that are not in pages
+      u.raw_lo = oldest;
+    } else {
       u.block_lo = oldest / kBlock;
       u.block_hi = max_of(u.block_lo, (u.raw_from + kBlock - 1) / kBlock);
       u.raw_lo = max_of(u.raw_from, oldest);
       u.sink_lo = oldest;
       u.sink_hi = u.raw_from > 0 ? max_of(oldest, c.sink_tokens) : oldest;
-    } else {  // pages of raw tokens are read like raw tokens
-      u.raw_lo = oldest;
     }
     u.raw_hi = end;
     for (int64_t h = 0; h < c.num_kv_heads; h++)

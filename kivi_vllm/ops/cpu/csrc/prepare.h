@@ -114,7 +114,7 @@ struct Layout {
     k_scale = 0;
     k_zero = k_scale + 2 * k_groups * d;
     k_codes = k_zero + 2 * k_groups * d;
-    v_scale = k_codes + kBlock * d * (int)c.k_bits / 8;
+    v_scale = k_codes + code_bytes(c.k_bits, d);
     v_zero = v_scale + 2 * v_groups * kBlock;
     v_codes = v_zero + 2 * v_groups * kBlock;
   }

@@ -8,7 +8,7 @@ struct Source {
   int64_t from_sinks;  // positions below are read from the sinks' page
   Source(const KiviCall &call, const KiviRow &r, int64_t kv_head, int64_t raw_from)
       : c(call), row(r), head(kv_head), bytes(call.head_size * dtype_bytes(call.dtype)),
-        block_start(r.a / kBlock * kBlock), from_pages(call.k_bits ? 0 : raw_from),
+        block_start(r.a / kBlock * kBlock), from_pages(is_raw(call) ? raw_from : 0),
         from_sinks(raw_from > 0 ? call.sink_tokens : 0) {}
 
   // Tokens that lie one after the other.

@@ -49,6 +49,9 @@ static inline int64_t partial_floats(const Unit &u, int64_t head_size) {
   return rows_of(u) * (head_size + 2);
 }
 
+// Whether pages hold tokens verbatim.
+static inline bool is_raw(const KiviCall &c) { return c.k_bits == KIVI_RAW_BITS; }
+
 // The page of a request's block, for one kv head.
 static inline uint8_t *page_of(const KiviCall &c, const KiviRow &row, int64_t head, int64_t block) {
   const int64_t id = c.block_table[row.index * c.block_table_stride + block];
