@@ -13,7 +13,7 @@ demo: setup  ## serve a small model with the 2-bit cache and ask it something
 	@$(BIN)/kivi-vllm demo
 
 # Two workers; tests/conftest.py says what goes where. The second line: Triton's kernels interpreted.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 2
 define tests
 	$(PYTEST) $(1)
 	TRITON_INTERPRET=1 $(PYTEST) $(1) tests/triton

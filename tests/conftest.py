@@ -1,8 +1,8 @@
-"""Which tests run where: what shares an engine stays together, and what is long begins first."""
+"""Which worker runs what: what shares an engine stays together, and what is long begins first."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,29 +10,34 @@ import pytest
 # engines of two workers spend most of their time waiting for each other's.
 import tests.engine  # noqa: F401
 
-ROOT = Path(__file__).parent
-# Nothing is shared by the tests of a file that costs more than a moment: workers take them singly.
-SINGLY = ("unit", "triton")
+# Their processes want all cores: one worker has them all, so that never two run side by side.
+CROWDED = ("tests/ray/", "tests/serving/test_server.py", "tests/soak/test_restart.py")
+# Nothing is shared in a file that costs more than a moment: their tests are dealt out singly.
+SINGLY = ("tests/unit/", "tests/triton/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`.
-
-    Those that are `alone` are one group, and so never beside each other. They come first: the
-    other workers do all else meanwhile. What can be taken singly comes last, and fills the end.
-    """
-
-    def order(item: pytest.Item) -> tuple[bool, bool]:
-        return item.get_closest_marker("alone") is None, folder(item) in SINGLY
-
-    items.sort(key=order)
-    for item in items:
-        if item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.xdist_group("alone"))
-        elif folder(item) not in SINGLY:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+    """One worker begins with what is crowded; what is dealt out singly fills the end."""
+    items.sort(
+        key=lambda item: (not item.nodeid.startswith(CROWDED), _group(item.nodeid) == item.nodeid)
+    )
 
 
-def folder(item: pytest.Item) -> str:
-    """The folder of tests/ in which its file lies; for files in tests/ itself, their name."""
-    return item.path.relative_to(ROOT).parts[0]
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Work is dealt out by `_group`, in the order of the collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """Tests of one group run on one worker, one after the other."""
+    if nodeid.startswith(CROWDED):
+        return "crowded"
+    return nodeid if nodeid.startswith(SINGLY) else nodeid.partition("::")[0]

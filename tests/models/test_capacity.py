@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 
+from kivi_vllm.cli import demo
 from tests.engine import BASE, engine
 from tests.models.harness import capacity
 
@@ -46,8 +47,11 @@ def _tokens(
         return capacity(llm)
 
 
-def test_sequences_of_4096_tokens() -> None:
+def test_sequences_of_4096_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert _tokens("auto", 4096) == 11_648
+    # The demo's, which it has from the config alone.
+    demo._main(_model(), str(256 << 20), "4096")
+    assert demo.PLANNED.findall(capsys.readouterr().out) == ["11648"]
     assert _tokens("kivi2", 4096, recipe="paper") >= 4.4 * 11_648
     # One page more a sequence, for its first tokens.
     assert _tokens("kivi2", 4096) >= 4.35 * 11_648

@@ -19,7 +19,7 @@ from tests.engine import engine
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"
 SETTINGS: dict[str, Any] = dict(dtype="float32", max_model_len=512)

@@ -15,7 +15,7 @@ from tests.ray.conftest import AddNode
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kivi-vllm[ray]'")
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_two_stages_of_two_workers_equal_one(

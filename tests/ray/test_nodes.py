@@ -34,7 +34,6 @@ def _start(**others: object) -> dict[str, object]:
     return dict(distributed_executor_backend="ray", tensor_parallel_size=2, **others)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_every_node_is_asked(
     add_node: AddNode, environment_with: Callable[[str | None], str]

@@ -25,9 +25,6 @@ from tests import metrics
 from tests.deploy.expressions import FROM_PROMETHEUS, dashboard, exported
 from tests.serving.conftest import Served
 
-# Its threads are on all cores.
-pytestmark = pytest.mark.alone
-
 CAPITAL = "What is the capital of France? Answer with one word."
 
 

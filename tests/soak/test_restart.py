@@ -18,7 +18,7 @@ from tests.soak.served import Client, Crowd, Reply, named, serving, shared_memor
 from tests.soak.settings import LONG, REQUESTS, SEED
 from tests.soak.storm import make_prompts
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 VICTIMS = (
     ["VLLM::EngineCore", "VLLM::Worker", "server", "session"] if LONG else ["VLLM::EngineCore"]
