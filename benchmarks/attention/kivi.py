@@ -17,7 +17,29 @@ from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.contract import Operators
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache, Raw, Row, Step
+from kivi_vllm.ops.step import AttentionParams, Batch, LayerCache, Raw, Row, Step
+
+
+def batch_of(step: Step) -> Batch:
+    """What an engine would know of a step; requests without tokens in it have length 0."""
+    n, device = step.block_table.shape[0], step.block_table.device
+    lens, ends = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
+    for row in step.rows:
+        lens[row.index], ends[row.index] = row.q1 - row.q0, row.b
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
+    if any(starts[row.index] != row.q0 for row in step.rows):
+        raise ValueError("the rows of a step must lie in the order of their requests")
+    return Batch(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=ends.to(device),
+        seq_lens_cpu=ends,
+        block_table=step.block_table,
+        num_tokens=int(starts[-1]),
+        max_query_len=int(lens.max()) if n else 0,
+        per_position=step.per_position,
+        decode_len=step.decode_len,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,10 +66,8 @@ class Place:
 
     def step(self, of: list[Row], table: torch.Tensor) -> Any:
         """A step as the operators take it, with all that its layers share computed."""
-        step = Step(of, table, per_position=False)
-        if self.kind == "cuda":
-            return DeviceStep.of_rows(step)
-        for name, member in vars(Step).items():
+        step = self.operators.step(batch_of(Step(of, table, per_position=False)))
+        for name, member in vars(type(step)).items():
             if isinstance(member, functools.cached_property):
                 getattr(step, name)
         return step

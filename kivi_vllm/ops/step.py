@@ -175,29 +175,6 @@ class DeviceStep:
             prefill_lens=lens[prefills].tolist(),
         )
 
-    @classmethod
-    def of_rows(cls, step: Step) -> DeviceStep:
-        """The same step; requests without tokens in it become rows of length 0."""
-        n, device = step.block_table.shape[0], step.block_table.device
-        lens, ends = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
-        for row in step.rows:
-            lens[row.index], ends[row.index] = row.q1 - row.q0, row.b
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
-        if any(starts[row.index] != row.q0 for row in step.rows):
-            raise ValueError("the rows of a step must lie in the order of their requests")
-        batch = Batch(
-            query_start_loc=starts.to(device),
-            query_start_loc_cpu=starts,
-            seq_lens=ends.to(device),
-            seq_lens_cpu=ends,
-            block_table=step.block_table,
-            num_tokens=int(starts[-1]),
-            max_query_len=int(lens.max()) if n else 0,
-            per_position=step.per_position,
-            decode_len=step.decode_len,
-        )
-        return cls.of(batch)
-
 
 @dataclass(frozen=True)
 class Raw:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention.kivi import batch_of
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.step import DeviceStep, Step
 from kivi_vllm.ops.triton import operators
@@ -26,15 +27,15 @@ class Triton:
 
     @staticmethod
     def store_blocks(step: Step, *args: Any) -> None:
-        operators.store_blocks(DeviceStep.of_rows(step), *args)
+        operators.store_blocks(DeviceStep.of(batch_of(step)), *args)
 
     @staticmethod
     def attend(step: Step, *args: Any) -> None:
-        operators.attend(DeviceStep.of_rows(step), *args)
+        operators.attend(DeviceStep.of(batch_of(step)), *args)
 
     @staticmethod
     def store_ring(step: Step, *args: Any) -> None:
-        operators.store_ring(DeviceStep.of_rows(step), *args)
+        operators.store_ring(DeviceStep.of(batch_of(step)), *args)
 
 
 class Decodes(Triton):

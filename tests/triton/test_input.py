@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kivi_vllm.ops.step import DeviceStep, LayerCache, Raw
+from benchmarks.attention.kivi import batch_of
+from kivi_vllm.ops.step import LayerCache, Raw
 from tests.triton.device import DEVICE, Triton
 from tests.unit.test_native_input import WRONG, change, inputs
 
@@ -71,7 +72,7 @@ def test_unaligned_tensors_are_named(name: str) -> None:
 def test_rows_out_of_order() -> None:
     step = inputs()["step"]
     with pytest.raises(ValueError, match="in the order of their requests"):
-        DeviceStep.of_rows(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
+        batch_of(replace(step, rows=[replace(step.rows[0], q0=1, q1=4)]))
 
 
 @pytest.mark.parametrize("bad", [-1, 8, 2**31 - 1])
