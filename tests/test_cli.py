@@ -309,3 +309,10 @@ def test_missing_metadata_is_named(monkeypatch) -> None:
     assert check is not None
     assert "patches/vllm-metadata" in check.remedy
     assert _quick("vLLM").state == "ok"
+
+
+def test_the_command_line_works_where_torch_is_missing() -> None:
+    """`doctor` is there to say so."""
+    script = "import sys; sys.modules['torch'] = None\n"
+    script += "import kivi_vllm.cli.main, kivi_vllm.cli.doctor, kivi_vllm.cli.probe"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -78,7 +78,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None
     ) -> None:
-        """Take the layer's full-precision caches (called once, by `cache.attach`)."""
+        """Take the layer's full-precision caches (called once, by `layer.attach`)."""
         self.fmt = fmt
         self.ring = ring
         self.tails = tails

@@ -9,9 +9,9 @@ import torch
 
 from kivi_vllm.attention import ray_nodes
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError, is_kivi
+from kivi_vllm.config import BLOCK_SIZE, HEAD_SIZES, KiviConfig, KiviConfigError, is_kivi
 from kivi_vllm.ops import dispatch
-from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
 from kivi_vllm.toolchain import find_compiler, torch_finds
 
 if TYPE_CHECKING:
@@ -176,12 +176,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         return
     capability = current_platform.get_device_capability()
     oldest = limits.min_capability
-    if oldest is not None and (capability is None or tuple(capability)[:2] < oldest[0]):
-        found = "none" if capability is None else f"{capability.major}.{capability.minor}"
+    if oldest and capability and tuple(capability)[:2] < oldest[0]:
+        found, needed = (".".join(map(str, tuple(x)[:2])) for x in (capability, oldest[0]))
         yield (
             f"{current_platform.get_device_name()} has compute capability {found}, and the kernels "
-            f"need {'.'.join(map(str, oldest[0]))} or newer ({oldest[1]}); "
-            "use --kv-cache-dtype auto or fp8"
+            f"need {needed} or newer ({oldest[1]}); use --kv-cache-dtype auto or fp8"
         )
     version, good = minor(vllm_version()), SUPPORTED[device]
     if version not in good:
@@ -190,12 +189,13 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             f"pip install 'kivi-vllm[{device}]'"
         )
     model = vllm_config.model_config
-    if model.get_head_size() not in limits.head_sizes:
+    # What no device serves is refused by `PageFormat`, with its remedy.
+    if model.get_head_size() in set(HEAD_SIZES) - set(limits.head_sizes):
         yield (
             f"head size {model.get_head_size()} is not supported on {limits.devices} (supported: "
             f"{', '.join(map(str, limits.head_sizes))}); {_OTHER_DTYPE}"
         )
-    if model.dtype not in limits.model_dtypes:
+    if model.dtype in set(RAW_DTYPES) - set(limits.model_dtypes):
         yield (
             f"--dtype {_name(model.dtype)} is not supported on {limits.devices}; "
             f"use --dtype {_name(limits.model_dtypes[0])}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from kivi_vllm.ops import dispatch
-
 SUPPORTED = {"cpu": ("0.32", "0.33"), "cuda": ("0.33",)}
 """Versions of vLLM by the kind of device."""
 
@@ -39,6 +37,8 @@ def minor(version: str) -> str:
 def device_kind() -> str:
     """The kind of device of vLLM's platform, as `dispatch` calls it; "other" if it has none."""
     from vllm.platforms import current_platform
+
+    from kivi_vllm.ops import dispatch  # not above: `doctor` runs where torch is missing
 
     for kind in dispatch.DEVICES:
         if getattr(current_platform, f"is_{kind}")():

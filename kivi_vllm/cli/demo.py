@@ -1,7 +1,7 @@
 """`kivi-vllm demo`: serve a small model with the 2-bit cache, ask it something, show the gain.
 
 One server is started. What a bf16 cache would hold comes from vLLM's own accounting of the model's
-config, which needs no weights and no server (`kivi_vllm.cli.plan`), in a process beside it:
+config, which needs no weights and no server (`attention.hooks.capacity`), in a process beside it:
 `python -m kivi_vllm.cli.demo MODEL BYTES MAX_MODEL_LEN`.
 """
 
@@ -113,19 +113,18 @@ class Demo:
                 title = f"how many tokens would {self.memory_mib} MiB of bf16 cache hold?"
                 with step(title), suppress(subprocess.TimeoutExpired):
                     process.wait(self.timeout)
+                ended = f"ended with status {process.poll()}"  # None: it still runs
                 found = PLANNED.findall(log.read_text(errors="replace"))
                 if process.returncode != 0 or not found:
                     raise UserError(
-                        f"vLLM's accounting of a bf16 cache ended with status "
-                        f"{process.returncode}. The end of {log}:\n{tail(log)}",
+                        f"vLLM's accounting for bf16 {ended}. The end of {log}:\n{tail(log)}",
                         "run `kivi-vllm doctor`; the whole log is in the file named above",
                         status=1,
                     )
                 return int(found[-1])
 
             yield tokens
-        if not self.keep_log:
-            log.unlink()
+        self._done_with(log)
 
     def _serve(self, model: Path) -> tuple[int, str, float]:
         """Serve with the quantized cache and ask; return its tokens, the answer and tokens/s."""
@@ -154,6 +153,9 @@ class Demo:
             finally:
                 with step("shutting the server down"):
                     stop(process)
+        self._done_with(log)
+
+    def _done_with(self, log: Path) -> None:
         if self.keep_log:
             note(f"Log: {log}")
         else:

@@ -38,9 +38,9 @@ def demo(
     memory_mib: Annotated[int, typer.Option(min=1, help="Memory of the KV cache, in MiB.")] = 256,
     max_model_len: Annotated[int, typer.Option(min=128, help="Longest sequence.")] = 4096,
     timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that a server may take to start.")
+        float, typer.Option(min=1, help="Seconds that the server may take to start.")
     ] = 900.0,
-    keep_log: Annotated[bool, typer.Option(help="Keep the servers' logs.")] = False,
+    keep_log: Annotated[bool, typer.Option(help="Keep the logs.")] = False,
 ) -> None:
     """Serve a small model with the quantized cache, ask it something, show the gain."""
     from kivi_vllm.cli.doctor import refuse_if_unfit

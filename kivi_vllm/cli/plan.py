@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from contextlib import suppress
 
 from kivi_vllm.attention.hooks.capacity import Capacity, capacity
 from kivi_vllm.cli.errors import UserError
@@ -21,10 +23,10 @@ def parse_memory(text: str) -> int:
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        size = 0
+    size = 0
+    if re.fullmatch(r"\s*\d*\.?\d+\s*([KMGT]?i?B)?\s*", text, re.IGNORECASE):
+        with suppress(ValidationError):
+            size = int(TypeAdapter(ByteSize).validate_python(text))
     if size <= 0:
         raise UserError(f"--memory {text!r} is not a size", "write it as in 20GiB, 512MiB or 8GB")
     return size

@@ -91,12 +91,7 @@ def describe(device: str = "cpu") -> tuple[str, str]:
 
 @functools.cache
 def operators(device: str) -> Operators:
-    """The operators of a kind of device; the first call logs what they are.
-
-    Raises:
-        as `backend`.
-
-    """
+    """The operators of a kind of device; the first call logs what they are. Raises as `backend`."""
     found = backend(device)
     if found.remedy:
         logger.warning("KIVI operators on %s: %s; %s", device, found.line, found.remedy)

@@ -57,7 +57,10 @@ def test_memory(text: str, size: int) -> None:
     assert plan.parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "20 GiX", "1e9"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "much", "-1GiB", "0", "20 GiX", "1e9", "1,5GB", "1.5.5GB", "8GB or 16GB", "20G", "20Gbit"],
+)
 def test_no_memory(text: str) -> None:
     with pytest.raises(UserError, match="is not a size") as caught:
         plan.parse_memory(text)

@@ -53,9 +53,8 @@ def test_rejected_drafts(case: Case) -> None:
     sim.check_untouched()
 
 
-# Without a window as the paper has it, and with one as is best.
 @pytest.mark.parametrize(
-    ("window", "recipe"), some([(0, {}), (700, BEST)], [1]), ids=["paper", "window-best"]
+    ("window", "recipe"), some([(0, {}), (0, BEST), (700, {}), (700, BEST)], [3]), ids=str
 )
 def test_splits_do_not_matter(
     window: int, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,7 @@ def test_rejected_drafts(isa: str, case: Case) -> None:
 
 SPLIT = [
     Case(tokens=1400, model=BF16, residual=32, heads=(4, 1)),
-    Case(tokens=1400, dtype="kivi4", window=800, alibi=True, heads=MHA),
+    Case(tokens=2600, dtype="kivi4", window=1500, alibi=True, heads=MHA),
 ]
 
 
@@ -81,8 +81,9 @@ def test_split_sequences_are_put_together(isa: str, case: Case, threads: None) -
     for count in (3, 1):
         torch.set_num_threads(count)
         sim = simulator(case)
-        requests = [sim.add(1400), sim.add(650)]
-        sim.step({requests[0]: 1390, requests[1]: 640})
+        long, short = case.tokens, case.tokens // 2 - 50
+        requests = [sim.add(long), sim.add(short)]
+        sim.step({requests[0]: long - 10, requests[1]: short - 10})
         for _ in range(10):
             sim.step(dict.fromkeys(requests, 1))
         outputs.append(requests[0].output)
