@@ -72,15 +72,3 @@ def folder_of(model: str | None) -> str:
     from kivi_vllm.cli.default_model import default_model
 
     return model if model is not None else str(default_model())
-
-
-def failures(failed: dict[str, UserError]) -> None:
-    """Say at the end which caches could not be measured; the others went on.
-
-    Raises:
-        UserError: some could not.
-
-    """
-    if failed:
-        text = "\n\n".join(f"{dtype}: {error}" for dtype, error in failed.items())
-        raise UserError(text, next(iter(failed.values())).remedy, status=1)

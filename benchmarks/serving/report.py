@@ -35,6 +35,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     most.
     """
     found: list[Summary] = []
+    if not rows:
+        return found
     groups = pd.DataFrame(rows).groupby(["workload", "kv_cache_dtype"], sort=False)
     for (workload, dtype), mine in groups:
         server = pd.DataFrame(list(mine["server"])).rename(columns={"running_max": "running"})
@@ -81,7 +83,7 @@ _RATIOS = {
 }
 
 
-def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(path: Path | None, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write the JSON file."""
     data = {"header": head, "summary": summarize(rows), "rows": list(rows)}
     write_json(path, data)

@@ -56,8 +56,7 @@ def sweep(
 
     Args:
         title: for the progress.
-        model: folder or name.
-        dtype: of the cache.
+        model, dtype: folder or name, and of the cache.
         turn: of the round; also the seed of the prompts.
         loads: records of arguments of `vllm bench serve`, each with a `_benchmark_name`.
         serve_arguments: more arguments of `vllm serve`.
