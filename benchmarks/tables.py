@@ -134,12 +134,11 @@ def speed() -> pd.DataFrame:
         "two threads, bf16": (CASCADE[1], "ratio_bf16", True),
         "AVX2 (EPYC), bf16": (EPYC[0], "ratio_bf16", True),
     }
-    table = by_shape(
-        {
-            title: ranges(file, column, "{:.1f}×")[:, True, batches]
-            for title, (file, column, batches) in columns.items()
-        }
-    )
+    cells = {
+        title: ranges(file, column, "{:.1f}×")[:, True, batches]
+        for title, (file, column, batches) in columns.items()
+    }
+    table = by_shape(cells)
     return table.replace(SHAPES).rename(columns={"shape": "heads"})[::-1]
 
 
@@ -166,26 +165,23 @@ def prefill(files: Sequence[str]) -> pd.DataFrame:
         one, two = (read(file, part, **where).set_index("shape")[column] for file in files)
         return text(one, form) + " / " + text(two, form)
 
-    ratios = partial(both, "prefill", "ratio", "{:.2f}")
-    shares = both("store", "share_of_attend", "{:.1%}", new=1)
-    return by_shape(
-        {
-            "first 2,048 tokens, vs bf16": ratios(new=2048, context=0),
-            "first 8,192": ratios(new=8192, context=0),
-            "2,048 behind 8,192 cached": ratios(new=2048, context=8192),
-            "store, share of a decode step at 4,096 × 8": shares,
-        }
-    )
+    ratios, share = partial(both, "prefill", "ratio", "{:.2f}"), "share_of_attend"
+    columns = {
+        "first 2,048 tokens, vs bf16": ratios(new=2048, context=0),
+        "first 8,192": ratios(new=8192, context=0),
+        "2,048 behind 8,192 cached": ratios(new=2048, context=8192),
+        "store, share of a decode step at 4,096 × 8": both("store", share, "{:.1%}", new=1),
+    }
+    return by_shape(columns)
 
 
 def builds() -> pd.DataFrame:
     """Builds of the kernels against the builds before them."""
     columns = {}
-    for (title, name, new), threads in product(
-        (("attend", "", "after"), ("store_blocks", "store-", "now")), ("1 thread", "2 threads")
-    ):
-        rows = read(f"builds-{name}cpu-avx2-{threads[0]}", "rows").set_index("shape")
-        columns[f"`{title}`, {threads}"] = text(rows[f"ratio_{new}"], "{:.2f}×")
+    for name, new, title in (("", "after", "attend"), ("store-", "now", "store_blocks")):
+        for threads in ("1 thread", "2 threads"):
+            rows = read(f"builds-{name}cpu-avx2-{threads[0]}", "rows").set_index("shape")
+            columns[f"`{title}`, {threads}"] = text(rows[f"ratio_{new}"], "{:.2f}×")
     return by_shape(columns)
 
 
@@ -194,13 +190,12 @@ def recipes() -> pd.DataFrame:
     keys = ["shape", "batch"]
     rows = read("attention-cpu-recipes", "decode").set_index(keys)
     stores = read("attention-cpu-recipes", "store", new=1).set_index(keys)["share_of_attend"]
-    return pd.DataFrame(
-        {
-            "shape × batch": [f"{shape} × {batch}" for shape, batch in rows.index],
-            "attend, best / paper": text(rows["kivi2_ms"] / rows["kivi2_paper_ms"], "{:.3f}"),
-            "store of `best`, of attend": text(stores.reindex(rows.index), "{:.1%}"),
-        }
-    )
+    columns = {
+        "shape × batch": [f"{shape} × {batch}" for shape, batch in rows.index],
+        "attend, best / paper": text(rows["kivi2_ms"] / rows["kivi2_paper_ms"], "{:.3f}"),
+        "store of `best`, of attend": text(stores.reindex(rows.index), "{:.1%}"),
+    }
+    return pd.DataFrame(columns)
 
 
 def throughput() -> pd.DataFrame:
@@ -212,15 +207,9 @@ def throughput() -> pd.DataFrame:
     }
     rows = pd.concat(read(file, "summary") for file in loads)
     own, fp8, kivi2 = (rows[f"{x}.output_tokens_per_s"] for x in ("auto", "fp8", "kivi2"))
-    return pd.DataFrame(
-        {
-            "128 tokens out": loads.values(),
-            "vLLM's own (bf16, float32)": text(own, "{:.2f}"),
-            "fp8": text(fp8, "{:.2f}"),
-            "kivi2": text(kivi2, "{:.2f}"),
-            "kivi2 against its own": text(kivi2 / own, "{:.2f}×"),
-        }
-    )
+    columns = {"128 tokens out": loads.values(), "vLLM's own (bf16, float32)": text(own, "{:.2f}")}
+    columns |= {"fp8": text(fp8, "{:.2f}"), "kivi2": text(kivi2, "{:.2f}")}
+    return pd.DataFrame(columns | {"kivi2 against its own": text(kivi2 / own, "{:.2f}×")})
 
 
 def shares() -> pd.DataFrame:
@@ -298,9 +287,10 @@ def rate() -> pd.DataFrame:
     )
 
     def columns(rows: pd.DataFrame) -> pd.DataFrame:
-        first, whole = (rows[f"latency_ms.{name}.p50"] / 1e3 for name in ("ttft", "e2el"))
-        ends = {"first token, p50, s": text(first, "{:.1f}")}
-        ends["whole answer, p50, s"] = text(whole, "{:.0f}")
+        ends = {
+            "first token, p50, s": text(rows["latency_ms.ttft.p50"] / 1e3, "{:.1f}"),
+            "whole answer, p50, s": text(rows["latency_ms.e2el.p50"] / 1e3, "{:.0f}"),
+        }
         return pd.DataFrame(seen(rows, text) | ends)
 
     table = columns(bf16) + " / " + columns(kivi2)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.attention.cases import SHAPES, VLLM_DTYPES, B, Shape
@@ -19,11 +18,6 @@ from benchmarks.attention.timing import Call
 from benchmarks.attention.work import Work
 
 _STORAGE = {"bf16": torch.bfloat16, "fp8": torch.uint8}
-
-
-def load() -> None:
-    """Load vLLM's kernels; once a process."""
-    current_platform.import_kernels()
 
 
 @functools.cache
@@ -74,11 +68,7 @@ class VllmPool(TokenPool):
     def writer(self, i: int, start: int, end: int, key: torch.Tensor, value: torch.Tensor) -> Call:
         """A call that writes positions start..end-1 of the sequences of set i, one after another.
 
-        Args:
-            i: the set.
-            start, end: positions in each sequence.
-            key, value: [batch * (end - start), num_kv_heads, head_size].
-
+        Key and value are [batch * (end - start), num_kv_heads, head_size].
         """
         args = (key, value, self.key_cache, self.value_cache, self.slots(i, start, end), self.isa)
         return partial(ops.cpu_attn_reshape_and_cache, *args, kv_cache_dtype=self.kv_cache_dtype)

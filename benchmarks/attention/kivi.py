@@ -48,12 +48,8 @@ def batch_of(step: Step) -> Batch:
 class Place:
     """Where pools lie and what computes there.
 
-    Attributes:
-        kind: whose operators, `cpu` or `cuda`: Triton interpreted is `cuda` too.
-        device: of all tensors.
-        allocate: gives a tensor of so many bytes.
-        columns: the width of block tables is a multiple of this.
-
+    `kind` says whose operators, `cpu` or `cuda`: Triton interpreted is `cuda` too. `allocate` gives
+    a tensor of so many bytes. The width of block tables is a multiple of `columns`.
     """
 
     kind: str

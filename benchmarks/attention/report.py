@@ -29,11 +29,6 @@ NAMES = {
     "bf16_is": "which",
     "fp8_is": "which ",
     "ratio": "vs bf16",
-    "ratio_bf16": "vs bf16",
-    "ratio_fp8": "vs fp8",
-    "share_of_attend": "of attend",
-    "share_of_floor": "of floor",
-    "share_of_bandwidth": "of bandwidth",
     "kivi2_served_ms": "served",
     "bf16_floor_ms": "bf16 floor",
     "bf16_store_ms": "bf16 store",
@@ -46,13 +41,7 @@ FORMS = {"ms": "{:.4g}", "ratio": "{:.2f}×", "share": "{:.1%}", "rel": "{:.1e}"
 
 
 def show(rows: dict[str, list[Result]], header: Result) -> None:
-    """Print one table per section that has rows, and why cases were skipped.
-
-    Args:
-        rows: by section.
-        header: of the JSON file.
-
-    """
+    """Print one table per section that has rows, and why cases were skipped."""
     for name, rate in header.get("bandwidth_bytes_per_s", {}).items():
         print(f"bandwidth of a {name} on {header['gpu']}: {rate / 1e12:.3g} TB/s")
     try:
@@ -88,7 +77,8 @@ def _line(row: Result, fields: Sequence[str]) -> dict[str, str]:
         text = "–" if value is None else form.format(value)
         if "skipped" in row and name not in KEYS:
             text = "" if "skipped" in line.values() else "skipped"
-        title = NAMES.get(name) or name.removesuffix("_ms")
+        plain = name.removesuffix("_ms").replace("ratio_", "vs ").replace("share_of_", "of ")
+        title = NAMES.get(name, plain)
         line[title] = text.removesuffix("_bf16").removesuffix("_fp8")
     return line
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import vllm  # noqa: F401  (loads the plugins)
+from vllm.platforms import current_platform
 
 from benchmarks.attention import baseline
 from benchmarks.attention.baseline import VllmPool
@@ -36,15 +37,11 @@ Pools = dict[str, Any]
 def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -> None:
     """Check and time all cases with so many threads; reports as `children.Tell` says.
 
-    Args:
-        threads: of OpenMP.
-        cases: in their order.
-        settings: `budget`, seconds of timing a case; `memory`, bytes that a case's pools may take
-            together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them.
-
+    Settings are `budget`, seconds of timing a case; `memory`, bytes that a case's pools may take
+    together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them.
     """
     torch.set_num_threads(threads)
-    baseline.load()
+    current_platform.import_kernels()
     report(("header", _header(threads)))
     many = "1 thread" if threads == 1 else f"{threads} threads"
     errors: dict[str, dict[str, float]] = {}

@@ -63,25 +63,18 @@ def interleave(
     things: Mapping[str, Timed],
     budget: float,
     warm_up: bool = True,
-    seed: int = 0,
     stopwatch: Callable[[Call], float] = wall,
 ) -> dict[str, Times]:
     """Time each thing once a round, in random order, until `budget` seconds have gone.
 
-    Args:
-        things: what to time, by name.
-        budget: seconds of all rounds together; at least `AT_LEAST` rounds are made.
-        warm_up: call everything once before.
-        seed: of the order.
-        stopwatch: makes a call and says how many seconds it took.
-
+    There are at least `AT_LEAST` rounds. `stopwatch` makes a call and says how many seconds it
+    took. With `warm_up`, everything is called once before.
     """
-    shuffle = random.Random(seed).shuffle
+    shuffle = random.Random(0).shuffle
     if warm_up:
         for thing in things.values():
             thing.next()()
     times, order = {name: Times() for name in things}, list(things)
-    collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -93,8 +86,7 @@ def interleave(
             for name in order:
                 times[name].append(stopwatch(things[name].next()))
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return times
 
 

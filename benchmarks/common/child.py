@@ -59,15 +59,12 @@ def report(what: Any) -> None:
 
 
 class Child:
-    """A process that runs functions, one after the other.
+    """A process, `pid`, that runs functions, one after the other.
 
     Args:
         name: of what it is, for messages: "the engine of kivi2".
         environment: all of it, not only what differs from ours.
         log: file of its output, kept. Without it a temporary one, kept only if the child fails.
-
-    Attributes:
-        pid: of the process.
 
     """
 
@@ -115,11 +112,8 @@ class Child:
     ) -> T:
         """Run a function in the child and wait for its result.
 
-        Args:
-            function, args: of a module, by name, and what it takes.
-            on_report: called with what the function gives to `report`.
-            update: called ten times a second with the log's last message. What it raises ends the
-                waiting; the child then still works.
+        What it gives to `report` goes to `on_report`, and ten times a second the log's last message
+        to `update`. What that raises ends the waiting; the child then still works.
 
         Raises:
             UserError: raised by the function; the child goes on.

@@ -20,12 +20,7 @@ from kivi_vllm.cli.server import cause, latest, serve_environment
 
 
 def vllm_command() -> str:
-    """vLLM's command line: the script beside our Python.
-
-    Raises:
-        UserError: there is none.
-
-    """
+    """vLLM's command line, the script beside our Python; UserError if there is none."""
     script = Path(sys.executable).with_name("vllm")
     if not script.exists():
         raise UserError(f"there is no {script}", "install vLLM for this Python", status=1)
@@ -70,12 +65,7 @@ class Rounds:
                 save()
 
     def end(self) -> None:
-        """Say at the end which dtypes could not be measured.
-
-        Raises:
-            UserError: some could not.
-
-        """
+        """Say at the end, in a UserError, which dtypes could not be measured."""
         if self.failed:
             text = "\n\n".join(f"{dtype}: {error}" for dtype, error in self.failed.items())
             raise UserError(text, next(iter(self.failed.values())).remedy, status=1)
@@ -86,11 +76,7 @@ def run_to_end(
 ) -> str:
     """Run one of vLLM's benchmarks in a process of its own, showing where its log is.
 
-    Args:
-        what: it is, for the error; `remedy`: if it fails.
-        command: to run; `model`: that it runs.
-        log: file of its output, which is returned.
-        title: for the progress.
+    Its output goes into `log` and is returned; `what` it is and a `remedy` are for the error.
 
     Raises:
         UserError: it failed; with the first error in its log, and the log's end.

@@ -44,13 +44,8 @@ def throughput(
     """
     check_folder("--json", json_path)
     folder = folder_of(model)
-    sizes = {
-        "--random-input-len": input_len,
-        "--random-output-len": output_len,
-        "--num-prompts": num_prompts,
-        "--num-warmups": num_warmups,
-    }
-    arguments = [word for name, number in sizes.items() for word in (name, str(number))]
+    arguments = f"--random-input-len {input_len} --random-output-len {output_len}".split()
+    arguments += f"--num-prompts {num_prompts} --num-warmups {num_warmups}".split()
     rounds = Rounds(kv_cache_dtype or DTYPES, header("engine.throughput", folder))
     runs: list[Row] = []
 

@@ -112,12 +112,7 @@ class Observer:
 
 
 def server_processes(port: int) -> list[psutil.Process]:
-    """The process that listens on a port, and its descendants.
-
-    Raises:
-        RuntimeError: nothing of ours listens there.
-
-    """
+    """The process that listens on a port, and its descendants; RuntimeError if none does."""
     for process in psutil.process_iter():
         with suppress(psutil.AccessDenied, psutil.NoSuchProcess):
             for one in process.net_connections("tcp"):

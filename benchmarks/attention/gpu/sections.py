@@ -39,14 +39,10 @@ class Wrong(Exception):
 
 
 def measure_all(cases: Sequence[Case], settings: dict[str, Any], without: dict[str, str]) -> None:
-    """Check and time all cases; reports as `children.Tell` says.
+    """Check and time all cases `without` what broke before; reports as `children.Tell` says.
 
-    Args:
-        cases: in their order.
-        settings: `budget`, seconds of timing a case; `memory`, bytes that its pools may take
-            together, None for what is free; `deadline`, after which no case begins; `smoke`.
-        without: contenders that broke before, and how.
-
+    Settings are `budget`, seconds of timing a case; `memory`, bytes that its pools may take
+    together, None for what is free; `deadline`, after which no case begins; `smoke`.
     """
     if settings["smoke"]:
         from tests.triton.interpreted import repair
@@ -80,21 +76,12 @@ def measure_all(cases: Sequence[Case], settings: dict[str, Any], without: dict[s
         report(("row", row | {"took_s": round(time.monotonic() - start, 2)}))
 
 
-def _doing(contender: str | None) -> None:
-    report(("doing", contender))
-
-
 @dataclass
 class Bench:
     """What all cases of a process share.
 
-    Attributes:
-        gpu: the device.
-        budget, memory: as of `measure_all`.
-        bandwidth: bytes a second of a copy.
-        without: contenders that are left out, and why.
-        errors: of this project's dtypes on small steps, by shape.
-
+    `bandwidth` is bytes a second of a copy, `without` the contenders that are left out, and why,
+    `errors` those of this project's dtypes on small steps, by shape.
     """
 
     gpu: Gpu
@@ -105,12 +92,7 @@ class Bench:
     errors: dict[Shape, dict[str, float]] = field(default_factory=dict)
 
     def measure(self, case: Case) -> Result:
-        """One case's medians and quartiles, or `skipped` with the reason.
-
-        Raises:
-            Wrong: kivi2 is.
-
-        """
+        """One case's medians and quartiles, or `skipped` with the reason; `Wrong` if kivi2 is."""
         shape = SHAPES[case.shape]
         if shape not in self.errors:
             self.errors[shape] = self._small_steps(shape)
@@ -142,7 +124,7 @@ class Bench:
         """Errors of all three operators on small steps, before anything is timed."""
         errors: dict[str, float] = {}
         for dtype in (name for name in KIVI_DTYPES if name not in self.without):
-            _doing(dtype)
+            report(("doing", dtype))
             try:
                 variant = partial(check.kivi, shape, dtype, place=self.gpu.place)
                 steps = check.STEPS if dtype == "kivi2" else check.STEPS[:1]
@@ -166,11 +148,7 @@ class Bench:
         """The relative error of a contender on the first and the last sequence of the case itself.
 
         `call` is over the first set of the pool; `expected` has what was computed for others over
-        the same cache, and is added to.
-
-        Raises:
-            Wrong: it is above its limit.
-
+        the same cache, and is added to. Raises `Wrong` above the contender's limit.
         """
         self._run(call, work)
         errors = []
@@ -210,7 +188,7 @@ class Bench:
         free = self.gpu.free_bytes()
         left = free = free if self.memory is None else min(free, self.memory)
         of_all = sum(pool.nbytes for pool in pools.values())
-        most = min(2 if self.gpu.smoke else most, most)
+        most = min(most, 2) if self.gpu.smoke else most
         sets = min(most, max(1, min(SET_BYTES, free) // of_all))
         for name in list(pools):
             del pools[name]
@@ -221,7 +199,7 @@ class Bench:
                     f"free {left / GIB:.3g} were left"
                 )
                 continue
-            _doing(name)
+            report(("doing", name))
             try:
                 pool.prepare()
             except Exception as error:
@@ -242,12 +220,7 @@ class Bench:
     def _contend(
         self, names: Sequence[str], pools: dict[str, Any], reasons: dict[str, str], work: Work
     ) -> tuple[dict[str, Times], Result]:
-        """Check, capture and time contenders; their times and what else the row says.
-
-        Raises:
-            Wrong: kivi2 is.
-
-        """
+        """Check, capture and time contenders; their times and what else the row says."""
         things: dict[str, tuple[Call, int]] = {}
         errors: dict[str, float] = {}
         uncaptured: dict[str, str] = {}
@@ -258,7 +231,7 @@ class Bench:
             if name in self.without or one.cache in reasons:
                 missing[name] = self.without.get(name) or reasons[one.cache]
                 continue
-            _doing(name)
+            report(("doing", name))
             pool = pools[one.cache]
             try:
                 calls = [one.make(pool, i, work) for i in range(pool.sets)]
@@ -272,13 +245,13 @@ class Bench:
                 if name == "kivi2":
                     raise
                 missing[name] = brief(error)
-                if isinstance(error, ImportError):
+                if isinstance(error, (ImportError, AttributeError)):  # of another version
                     self.without[name] = missing[name]
                 continue
             things[name] = call, len(calls)
             if why:
                 uncaptured[name] = why
-        _doing(None)
+        report(("doing", None))
         times = self._time(things)
         row: Result = columns(times)
         for cache in PLAIN_DTYPES:
@@ -300,7 +273,7 @@ class Bench:
     def _store(self, kivi2: KiviPool, bf16: PagedPool, work: Work) -> Result:
         """What storing adds to a step: at decode, or to a first chunk."""
         things, missing = kivi2.of_a_step(work), dict[str, str]()
-        _doing("bf16_store")
+        report(("doing", "bf16_store"))
         try:
             writes = [writer(bf16, i, work) for i in range(bf16.sets)]
             writes[0]()
@@ -309,7 +282,7 @@ class Bench:
         except Exception as error:
             self.gpu.finish()
             missing["bf16_store"] = brief(error)
-        _doing("kivi2")
+        report(("doing", "kivi2"))
         captured = {name: self.gpu.captured(calls) for name, calls in things.items()}
         times = self._time({name: (captured[name][0], len(things[name])) for name in things})
         return store_columns(times) | {
