@@ -70,9 +70,11 @@ register() {
 import pathlib, sys, tomllib
 from importlib.metadata import entry_points
 
+from kivi_vllm import __version__ as version
+
 if not any(one.name == "kivi" for one in entry_points(group="vllm.general_plugins")):
     project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-    name, version = project["name"].replace("-", "_"), project["version"]
+    name = project["name"].replace("-", "_")
     folder = pathlib.Path(sys.argv[1], f"{name}-{version}.dist-info")
     folder.mkdir()
     head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {version}\n"

@@ -1,4 +1,4 @@
-"""Answer a file of prompts with several engines at once, on Ray: offline batch inference.
+"""Answer a file of prompts with several engines side by side, on Ray: offline batch inference.
 
     pip install 'kivi-vllm[ray]'
     python examples/ray_batch.py prompts.jsonl answers.jsonl --model MODEL --replicas 2
@@ -165,7 +165,7 @@ def batch(
         str, typer.Option(help='Options of the KIVI dtypes: {"kivi": {...}}, as for vllm serve.')
     ] = "{}",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows given to a replica at once: what its death costs.")
+        int, typer.Option(min=1, help="Rows given to a replica together: what its death costs.")
     ] = 64,
     gpus: Annotated[
         int,

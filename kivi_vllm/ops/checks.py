@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""
 
-GOOD: dict[tuple, Any] = {}
+CHECKED_FORMS: dict[tuple, Any] = {}
 """Forms of tensors (shapes, strides and the like) that have passed, and what to know of such
 tensors; operators look here first."""
 
 MOST_KNOWN = 4096
 
 
-def remember(form: tuple, what: Any = None) -> None:
+def record_form(form: tuple, what: Any = None) -> None:
     """Tensors of this form are good, and this is to be known of them."""
-    if len(GOOD) >= MOST_KNOWN:
-        GOOD.clear()
-    GOOD[form] = what
+    if len(CHECKED_FORMS) >= MOST_KNOWN:
+        CHECKED_FORMS.clear()
+    CHECKED_FORMS[form] = what
 
 
 def check_pages(cache: LayerCache, device: torch.device) -> None:

@@ -113,8 +113,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
 def encode_pages(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat, sinks: int = 0) -> torch.Tensor:
     """Whole blocks k, v [..., B, D] -> pages [..., page_bytes] uint8.
 
-    The first `sinks` tokens are to have no part in the ranges of K: the next ones stand in
-    for them.
+    The first `sinks` tokens stay out of K's ranges; the next ones stand in for them.
     """
     g = fmt.group_size
     k = torch.cat([k[..., sinks : 2 * sinks, :], k[..., sinks:, :]], -2)

@@ -91,7 +91,7 @@ def test_chat(served: Served) -> None:
 
 
 def test_crowd(served: Served) -> None:
-    """32 requests at once, half of them cancelled on the way; then every block is free."""
+    """32 requests together, half of them cancelled on the way; then every block is free."""
     chance = random.Random(0)
     words = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are"]
 

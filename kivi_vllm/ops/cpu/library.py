@@ -2,7 +2,7 @@
 
 The library is plain C and knows nothing of Python or torch. It is linked to OpenMP by
 its SONAME, so that torch, which must be imported first, brings the one runtime that both
-share; how many threads there are and where they are bound stays torch's and vLLM's affair.
+share. torch and vLLM decide how many threads there are and where they run.
 """
 
 from __future__ import annotations

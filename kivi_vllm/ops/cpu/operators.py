@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kivi_vllm.ops import checks
-from kivi_vllm.ops.checks import DTYPES, GOOD, MOST_KNOWN, remember
+from kivi_vllm.ops.checks import CHECKED_FORMS, DTYPES, MOST_KNOWN, record_form
 from kivi_vllm.ops.cpu.abi import COMMON, QUERY, RAW, RAW_FIELDS
 from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import limits, prepare, step
@@ -62,11 +62,11 @@ def attend(
         return
     common = _common(step, cache, key, value)
     slopes = params.alibi_slopes
-    form = _form("query", step, cache, query, output)
-    strides = None if slopes is not None else GOOD.get(form)
+    form = _form_of("query", step, cache, query, output)
+    strides = None if slopes is not None else CHECKED_FORMS.get(form)
     if strides is None:
         checks.check_query(step, cache, query, params, output)
-        strides = _fits(form, query, output)
+        strides = _record_strides(form, query, output)
     token, head, out_token, out_head = strides
     _run(
         load().attend,
@@ -96,13 +96,15 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         return made[3]
     fmt, pages = cache.fmt, cache.pages
     checks.check_numbers(cache)
-    where = _known(pages, (fmt,), lambda: _pages(cache))  # first: tensors are compared with them
-    form = _form("key", step, cache, key, value)
-    strides = GOOD.get(form)
+    where = _described_once(
+        pages, (fmt,), lambda: _pages(cache)
+    )  # first: tensors are compared with them
+    form = _form_of("key", step, cache, key, value)
+    strides = CHECKED_FORMS.get(form)
     if strides is None:
         for name, x in (("key", key), ("value", value)):
             checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
-        strides = _fits(form, key, value)
+        strides = _record_strides(form, key, value)
     token, head, value_token, value_head = strides
     tails = ctypes.create_string_buffer(
         b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
@@ -141,7 +143,7 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     return common
 
 
-def _known(x: torch.Tensor, context: tuple[Any, ...], describe: Callable[[], Any]) -> Any:
+def _described_once(x: torch.Tensor, context: tuple[Any, ...], describe: Callable[[], Any]) -> Any:
     """What `describe`, which checks, says of `x`: once for a tensor in this context."""
     known = _described.get(id(x))
     if known is not None and known[0]() is x and known[1] == context:
@@ -164,7 +166,7 @@ def _table(name: str, table: torch.Tensor, step: Step) -> tuple[int, int, int]:
         checks.check_table(name, table, step, _CPU)
         return table.data_ptr(), table.stride(0), table.shape[1]
 
-    return _known(table, (step.num_reqs,), describe)
+    return _described_once(table, (step.num_reqs,), describe)
 
 
 def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
@@ -177,10 +179,13 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
         return raw.cache.data_ptr(), block * size, head * size, token * size, raw.cache.shape[0]
 
     context = (cache.fmt, cache.pages.shape[1])
-    return (*_known(raw.cache, context, describe), *_table(f"{name}.table", raw.table, step))
+    return (
+        *_described_once(raw.cache, context, describe),
+        *_table(f"{name}.table", raw.table, step),
+    )
 
 
-def _form(
+def _form_of(
     name: str, step: Step, cache: LayerCache, x: torch.Tensor, y: torch.Tensor
 ) -> tuple[Any, ...]:
     """All that says whether tensors fit a step over this cache; hashed faster than checked."""
@@ -188,10 +193,10 @@ def _form(
     return (*where, x.dtype, x.shape, x.stride(), x.is_cpu, y.dtype, y.shape, y.stride(), y.is_cpu)
 
 
-def _fits(form: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
+def _record_strides(form: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
     """Tensors of this form have passed; returns the strides of tokens and heads of KiviTensor."""
     strides = tuple(n * z.itemsize for z in (x, y) for n in z.stride()[:2])
-    remember(form, strides)
+    record_form(form, strides)
     return strides
 
 

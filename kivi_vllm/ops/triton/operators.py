@@ -12,7 +12,7 @@ import os
 import torch
 
 from kivi_vllm.ops import checks
-from kivi_vllm.ops.checks import GOOD, remember
+from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
 from kivi_vllm.ops.triton import store
@@ -59,8 +59,8 @@ def store_blocks(
     data = {"pages": cache.pages, **{f"{n}.cache": r.cache for n, r in raws.items()}}
     tokens = {"key": key, "value": value}
     form = (cache.fmt, cache.residual_length, step.num_reqs, step.num_tokens)
-    form += (*raws, *map(_form, (*tables.values(), *data.values(), *tokens.values())))
-    if form not in GOOD:
+    form += (*raws, *map(_form_of, (*tables.values(), *data.values(), *tokens.values())))
+    if form not in CHECKED_FORMS:
         device = cache.pages.device
         checks.check_numbers(cache)
         checks.check_pages(cache, device)
@@ -72,7 +72,7 @@ def store_blocks(
             checks.check_tokens(name, x, step, cache, cache.pages.shape[1], cache.fmt.raw_dtype)
         for name, x in {**data, **tokens}.items():
             _check_alignment(name, x)
-        remember(form)
+        record_form(form)
     if CHECKED:
         checks.check_page_ids(step, cache)
     store.store_blocks(step, cache, key, value)
@@ -121,12 +121,18 @@ def attend(
         ValueError: a tensor that the kernels do not take; the message names it.
 
     """
-    form = (cache.fmt, step.num_tokens, params.alibi_slopes is None, _form(query), _form(output))
-    if form not in GOOD:
+    form = (
+        cache.fmt,
+        step.num_tokens,
+        params.alibi_slopes is None,
+        _form_of(query),
+        _form_of(output),
+    )
+    if form not in CHECKED_FORMS:
         checks.check_query(step, cache, query, params, output)
         _check_alignment("query", query)
         _check_alignment("output", output)
-        remember(form)
+        record_form(form)
     if step.num_decodes:
         decode(step, cache, query, key, value, params, output)
     if not step.num_prefills:
@@ -146,7 +152,7 @@ def attend(
         first_chunk(q, k, v, out, starts, step.prefill_lens, params)
 
 
-def _form(x: torch.Tensor) -> tuple:
+def _form_of(x: torch.Tensor) -> tuple:
     """What a check of `x` depends on."""
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 

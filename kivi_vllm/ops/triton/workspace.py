@@ -26,7 +26,7 @@ def num_splits(programs: int, max_blocks: int, device: torch.device) -> int:
     """Into how many parts the pages of every row are split.
 
     It follows from what is known without a look at the device, so that a captured
-    graph stays right: short rows leave splits empty, whose programs end at once.
+    graph stays right: short rows leave splits empty, whose programs end immediately.
 
     Args:
         programs: rows times kv heads.

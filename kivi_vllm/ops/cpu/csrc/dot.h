@@ -1,8 +1,8 @@
 // The integer half of reading a page: numbers to 16-bit fixed point, their product with a second
 // factor split into a high and a low int8 part, and the dot product of such parts with codes.
 //
-// A "row" is one query row. It has two int8 rows, high and low: x = 256 * high + low, and one exact
-// int32 dot product serves each. 16 bits together keep the error of an output near 1e-3 where one
+// A row here is one query row. It becomes two rows of int8, high and low: x = 256 * high + low, and
+// one exact int32 dot product serves each. 16 bits together keep the error of an output near 1e-3 where one
 // int8 alone leaves up to 1e-1.
 //
 // How codes lie in vectors: codes.h.
@@ -235,7 +235,7 @@ static INLINE void dot_rows(RUNS runs, const int8_t *parts, int32_t (*out)[32], 
   }
 }
 
-// Two rows at once: more sums than that do not fit the registers.
+// Two rows together: more sums than that do not fit the registers.
 template <int R, int AHEAD, class RUNS>
 static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   if constexpr (R > 2) dot_rows<R - 2, 0>(runs, parts + 256, out + 2, stream);

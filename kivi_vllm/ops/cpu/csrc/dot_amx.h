@@ -1,4 +1,4 @@
-// Dot products by AMX tiles: 16 int8 rows times 16 vectors of codes at once.
+// Dot products by AMX tiles: 16 int8 rows times 16 vectors of codes.
 
 #if defined(KIVI_EMULATE_AMX)  // in tests, for machines without them
 #include "emulated_tiles.h"

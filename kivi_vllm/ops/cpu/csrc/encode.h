@@ -12,7 +12,7 @@ typedef double vd __attribute__((vector_size(W * 8)));
 #define WIDE(x) __builtin_convertvector(x, vd)
 #define NARROW(x) __builtin_convertvector(x, vf)
 
-// codec.fit: scale and zero of less squared error, of W groups of n numbers in rows `columns` apart.
+// codec.fit: scale and zero of smaller squared error, of W groups of n numbers in rows `columns` apart.
 // All sums and products are of whole numbers, so nothing is rounded before the quotients.
 static INLINE void fit(const float *x, int n, int columns, float top, vf low, vf spread, vf *scale,
                        vf *zero) {

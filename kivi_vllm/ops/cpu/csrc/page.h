@@ -56,7 +56,7 @@ static INLINE void zero_sums_of(const uint16_t *zeros, const float *x, int strid
   for (int g = 0; g < G; g++) sum_each<R>(s + g * R, sums + g * kRows);
 }
 
-// As many groups at once as there are registers for: one alone would wait for its own additions.
+// As many groups together as there are registers for: one alone would wait for its own additions.
 template <int R>
 static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, int stride, int n,
                              float *sums) {

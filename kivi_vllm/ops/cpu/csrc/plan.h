@@ -60,7 +60,7 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
   }
 }
 
-// Work of one part beside its pages and tokens, in the same unit.
+// Cost of a part besides its pages and tokens, in the measure of `cost_of`.
 constexpr int64_t kPartCost = 320;
 
 // How many parts of each of `tiles` equal tiles take the least time; about four a thread at most.

@@ -42,7 +42,7 @@ struct Prepared {
   float k_factor[kKGroups];
 };
 
-// Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST at once, until all are done.
+// Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST together, until all are done.
 template <int MOST, class F>
 static INLINE void for_groups(int groups, F f) {
   int g = 0;

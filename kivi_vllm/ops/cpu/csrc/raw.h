@@ -78,7 +78,7 @@ constexpr int kM = W == 16 ? 12 : 4;    // rows whose sums of two vectors fill t
 constexpr int kFew = W == 16 ? 4 : 2;  // and of four
 
 // The same for any number of rows and a number of columns that is a multiple of W. Few rows take
-// more columns at once: as many sums under way as the latency of an addition needs.
+// more columns together: as many sums under way as the latency of an addition needs.
 static void multiply(const float *a, int lda, const float *b, int ldb, int rows, int k, int columns,
                      float *c, int ldc, bool add) {
   const auto block = [&](auto M, auto N, int m, int n) __attribute__((always_inline)) {
@@ -111,7 +111,7 @@ template <int DT, int R>
 static void scores_in_place(const float *q, const uint8_t *const *k, const uint8_t *const *v, int n,
                             int d, float *scores) {
   constexpr int size = DT == KIVI_FP32 ? 4 : 2;
-  constexpr int T = W == 16 ? 4 : 2;  // tokens at once
+  constexpr int T = W == 16 ? 4 : 2;  // tokens together
   for (int j = 0; j < n; j += T) {
     const uint8_t *at[T];
     for (int t = 0; t < T; t++) {

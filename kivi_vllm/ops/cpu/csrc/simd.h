@@ -256,7 +256,7 @@ static INLINE vf tanhv(vf x) {
   return (vf)((((vi)series & small) | ((vi)t & ~small)) | sign);
 }
 
-// out[i] = the lanes of v[i] joined, in the same order whatever N is. Several at once cost little
+// out[i] = the lanes of v[i] joined, in the same order whatever N is. Several together cost little
 // more than one, which is mostly waiting.
 #if defined(__AVX512F__)
 template <int N, class JOIN>
