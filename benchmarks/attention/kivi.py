@@ -91,7 +91,7 @@ class Pool:
     ) -> None:
         self.shape, self.name, self.place = shape, name, place
         self.sets, self.batch, self.blocks = sets, batch, blocks
-        self.tables = place.table(shuffled(sets, batch, blocks, seed=1))
+        self.tables = shuffled(sets, batch, blocks, seed=1).to(place.device)
 
     def prepare(self: Any) -> None:
         """Take the memory, and fill it."""
@@ -131,6 +131,7 @@ class KiviPool(Pool):
         self, shape: Shape, name: str, sets: int, batch: int, blocks: int, place: Place = CPU
     ) -> None:
         super().__init__(shape, name, sets, batch, blocks, place)
+        self.tables = place.table(self.tables)
         dtype, recipe = KIVI_DTYPES[name]
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
         self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)

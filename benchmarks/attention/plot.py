@@ -73,8 +73,9 @@ def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> A
             panel.yaxis.set_major_formatter("{x:g}")
         else:
             panel.axhline(1, color=LINES["bf16_ms"][1], lw=1)
-            panel.set_ylim(bottom=0)
     panels[0][0].set_ylabel(unit)
+    if not logarithmic:  # once all are drawn: it is the limit of all
+        panels[0][0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize=11)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, fontsize=8)
     return figure

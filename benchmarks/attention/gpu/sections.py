@@ -188,8 +188,7 @@ class Bench:
         free = self.gpu.free_bytes()
         left = free = free if self.memory is None else min(free, self.memory)
         of_all = sum(pool.nbytes for pool in pools.values())
-        most = min(most, 2) if self.gpu.smoke else most
-        sets = min(most, max(1, min(SET_BYTES, free) // of_all))
+        sets = min(most, 2 if self.gpu.smoke else most, max(1, min(SET_BYTES, free) // of_all))
         for name in list(pools):
             del pools[name]
             pool = sized(name, sets)
