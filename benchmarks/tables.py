@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,38 +32,31 @@ SHAPES = {
     "llama3-8b": "32/8, head size 128 (Llama-3-8B)",
     "llama2-7b": "32/32, head size 128 (Llama-2-7B)",
 }
-Lines = Sequence[dict[str, str]]
-"""A table's lines: cells by the column's title."""
+CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
+EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
 
 
-def read(name: str) -> Any:
-    """A file of results, by its name without `.json`."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def read(file: str, part: str, **where: Any) -> pd.DataFrame:
+    """The measured rows of a file with these fields; a field in a field is `outer.inner`."""
+    rows = pd.json_normalize(json.loads((RESULTS / f"{file}.json").read_text())[part])
+    if "skipped" in rows:
+        rows = rows[rows["skipped"].isna()]
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    return rows
 
 
-def markdown(lines: Lines) -> str:
-    """A Markdown table. Columns of the same name differ in blanks at their ends."""
-    head = list(lines[0])
-    cells = [head, ["---"] * len(head), *(list(line.values()) for line in lines)]
-    return "".join(f"| {' | '.join(cell.rstrip() for cell in line)} |\n" for line in cells)
+def text(values: pd.Series, form: str | Callable[[Any], str]) -> pd.Series:
+    """Cells: a dash for what is missing, and a blank before the sign of percent."""
+    write = form.format if isinstance(form, str) else form
+    return values.map(lambda x: "–" if pd.isna(x) else write(x).replace("%", " %"))
 
 
-def one(rows: Sequence[dict[str, Any]], **key: Any) -> dict[str, Any]:
-    """The one row with these fields."""
-    (found,) = [row for row in rows if all(row[name] == value for name, value in key.items())]
-    return found
-
-
-def span(values: pd.Series, form: str = "{:.2f}", scale: float = 1.0) -> str:
-    """The smallest and the largest value, or the one that there is."""
-    low, high = (form.format(x * scale) for x in (values.min(), values.max()))
-    unit = low.lstrip("0123456789.")
-    return low if low == high else f"{low.removesuffix(unit)}–{high}"
-
-
-def times(value: float, first: float) -> str:
-    """As in ` (1.15×)`."""
-    return f" ({value / first:.2f}×)"
+def gains(values: pd.Series, form: str | Callable[[Any], str]) -> pd.Series:
+    """Cells with their multiples of the first, as in `23 (1.15×)`."""
+    multiples = text(values / values.iloc[0], " ({:.2f}×)").where(values.notna(), "")
+    multiples.iloc[0] = ""
+    return text(values, form) + multiples
 
 
 def digits(value: float) -> str:
@@ -70,297 +64,254 @@ def digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
-def percent(share: float, form: str = ".0f") -> str:
-    """As in `17 %`."""
-    return f"{100 * share:{form}} %"
+def span(values: pd.Series, form: str) -> str:
+    """The smallest and the largest value, or the one that there is."""
+    low, high = (form.format(x) for x in (values.min(), values.max()))
+    unit = low.lstrip("0123456789.")
+    return (low if low == high else f"{low.removesuffix(unit)}–{high}").replace("%", " %")
 
 
-def capacity() -> Lines:
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table. Columns of the same name differ in blanks at their ends."""
+    cells = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(cell.rstrip() for cell in line)} |\n" for line in cells)
+
+
+def by_shape(columns: dict[str, pd.Series]) -> pd.DataFrame:
+    """Columns by shape, in the order of `SHAPES`."""
+    return pd.DataFrame(columns).loc[list(SHAPES)].reset_index(names="shape")
+
+
+def named(dtypes: pd.Series, file: str = "") -> pd.Series:
+    """`auto` by what it holds."""
+    return dtypes.replace("auto", "float32" if "float32" in file else "bf16")
+
+
+def fits(length: int) -> pd.Series:
+    """Tokens that fit into 256 MiB, by cache dtype."""
+    return read("capacity", "rows", max_model_len=length).set_index("cache_dtype")["tokens"]
+
+
+def capacity() -> pd.DataFrame:
     """README: what fits into 256 MiB."""
-    fits = _capacity(4096)
+    tokens = gains(fits(4096)[["auto", "kivi2"]], "{:,}")
     title = "256 MiB of KV cache, `--max-model-len 4096`"
-    return [
-        {title: "bf16", "tokens": f"{fits['auto']:,}"},
-        {title: "kivi2", "tokens": f"{fits['kivi2']:,}{times(fits['kivi2'], fits['auto'])}"},
-    ]
+    return pd.DataFrame({title: named(pd.Series(tokens.index)), "tokens": tokens.to_list()})
 
 
-def _capacity(length: int) -> dict[str, int]:
-    rows = read("capacity")["rows"]
-    return {row["cache_dtype"]: row["tokens"] for row in rows if row["max_model_len"] == length}
-
-
-def dtypes() -> Lines:
+def dtypes() -> pd.DataFrame:
     """README: bytes, capacity and quality by dtype."""
-    data, lines = read("quality-pydoc"), []
-    loss = {
-        row["cache"]: f"{row['ratio']['value']:.3f} ({row['kl']['value']:.3f})"
-        for row in data["perplexity"]
-    }
-    sizes = {row["name"]: row["kv_bytes_per_token"] for row in data["caches"]}
+    names = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2"]
+    sizes = read("quality-pydoc", "caches").set_index("name")["kv_bytes_per_token"]
     sizes["auto"] /= 2  # the model of these runs was in float32
-    for name in ("auto", "fp8", "kivi4", "kivi_k4v2", "kivi2"):
-        fits = [_capacity(length) for length in (4096, 8192)]
-        ratios = " / ".join(f"{fit[name] / fit['auto']:.2f}" for fit in fits)
-        lines.append(
-            {
-                "`--kv-cache-dtype`": f"`{name}`",
-                "bytes a token": f"{sizes[name]:,.0f} ({percent(sizes[name] / sizes['auto'])})",
-                "tokens that fit, of bf16's: 4,096 / 8,192 long": ratios,
-                "perplexity (KL), default": loss[name],
-                "`recipe: paper`": loss.get(f"{name}:recipe=paper", "–"),
-            }
-        )
-    return lines
+    short, long = (text(fits(n) / fits(n)["auto"], "{:.2f}") for n in (4096, 8192))
+    rows = read("quality-pydoc", "perplexity").set_index("cache")
+    loss = text(rows["ratio.value"], "{:.3f}") + text(rows["kl.value"], " ({:.3f})")
+    paper = loss.reindex([f"{name}:recipe=paper" for name in names], fill_value="–")
+    columns = {
+        "`--kv-cache-dtype`": pd.Series({name: f"`{name}`" for name in names}),
+        "bytes a token": text(sizes, "{:,.0f}") + text(sizes / sizes["auto"], " ({:.0%})"),
+        "tokens that fit, of bf16's: 4,096 / 8,192 long": short + " / " + long,
+        "perplexity (KL), default": loss,
+        "`recipe: paper`": paper.set_axis(names),
+    }
+    return pd.DataFrame(columns).loc[names]
 
 
-def _decode(name: str, shape: str, batches: Sequence[int], long: bool = True) -> pd.DataFrame:
-    rows = pd.DataFrame([row for row in read(name)["decode"] if "skipped" not in row])
-    rows = rows[(rows["shape"] == shape) & rows["batch"].isin(batches)]
-    return rows[(rows["context"] >= 4096) == long]
+def ranges(file: str, column: str, form: str) -> pd.Series:
+    """Ranges at decode by shape, whether from 4,096 tokens on, and whether of a batch."""
+    rows = read(file, "decode")
+    groups = rows.groupby(["shape", rows["context"] >= 4096, rows["batch"] > 1])
+    return groups[column].agg(lambda values: span(values, form))
 
 
-def speed() -> Lines:
+def speed() -> pd.DataFrame:
     """README: decode attention from 4,096 tokens on."""
     columns = {
-        "against bf16": ("1-thread", (8, 32), "ratio_bf16"),
-        "against fp8": ("1-thread", (8, 32), "ratio_fp8"),
-        "one sequence, bf16": ("1-thread", (1,), "ratio_bf16"),
-        "two threads, bf16": ("2-threads", (8, 32), "ratio_bf16"),
-        "AVX2 (EPYC), bf16": ("avx2-1-thread", (8, 32), "ratio_bf16"),
+        "against bf16": (CASCADE[0], "ratio_bf16", True),
+        "against fp8": (CASCADE[0], "ratio_fp8", True),
+        "one sequence, bf16": (CASCADE[0], "ratio_bf16", False),
+        "two threads, bf16": (CASCADE[1], "ratio_bf16", True),
+        "AVX2 (EPYC), bf16": (EPYC[0], "ratio_bf16", True),
     }
-    return [
-        {"heads": SHAPES[shape]}
-        | {
-            title: span(_decode(f"attention-cpu-{file}", shape, batches)[field], "{:.1f}×")
-            for title, (file, batches, field) in columns.items()
-        }
-        for shape in reversed(SHAPES)
-    ]
+    cells = {
+        title: ranges(file, column, "{:.1f}×")[:, True, batches]
+        for title, (file, column, batches) in columns.items()
+    }
+    table = by_shape(cells)
+    return table.replace(SHAPES).rename(columns={"shape": "heads"})[::-1]
 
 
-def decode(files: Sequence[str], fp8: bool) -> Lines:
+def decode(files: Sequence[str], fp8: bool) -> pd.DataFrame:
     """Ranges over the cases of one file a number of threads."""
-    lines = []
-    for shape in SHAPES:
-        for long in (False, True):
-            for batches in ((1,), (8, 32)):
-                what = f"{'≥ 4,096' if long else '1,024'} × {', '.join(map(str, batches))}"
-                line = {"shape": shape, "context × batch": what}
-                for blanks, name in (("", files[0]), (" ", files[1])):
-                    mine = _decode(name, shape, batches, long)
-                    threads = "2 threads" if blanks else "1 thread"
-                    line[f"{threads}: vs bf16"] = span(mine["ratio_bf16"])
-                    if fp8:
-                        line[f"vs fp8{blanks}"] = span(mine["ratio_fp8"])
-                    line[f"of the read floor{blanks}"] = span(
-                        mine["share_of_floor"], "{:.0f} %", 100
-                    )
-                lines.append(line)
-    return lines
+    columns = {}
+    for file, threads, end in zip(files, ("1 thread", "2 threads"), ("", " "), strict=True):
+        columns[f"{threads}: vs bf16"] = ranges(file, "ratio_bf16", "{:.2f}")
+        if fp8:
+            columns[f"vs fp8{end}"] = ranges(file, "ratio_fp8", "{:.2f}")
+        columns[f"of the read floor{end}"] = ranges(file, "share_of_floor", "{:.0%}")
+    keys = list(product(SHAPES, (False, True), (False, True)))
+    cases = [f"{'≥ 4,096' if a else '1,024'} × {'8, 32' if b else '1'}" for _, a, b in keys]
+    table = pd.DataFrame(columns).loc[keys]
+    table.insert(0, "shape", [shape for shape, *_ in keys])
+    table.insert(1, "context × batch", cases)
+    return table
 
 
-def prefill(files: Sequence[str]) -> Lines:
+def prefill(files: Sequence[str]) -> pd.DataFrame:
     """Prefill against bf16, and the store's share of a decode step; a file a number of threads."""
-    data, lines = [read(name) for name in files], []
-    chunks = {
-        "first 2,048 tokens, vs bf16": (2048, 0),
-        "first 8,192": (8192, 0),
-        "2,048 behind 8,192 cached": (2048, 8192),
+
+    def both(part: str, column: str, form: str, **where: int) -> pd.Series:
+        one, two = (read(file, part, **where).set_index("shape")[column] for file in files)
+        return text(one, form) + " / " + text(two, form)
+
+    ratios, share = partial(both, "prefill", "ratio", "{:.2f}"), "share_of_attend"
+    columns = {
+        "first 2,048 tokens, vs bf16": ratios(new=2048, context=0),
+        "first 8,192": ratios(new=8192, context=0),
+        "2,048 behind 8,192 cached": ratios(new=2048, context=8192),
+        "store, share of a decode step at 4,096 × 8": both("store", share, "{:.1%}", new=1),
     }
-    for shape in SHAPES:
-        line = {"shape": shape}
-        for title, (new, cached) in chunks.items():
-            key = {"shape": shape, "new": new, "context": cached}
-            line[title] = " / ".join(f"{one(x['prefill'], **key)['ratio']:.2f}" for x in data)
-        shares = [one(x["store"], shape=shape, new=1)["share_of_attend"] for x in data]
-        title = "store, share of a decode step at 4,096 × 8"
-        lines.append(line | {title: " / ".join(percent(share, ".1f") for share in shares)})
-    return lines
+    return by_shape(columns)
 
 
-def builds() -> Lines:
+def builds() -> pd.DataFrame:
     """Builds of the kernels against the builds before them."""
-    lines: dict[str, dict[str, str]] = {shape: {"shape": shape} for shape in SHAPES}
-    for title, name, new in (("attend", "", "after"), ("store_blocks", "store-", "now")):
+    columns = {}
+    for name, new, title in (("", "after", "attend"), ("store-", "now", "store_blocks")):
         for threads in ("1 thread", "2 threads"):
-            for row in read(f"builds-{name}cpu-avx2-{threads[0]}")["rows"]:
-                lines[row["shape"]][f"`{title}`, {threads}"] = f"{row[f'ratio_{new}']:.2f}×"
-    return list(lines.values())
+            rows = read(f"builds-{name}cpu-avx2-{threads[0]}", "rows").set_index("shape")
+            columns[f"`{title}`, {threads}"] = text(rows[f"ratio_{new}"], "{:.2f}×")
+    return by_shape(columns)
 
 
-def recipes() -> Lines:
+def recipes() -> pd.DataFrame:
     """What the default recipe costs over KIVI as published."""
-    data = read("attention-cpu-recipes")
-    stores = {
-        (row["shape"], row["batch"]): percent(row["share_of_attend"], ".1f")
-        for row in data["store"]
-        if row["new"] == 1
+    keys = ["shape", "batch"]
+    rows = read("attention-cpu-recipes", "decode").set_index(keys)
+    stores = read("attention-cpu-recipes", "store", new=1).set_index(keys)["share_of_attend"]
+    columns = {
+        "shape × batch": [f"{shape} × {batch}" for shape, batch in rows.index],
+        "attend, best / paper": text(rows["kivi2_ms"] / rows["kivi2_paper_ms"], "{:.3f}"),
+        "store of `best`, of attend": text(stores.reindex(rows.index), "{:.1%}"),
     }
-    return [
-        {
-            "shape × batch": f"{row['shape']} × {row['batch']}",
-            "attend, best / paper": f"{row['kivi2_ms'] / row['kivi2_paper_ms']:.3f}",
-            "store of `best`, of attend": stores.get((row["shape"], row["batch"]), "–"),
-        }
-        for row in data["decode"]
-    ]
+    return pd.DataFrame(columns)
 
 
-def throughput() -> Lines:
+def throughput() -> pd.DataFrame:
     """`vllm bench throughput`: output tokens a second."""
     loads = {
         "throughput-cpu": "16 requests of 4,096 tokens in",
         "throughput-cpu-small": "4 requests of 2,048 tokens in",
         "throughput-cpu-float32": "16 of 4,096, model in float32 (EPYC)",
     }
-    lines = []
-    for name, title in loads.items():
-        rates = {key: row["output_tokens_per_s"] for key, row in read(name)["summary"].items()}
-        line = {"128 tokens out": title}
-        for key, what in {
-            "auto": "vLLM's own (bf16, float32)",
-            "fp8": "fp8",
-            "kivi2": "kivi2",
-        }.items():
-            line[what] = f"{rates[key]:.2f}" if key in rates else "–"
-        lines.append(line | {"kivi2 against its own": f"{rates['kivi2'] / rates['auto']:.2f}×"})
-    return lines
+    rows = pd.concat(read(file, "summary") for file in loads)
+    own, fp8, kivi2 = (rows[f"{x}.output_tokens_per_s"] for x in ("auto", "fp8", "kivi2"))
+    columns = {"128 tokens out": loads.values(), "vLLM's own (bf16, float32)": text(own, "{:.2f}")}
+    columns |= {"fp8": text(fp8, "{:.2f}"), "kivi2": text(kivi2, "{:.2f}")}
+    return pd.DataFrame(columns | {"kivi2 against its own": text(kivi2 / own, "{:.2f}×")})
 
 
-def shares() -> Lines:
+def shares() -> pd.DataFrame:
     """Where an engine's time goes."""
+    rows = read("shares-cpu", "rows").sort_values("phase", ascending=False, kind="stable")
     parts = {"attention": "attention", "model": "rest of the model", "runner": "runner"}
     parts["engine"] = "scheduler and the rest"
-    return [
-        {
-            "three sequences of 3,500 tokens": f"{_name(row['kv_cache_dtype'])}, {row['phase']}",
-            "ms a token": digits(1e3 * row["wall"] / row["tokens"]),
-            **{title: percent(row[name] / row["wall"]) for name, title in parts.items()},
-        }
-        for row in sorted(read("shares-cpu")["rows"], key=lambda row: row["phase"], reverse=True)
-    ]
+    title = "three sequences of 3,500 tokens"
+    columns = {title: named(rows["kv_cache_dtype"]) + ", " + rows["phase"]}
+    columns["ms a token"] = text(1e3 * rows["wall"] / rows["tokens"], digits)
+    columns |= {parts[name]: text(rows[name] / rows["wall"], "{:.0%}") for name in parts}
+    return pd.DataFrame(columns)
 
 
-def _name(dtype: str, file: str = "") -> str:
-    """`auto` by what it holds."""
-    return ("float32" if "float32" in file else "bf16") if dtype == "auto" else dtype
-
-
-def seen(row: dict[str, Any], first: dict[str, Any] | None = None) -> dict[str, str]:
+def seen(rows: pd.DataFrame, write: Callable[..., pd.Series] = gains) -> dict[str, pd.Series]:
     """What a load and its server say, with the multiples of the first cache's.
 
     Concurrency is the median of the running requests over the moments at which others waited;
     the most that ran at any moment stands beside it.
     """
-
-    def cell(name: str, form: Callable[[float], str]) -> str:
-        if row[name] is None:
-            return "–"
-        gain = "" if first in (None, row) else times(row[name], first[name])  # type: ignore[index]
-        return form(row[name]) + gain
-
+    everything = rows["saturated"].map({True: "", False: ", all"})
     return {
-        WAITING: cell("running_while_others_wait", "{:.0f}".format),
-        MOST: cell("running", "{:.0f}".format) + ("" if row["saturated"] else ", all"),
-        "output tokens/s": cell("output_tokens_per_s", digits),
-        "preempted": f"{row['preemptions']:.0f}",
+        WAITING: write(rows["running_while_others_wait"], "{:.0f}"),
+        MOST: write(rows["running"], "{:.0f}") + everything,
+        "output tokens/s": write(rows["output_tokens_per_s"], digits),
+        "preempted": text(rows["preemptions"], "{:.0f}"),
     }
 
 
-def load() -> Lines:
+def load() -> pd.DataFrame:
     """README: three loads on three caches."""
     loads = {
         ("cpu", "long"): "16 prompts of their own, 3,000–4,000 tokens, 128 out",
         ("cpu-shared", "shared"): "48 prompts of 3,500 tokens, 8 shared prefixes, 128 out",
         ("cpu-kivi", "kivi"): "72 prompts of about 160 tokens, 338 out (KIVI's lengths)",
     }
-    lines: list[dict[str, str]] = []
+    tables = []
     for (file, workload), title in loads.items():
-        rows = [row for row in read(f"serving-{file}")["summary"] if row["workload"] == workload]
-        columns = {_name(row["kv_cache_dtype"]): seen(row, rows[0]) for row in rows}
-        if not lines:
-            sizes = {_name(row["kv_cache_dtype"]): row["kv_cache_tokens"] for row in rows}
-            own = sizes["bf16"]
-            gains = {name: times(n, own) if n != own else "" for name, n in sizes.items()}
-            cells = {name: f"{n:,}{gains[name]}" for name, n in sizes.items()}
-            lines.append({"": "", " ": "tokens that fit"} | cells)
-        for name in columns["bf16"]:
-            cells = {dtype: column[name] for dtype, column in columns.items()}
-            lines.append({"": title if name == WAITING else "", " ": name} | cells)
-    return lines
+        rows = read(f"serving-{file}", "summary", workload=workload)
+        sizes = {} if tables else {"tokens that fit": gains(rows["kv_cache_tokens"], "{:,}")}
+        table = pd.DataFrame(sizes | seen(rows)).set_index(named(rows["kv_cache_dtype"])).T
+        table.insert(0, "", [title if name == WAITING else "" for name in table.index])
+        table.insert(1, " ", table.index)
+        tables.append(table)
+    return pd.concat(tables)
 
 
-def served(workload: str, *files: str) -> Lines:
+def served(workload: str, *files: str) -> pd.DataFrame:
     """One load on each cache, with everything that was seen."""
-    rows = [
-        row | {"": _name(row["kv_cache_dtype"], file) + (" again" if file != files[0] else "")}
-        for file in files
-        for row in read(f"serving-{file}")["summary"]
-        if row["workload"] == workload
-    ]
-    hits, lines = any(row["prefix_hit_rate"] for row in rows), []
-    for row in rows:
-        p50, ends = (
-            {name: x["p50"] for name, x in row["latency_ms"].items()},
-            row["latency_ms"]["e2el"],
-        )
-        line = {"": row[""], "cache tokens": f"{row['kv_cache_tokens']:,}"} | seen(row, rows[0])
-        line |= {"prompt tokens found": percent(row["prefix_hit_rate"])} if hits else {}
-        lines.append(
-            line
-            | {
-                "first token, p50": f"{p50['ttft'] / 1e3:.0f} s",
-                "a later token, p50": f"{p50['tpot']:,.0f} ms",
-                "whole answer, p50 / p95": f"{ends['p50'] / 1e3:.0f} / {ends['p95'] / 1e3:.0f} s",
-                "peak memory": f"{row['memory_peak_bytes'] / 2**20:,.0f} MiB",
-            }
-        )
-    return lines
+    found = []
+    for file in files:
+        rows = read(f"serving-{file}", "summary", workload=workload)
+        again = "" if file == files[0] else " again"
+        found.append(rows.assign(name=named(rows["kv_cache_dtype"], file) + again))
+    rows = pd.concat(found, ignore_index=True)
+    columns = {"": rows["name"], "cache tokens": text(rows["kv_cache_tokens"], "{:,}")}
+    columns |= seen(rows)
+    if rows["prefix_hit_rate"].any():
+        columns["prompt tokens found"] = text(rows["prefix_hit_rate"], "{:.0%}")
+    ends = [text(rows[f"latency_ms.e2el.{p}"] / 1e3, "{:.0f}") for p in ("p50", "p95")]
+    columns |= {
+        "first token, p50": text(rows["latency_ms.ttft.p50"] / 1e3, "{:.0f} s"),
+        "a later token, p50": text(rows["latency_ms.tpot.p50"], "{:,.0f} ms"),
+        "whole answer, p50 / p95": ends[0] + " / " + ends[1] + " s",
+        "peak memory": text(rows["memory_peak_bytes"] / 2**20, "{:,.0f} MiB"),
+    }
+    return pd.DataFrame(columns)
 
 
-def rate() -> Lines:
+def rate() -> pd.DataFrame:
     """A rising request rate: bf16 / kivi2."""
-    data, lines = read("serving-cpu-rate")["summary"], []
-    for bf16 in (row for row in data if row["kv_cache_dtype"] == "auto"):
-        kivi2 = one(data, workload=bf16["workload"], kv_cache_dtype="kivi2")
-        both, offered = (bf16, kivi2), bf16["request_rate"]
-        line = {"requests/s": f"{offered:.3f}" if offered else "all at the start"}
-        line |= {name: f"{text} / {seen(kivi2)[name]}" for name, text in seen(bf16).items()}
-        line["ratio"] = f"{kivi2['output_tokens_per_s'] / bf16['output_tokens_per_s']:.2f}×"
-        for name, form, title in (("ttft", ".1f", "first token"), ("e2el", ".0f", "whole answer")):
-            seconds = [f"{row['latency_ms'][name]['p50'] / 1e3:{form}}" for row in both]
-            line[f"{title}, p50, s"] = " / ".join(seconds)
-        lines.append(line)
-    return lines
-
-
-def context() -> Lines:
-    """One request at a time: milliseconds of a token behind so many others."""
-    lines: dict[str, dict[str, str]] = {}
-    for row in read("serving-cpu-context")["summary"]:
-        line = lines.setdefault(row["kv_cache_dtype"], {"ms a token": _name(row["kv_cache_dtype"])})
-        tokens = int(row["workload"].removeprefix("context-"))
-        line[f"{tokens:,}"] = f"{row['latency_ms']['tpot']['p50']:.0f}"
-    return list(lines.values())
-
-
-def short() -> str:
-    """How many times bf16's speed smollm2 has at 1,024 tokens: one sequence, one thread."""
-    return span(
-        _decode("attention-cpu-1-thread", "smollm2", (1,), long=False)["ratio_bf16"], "{:.1f}"
+    bf16, kivi2 = (
+        read("serving-cpu-rate", "summary", kv_cache_dtype=name).reset_index(drop=True)
+        for name in ("auto", "kivi2")
     )
 
+    def columns(rows: pd.DataFrame) -> pd.DataFrame:
+        ends = {
+            "first token, p50, s": text(rows["latency_ms.ttft.p50"] / 1e3, "{:.1f}"),
+            "whole answer, p50, s": text(rows["latency_ms.e2el.p50"] / 1e3, "{:.0f}"),
+        }
+        return pd.DataFrame(seen(rows, text) | ends)
 
-def prefill_gain() -> str:
-    """Prefill on the EPYC, times bf16's speed."""
-    ratios = [row["ratio"] for name in EPYC for row in read(name)["prefill"]]
-    return span(pd.Series(ratios), "{:.1f}")
+    table = columns(bf16) + " / " + columns(kivi2)
+    offered = text(bf16["request_rate"], "{:.3f}").replace("–", "all at the start")
+    table.insert(0, "requests/s", offered)
+    ratio = kivi2["output_tokens_per_s"] / bf16["output_tokens_per_s"]
+    table.insert(5, "ratio", text(ratio, "{:.2f}×"))
+    return table
 
 
-CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
-EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
-TABLES: dict[str, Callable[[], Lines]] = {
+def context() -> pd.DataFrame:
+    """One request at a time: milliseconds of a token behind so many others."""
+    rows = read("serving-cpu-context", "summary")
+    rows["tokens"] = rows["workload"].str.removeprefix("context-").astype(int)
+    table = rows.pivot(index="kv_cache_dtype", columns="tokens", values="latency_ms.tpot.p50")
+    table = table.loc[rows["kv_cache_dtype"].unique()]
+    columns = {f"{tokens:,}": text(table[tokens], "{:.0f}") for tokens in table}
+    return pd.DataFrame({"ms a token": named(pd.Series(table.index, table.index))} | columns)
+
+
+TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "capacity": capacity,
     "dtypes": dtypes,
     "speed": speed,
@@ -382,7 +333,11 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "context": context,
 }
 """By the name in the markers."""
-FIGURES: dict[str, Callable[[], str]] = {"short-decode": short, "avx2-prefill": prefill_gain}
+FIGURES: dict[str, Callable[[], str]] = {
+    # Times bf16's speed: smollm2 at 1,024 tokens, one sequence and thread; prefill on the EPYC.
+    "short-decode": lambda: ranges(CASCADE[0], "ratio_bf16", "{:.1f}")["smollm2", False, False],
+    "avx2-prefill": lambda: span(pd.concat(read(x, "prefill")["ratio"] for x in EPYC), "{:.1f}"),
+}
 
 
 def rewritten(text: str) -> str:

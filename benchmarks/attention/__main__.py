@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.attention.cases import DEFAULTS, SECTIONS, SHAPES, B, by_importance, plan
+from benchmarks.attention.cases import DEFAULTS, SECTIONS, SHAPES, B, plan
 from benchmarks.attention.children import on_cpu, on_gpu
-from benchmarks.attention.report import facts, show
+from benchmarks.attention.report import show
 from benchmarks.common import machine
 from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
@@ -58,28 +58,25 @@ def attention(
     if device == "cuda" and threads:
         raise UserError("--threads is for --device cpu", "leave it out")
     defaults = DEFAULTS["smoke" if smoke else device]
-    cases = plan(
-        among("--section", section or SECTIONS, SECTIONS),
-        among("--shape", shape or defaults.shapes, SHAPES),
-        [_blocks(n) for n in context or defaults.contexts],
-        batch or defaults.batches,
-        [_chunk(text) for text in prefill or ()] or defaults.chunks,
-        defaults.store,
+    sizes = defaults._replace(
+        shapes=among("--shape", shape or defaults.shapes, SHAPES),
+        contexts=[_blocks(n) for n in context or defaults.contexts],
+        batches=batch or defaults.batches,
+        chunks=[_chunk(text) for text in prefill or ()] or defaults.chunks,
     )
+    cases = plan(among("--section", section or SECTIONS, SECTIONS), sizes)
     counts = threads or sorted({1, len(machine.cores())})
     if max(counts) > len(machine.cores()):
         free = f"this process may use {len(machine.cores())} cores"
         raise UserError(f"--threads {max(counts)}: {free}", "ask for fewer threads")
     budget = defaults.budget if budget is None else budget
-    limit = None if memory is None else int(memory * machine.GIB)
+    settings: dict[str, Any] = {"budget": budget, "memory": memory and int(memory * machine.GIB)}
     header = machine.header("attention") | {"device": device, "budget_s": budget}
-    settings: dict[str, Any] = {"budget": budget, "memory": limit}
     if device == "cpu":
-        settings["memory"] = machine.memory_limit() if limit is None else limit
+        settings["memory"] = settings["memory"] or machine.memory_limit()
         settings |= {"llc": machine.llc_bytes(), "huge_pages": huge_pages}
         header |= {"llc_bytes": settings["llc"], "huge_pages_requested": huge_pages}
     else:
-        cases = by_importance(cases, defaults)
         end = math.inf if seconds is None else time.time() + seconds
         settings |= {"deadline": end, "smoke": smoke}
         header["seconds"] = seconds
@@ -90,9 +87,8 @@ def attention(
         *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")),
         console=console, transient=True, refresh_per_second=1, disable=not console.is_terminal,
     ) as progress:  # fmt: skip
-        bar = progress.add_task(
-            "starting", total=len(cases) * (len(counts) if device == "cpu" else 1)
-        )
+        times = len(counts) if device == "cpu" else 1
+        bar = progress.add_task("starting", total=len(cases) * times)
 
         def tell(kind: str, what: Any) -> None:
             if kind == "now":
@@ -107,8 +103,7 @@ def attention(
             else:
                 rows[what["section"]].append(what)
                 progress.advance(bar)
-            if json_path is not None:
-                write_json(json_path, {"header": header, **rows})
+            write_json(json_path, {"header": header, **rows})
 
         try:
             if device == "cpu":
@@ -117,9 +112,7 @@ def attention(
                 on_gpu(cases, settings, tell)
         finally:
             progress.stop()
-            show(rows, device, cases)
-            for line in facts(header):
-                print(line)
+            show(rows, header)
 
 
 def _blocks(tokens: int) -> int:

@@ -9,12 +9,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 
 from benchmarks.attention.cases import DEFAULTS, RESIDUAL, SHAPES, B, Case
 from benchmarks.common import machine
 from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
+from benchmarks.common.tables import show
 from kivi_vllm.cli.errors import UserError
 
 OPERATORS = {"attend": 0.02, "store_blocks": 0.0}
@@ -60,9 +62,11 @@ def builds(
             row, header["isa"] = _compare(case, paths, threads, isa, seconds)
             fields = {key: value for key, value in case.fields.items() if key != "section"}
             rows.append(fields | row)
-            if json_path is not None:
-                write_json(json_path, {"header": header, "rows": rows})
-    _show(f"{operator}, one layer (median, ms)", rows, list(paths))
+            write_json(json_path, {"header": header, "rows": rows})
+    forms = {f"{name}_ms": ".4g" for name in paths}
+    forms |= {f"ratio_{name}": ".3f" for name in list(paths)[1:]}
+    table = pd.DataFrame(rows)[["shape", "context", "batch", *forms]]
+    show(table, f"{operator}, one layer (median, ms)", forms)
 
 
 def _compare(
@@ -71,49 +75,42 @@ def _compare(
     """A row of medians and quartiles in ms by build, and `ratio_NAME` to the first."""
     import torch
 
-    from benchmarks.attention.kivi import KiviPool, rows
+    from benchmarks.attention.kivi import KiviPool
     from benchmarks.attention.memory import cold_sets
     from benchmarks.attention.timing import Timed, columns, interleave
-    from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
+    from benchmarks.attention.work import Work
     from kivi_vllm.ops.cpu import operators
     from kivi_vllm.ops.cpu.library import Library
 
     torch.set_num_threads(threads)
     libraries = {name: Library(path, isa) for name, path in paths.items()}
-    attending, shape, batch, new = (
-        case.section == "attend",
-        SHAPES[case.shape],
-        case.batch,
-        case.new,
-    )
+    attending, shape, new = case.section == "attend", SHAPES[case.shape], case.new
     total = case.context + (max(RESIDUAL, new) if attending else -(-new // B) * B)
-    read = KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(case.context // B, RESIDUAL)
+    work = Work(shape, case.batch, new, total)
+    read = KiviPool(shape, "kivi2", 1, case.batch, 1).read_bytes(work)
     sets = cold_sets(read, machine.llc_bytes())
-    pool = KiviPool(shape, "kivi2", sets, batch, -(-total // B))
-    template = Tokens(shape, TEMPLATE_BLOCKS * B)
-    pool.allocate(huge_pages=True)
-    pool.fill(template.key, template.value)
-    own, of = Tokens(shape, batch * new), rows(batch, new, total)
+    pool = KiviPool(shape, "kivi2", sets, case.batch, -(-total // B))
+    pool.prepare()
     pages = pool.tables[0].flatten().long()
 
     def run(library: Library, call: Callable[[], object]) -> None:
         operators.load = lambda: library
         call()
 
-    if attending:
-        args = (own.query, own.key, own.value, own.output)
-        calls = [pool.attention(i, of, *args) for i in range(sets)]
-    else:
-        calls = [pool.store(case.section, i, of, own.key, own.value) for i in range(sets)]
-    things, results, cursor = {}, [], cycle(range(sets))
+    def call(i: int) -> Callable[[], object]:
+        if attending:
+            return pool.attention(i, work)
+        return pool.store(case.section, i, work.rows, work.key, work.value)
+
+    calls, cursor = [call(i) for i in range(sets)], cycle(range(sets))
+    things, results = {}, []
     for name, library in libraries.items():
         things[name] = Timed([partial(run, library, call) for call in calls], cursor)
-        if attending:
-            own.output.fill_(float("nan"))
-        else:
+        work.output.fill_(float("nan"))
+        if not attending:
             pool.pages[pages] = 0
         things[name].calls[0]()
-        results.append((own.output if attending else pool.pages[pages]).double())
+        results.append((work.output if attending else pool.pages[pages]).double())
     scale = results[0].abs().max()
     error = float(torch.stack([(x - results[0]).abs().max() / scale for x in results]).max())
     if not error <= OPERATORS[case.section]:  # NaN too
@@ -123,15 +120,6 @@ def _compare(
     row = columns(times) | {"difference": error}
     row |= {f"ratio_{name}": round(base / one.ms, 3) for name, one in times.items()}
     return row, next(iter(libraries.values())).isa
-
-
-def _show(title: str, rows: list[dict[str, Any]], names: list[str]) -> None:
-    import pandas as pd
-
-    from benchmarks.common.tables import show
-
-    forms = {f"{name}_ms": ".4g" for name in names} | {f"ratio_{name}": ".3f" for name in names[1:]}
-    show(pd.DataFrame(rows)[["shape", "context", "batch", *forms]], title, forms)
 
 
 if __name__ == "__main__":

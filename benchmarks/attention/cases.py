@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kivi_vllm.config import BLOCK_SIZE as B
 
@@ -48,30 +48,24 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What is measured on a kind of device where the command line does not say.
+class Sizes(NamedTuple):
+    """What is measured; what matters comes first.
 
-    Attributes:
-        shapes: keys of `SHAPES`, the most important first.
-        contexts: cached tokens at decode.
-        batches: sequences at decode, the most important first.
-        chunks: prefill: (new tokens, cached tokens).
-        store: context and batch at decode, new tokens of a chunk.
-        budget: seconds of timing per case.
-
+    Decode has a case for each of `contexts` (cached tokens) and `batches` (sequences), prefill for
+    each of `chunks` (new, cached tokens). `store` is context and batch of a decode, and the tokens
+    of a chunk; `budget` seconds of timing a case.
     """
 
-    shapes: tuple[str, ...]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    chunks: tuple[tuple[int, int], ...]
+    shapes: Sequence[str]
+    contexts: Sequence[int]
+    batches: Sequence[int]
+    chunks: Sequence[tuple[int, int]]
     store: tuple[int, int, int]
     budget: float
 
 
 DEFAULTS = {
-    "cpu": Defaults(
+    "cpu": Sizes(
         ("smollm2", "llama3-8b", "llama2-7b"),
         (1024, 4096, 16384, 65536),
         (1, 8, 32),
@@ -79,34 +73,26 @@ DEFAULTS = {
         (4096, 8, 2048),
         5.0,
     ),
-    "cuda": Defaults(
+    "cuda": Sizes(
         ("llama3-8b", "llama2-7b", "smollm2", "qwen3-8b"),
-        (1024, 4096, 16384, 32768, 65536, 131072),
+        (32768, 65536, 1024, 4096, 16384, 131072),
         (32, 1, 8, 128),
         ((2048, 0), (2048, 8192), (2048, 32768)),
         (4096, 8, 2048),
         1.0,
     ),
     # The whole of "cuda" without a GPU, in Triton's interpreter: its times mean nothing.
-    "smoke": Defaults(("tiny",), (256,), (1, 2), ((200, 0), (40, 256)), (256, 2, 256), 0.0),
+    "smoke": Sizes(("tiny",), (256,), (1, 2), ((200, 0), (40, 256)), (256, 2, 256), 0.0),
 }
-
-FIRST = (("llama3-8b", 32768, 32), ("llama3-8b", 65536, 1))
-"""Decodes that come before all others where time may run out: shape, context, batch."""
+"""By device, where the command line does not say."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement.
+    """One measurement: a section, a key of `SHAPES`, and a step.
 
-    Attributes:
-        section: one of `SECTIONS`.
-        shape: a key of `SHAPES`.
-        context: cached tokens per sequence, a multiple of 128; at decode
-            `RESIDUAL` more follow them.
-        batch: sequences.
-        new: tokens per sequence in the step; 1: decode.
-
+    The step has `new` tokens (1: decode) in each of `batch` sequences, behind `context` cached
+    ones, a multiple of 128; at decode `RESIDUAL` more follow them.
     """
 
     section: str
@@ -120,51 +106,32 @@ class Case:
         return f"{self.section} {self.shape}, context {self.context}, {step}"
 
     @property
+    def decodes(self) -> bool:
+        """Whether the step is one of decode, amid a block."""
+        return self.section != "prefill" and self.new == 1
+
+    @property
+    def end(self) -> int:
+        """Tokens of each sequence after the step."""
+        return self.context + (RESIDUAL if self.decodes else self.new)
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The case as the first columns of its row."""
         return asdict(self)
 
 
-def plan(
-    sections: Sequence[str],
-    shapes: Sequence[str],
-    contexts: Sequence[int],
-    batches: Sequence[int],
-    chunks: Sequence[tuple[int, int]],
-    store: tuple[int, int, int],
-) -> list[Case]:
-    """All cases, section by section, in the order of the tables."""
-    cases: list[Case] = []
-    context, batch, new = store
-    for section in sections:
-        for shape in shapes:
-            if section == "decode":
-                cases += [Case(section, shape, c, b) for c in contexts for b in batches]
-            elif section == "prefill":
-                cases += [Case(section, shape, cached, new=n) for n, cached in chunks]
-            else:
-                cases += [Case(section, shape, context, batch), Case(section, shape, 0, new=new)]
-    return cases
+def plan(sections: Sequence[str], sizes: Sizes) -> list[Case]:
+    """All cases, so that a run that ends early has what matters.
 
-
-def by_importance(cases: Sequence[Case], defaults: Defaults) -> list[Case]:
-    """The cases so that a run that ends early has what matters: `FIRST`, then shape by shape.
-
-    Of a shape first the decodes of the two most important batches, whole curves over the
-    contexts; then prefill and store; then the other batches.
+    Shape by shape: the decodes of the first two batches, prefill, store, the other decodes.
     """
-
-    def rank(case: Case) -> tuple[int, ...]:
-        key = (case.shape, case.context, case.batch)
-        first = FIRST.index(key) if case.section == "decode" and key in FIRST else len(FIRST)
-        shape = _index(defaults.shapes, case.shape)
-        if case.section != "decode":
-            return first, shape, 2, SECTIONS.index(case.section)
-        batch = _index(defaults.batches, case.batch)
-        return first, shape, batch + (batch > 1), case.context
-
-    return sorted(cases, key=rank)
-
-
-def _index(known: Sequence[Any], what: Any) -> int:
-    return known.index(what) if what in known else len(known)
+    context, batch, new = sizes.store
+    early = 2 * len(sizes.contexts)
+    cases: list[Case] = []
+    for shape in sizes.shapes:
+        decodes = [Case("decode", shape, c, b) for b in sizes.batches for c in sizes.contexts]
+        others = [Case("prefill", shape, cached, new=n) for n, cached in sizes.chunks]
+        others += [Case("store", shape, context, batch), Case("store", shape, 0, new=new)]
+        cases += [*decodes[:early], *others, *decodes[early:]]
+    return [case for case in cases if case.section in sections]

@@ -1,4 +1,4 @@
-"""Both sides against attention in float64, before anything is timed."""
+"""Both sides against attention in float64 on small steps, before anything is timed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from benchmarks.attention.cases import RESIDUAL, B, Shape
-from benchmarks.attention.kivi import CPU, KiviPool, Place, rows
+from benchmarks.attention.kivi import CPU, KiviPool, Place
+from benchmarks.attention.work import Work, rows
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.ops.codec import decode_pages, encode_pages
 from kivi_vllm.ops.format import PageFormat
@@ -21,34 +22,10 @@ BATCH = 2
 STEPS = ((2 * B, RESIDUAL, 1), (0, 0, 3 * B - 40), (2 * B, 0, B + 72))
 """Cached tokens in whole blocks, tokens after those, new tokens (of the latter at decode)."""
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
-"""What came out and what it should be, both [BATCH, new, num_heads, head_size]."""
-
-Variant = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
-"""Of cached tokens in whole blocks, query [BATCH, new, num_heads, head_size], key and value
-[BATCH, tokens, num_kv_heads, head_size]."""
-
-
-def truth(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention in float64 of the last tokens of one sequence.
-
-    Args:
-        query: [new, num_heads, head_size].
-        key, value: [tokens, num_kv_heads, head_size].
-
-    """
-    group = query.shape[1] // key.shape[1]
-    q = query.double().transpose(0, 1)  # [num_heads, new, D]
-    k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
-    scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
-    ones = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device)
-    hidden = ones.triu(len(key) - len(query) + 1)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
-
-
-def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    return float((output.double() - expected).norm() / expected.norm())
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+Variant = Callable[[Work, int, torch.Tensor, torch.Tensor], KeyValue]
+"""Writes a step's output, given how many tokens are cached in whole blocks, and the key and value
+[BATCH, tokens, num_kv_heads, head_size] of the sequences; returns those as its cache holds them."""
 
 
 def check(
@@ -63,77 +40,62 @@ def check(
         UserError: one is larger than its limit.
 
     """
-    errors: dict[str, float] = {}
+    errors = dict.fromkeys(variants, 0.0)
     generator = torch.Generator().manual_seed(7)
-
-    def random(tokens: int, heads: int) -> torch.Tensor:
-        numbers = torch.randn(BATCH, tokens, heads, shape.head_size, generator=generator)
-        return numbers.bfloat16().to(device)
-
     for cached, residual, new in steps:
-        total = cached + max(residual, new)
-        key, value = (random(total, shape.num_kv_heads) for _ in range(2))
-        query = random(new, shape.num_heads)
-        for name, variant in variants.items():
-            _note(errors, name, *variant(cached, query, key, value))
-    return errors
-
-
-def _note(
-    errors: dict[str, float], name: str, output: torch.Tensor, expected: torch.Tensor
-) -> None:
-    error = relative(output, expected)
-    limit = LIMITS.get(name, LIMIT)
-    if not error <= limit:  # NaN too
-        raise UserError(
-            f"the attention over {name} is wrong: its relative error against float64 is "
-            f"{error:.4g}, the limit is {limit}",
-            "nothing was timed: run the tests of the operators",
-            status=1,
+        work = Work(shape, BATCH, new, cached + max(residual, new), device)
+        size = (BATCH, work.end - new, shape.num_kv_heads, shape.head_size)
+        key, value = (
+            torch.cat([torch.randn(size, generator=generator).bfloat16().to(device), own], 1)
+            for own in (x.unflatten(0, (BATCH, new)) for x in (work.key, work.value))
         )
-    errors[name] = max(errors.get(name, 0.0), error)
+        for name, variant in variants.items():
+            work.output.fill_(float("nan"))
+            k, v = variant(work, cached, key, value)
+            for row in range(BATCH):
+                exact = work.exact(row, lambda a, b, x=k[row], y=v[row]: (x[a:b], y[a:b]), new)
+                error = work.error(row, exact, new)
+                if not error <= (limit := LIMITS.get(name, LIMIT)):  # NaN too
+                    raise UserError(
+                        f"the attention over {name} is wrong: its relative error against float64 "
+                        f"is {error:.4g}, the limit is {limit}",
+                        "nothing was timed: run the tests of the operators",
+                        status=1,
+                    )
+                errors[name] = max(errors[name], error)
+    return errors
 
 
 def kivi(
     shape: Shape,
     dtype: str,
+    work: Work,
     cached: int,
-    query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     place: Place = CPU,
-) -> Outputs:
+) -> KeyValue:
     """A `Variant` of ours, through all three operators."""
-    new, total = query.shape[1], key.shape[1]
-    pool = KiviPool(shape, dtype, 1, BATCH, -(-total // B), place)
-    pool.allocate(False)
-    old = total - new
-    if old:
-        step = (rows(BATCH, old, old), key[:, :old].flatten(0, 1), value[:, :old].flatten(0, 1))
-        pool.store("store_blocks", 0, *step)()
-        pool.store("store_ring", 0, *step)()
-    own = (key[:, old:].flatten(0, 1), value[:, old:].flatten(0, 1))
-    output = torch.full_like(query, float("nan"))
-    of = rows(BATCH, new, total)
-    pool.store("store_blocks", 0, of, *own)()
-    pool.attention(0, of, query.flatten(0, 1), *own, output.flatten(0, 1))()
-    seen_k, seen_v = (x.float() for x in (key, value))
-    for row in range(BATCH):
+    pool = KiviPool(shape, dtype, 1, BATCH, -(-work.end // B), place)
+    pool.allocate()
+    if old := work.end - work.new:
+        before = (rows(BATCH, old, old), key[:, :old].flatten(0, 1), value[:, :old].flatten(0, 1))
+        pool.store("store_blocks", 0, *before)()
+        pool.store("store_ring", 0, *before)()
+    pool.store("store_blocks", 0, work.rows, work.key, work.value)()
+    pool.attention(0, work)()
+    seen = key.float(), value.float()
+    for row in range(BATCH if cached else 0):
         blocks = [
             x[row, :cached].unflatten(0, (-1, B)).transpose(1, 2)  # [blocks, num_kv_heads, B, D]
             for x in (key, value)
         ]
-        if cached:
-            pages = _as_read(blocks[0], blocks[1], pool.fmt)
-            seen_k[row, :cached], seen_v[row, :cached] = (
-                x.transpose(1, 2).flatten(0, 1) for x in pages
-            )
-    return output, torch.stack([truth(*row) for row in zip(query, seen_k, seen_v, strict=True)])
+        for x, pages in zip(seen, _as_read(blocks[0], blocks[1], pool.fmt), strict=True):
+            x[row, :cached] = pages.transpose(1, 2).flatten(0, 1)
+    return seen
 
 
-def _as_read(
-    k: torch.Tensor, v: torch.Tensor, fmt: PageFormat
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _as_read(k: torch.Tensor, v: torch.Tensor, fmt: PageFormat) -> KeyValue:
     """Blocks [n, num_kv_heads, 128, D] of a sequence from its first, as attention reads them."""
     read = decode_pages(encode_pages(k, v, fmt), fmt)
     n = fmt.sink_tokens

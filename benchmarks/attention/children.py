@@ -29,15 +29,9 @@ def on_cpu(
     OpenMP reads its environment once, at its start: hence a process per thread count.
     """
     for count in counts:
-        threads = f"{count} {'thread' if count == 1 else 'threads'}"
-
-        def heard(event: tuple[str, Any], threads: str = threads) -> None:
-            kind, what = event
-            tell(kind, f"{what}, {threads}" if kind == "now" else what)
-
         try:
             with Child(NAME, _environment(machine.binding(count))) as child:
-                child.call(_cpu, count, cases, settings, on_report=heard)
+                child.call(_cpu, count, cases, settings, on_report=lambda event: tell(*event))
         except ChildError as error:
             if "status -9" in str(error):
                 error.remedy = "the system was out of memory: lower --memory"
@@ -51,49 +45,42 @@ def on_gpu(cases: Sequence[Case], settings: dict[str, Any], tell: Tell) -> None:
     left out, and another process goes on; where there was none, the case is left out.
     """
     left, without = list(cases), dict[str, str]()
+    silence = INTERPRETED_SILENCE_S if settings["smoke"] else SILENCE_S
+    case: str | None = None
+    doing: str | None = None
+
+    def heard(event: tuple[str, Any]) -> None:
+        nonlocal last, case, doing
+        last, (kind, what) = time.monotonic(), event
+        if kind == "doing":
+            doing = what
+            return
+        if kind == "now":
+            doing, case = None, what
+        if kind == "row":
+            left.pop(0)
+        tell(kind, what)
+
+    def still_there(_: str) -> None:
+        if time.monotonic() - last > silence:
+            raise ChildError(f"no news for {silence:.0f} s", "see what ran last", status=1)
+
     while left:
-        run = _Watched(left, tell, INTERPRETED_SILENCE_S if settings["smoke"] else SILENCE_S)
+        last, case, doing = time.monotonic(), None, None
         more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if settings["smoke"] else {}
         try:
             with Child(NAME, _environment(more)) as child:
                 work = (list(left), settings, without)
-                child.call(_gpu, *work, on_report=run.heard, update=run.still_there)
+                child.call(_gpu, *work, on_report=heard, update=still_there)
         except ChildError as error:
-            if run.case is None:
+            if case is None:
                 raise  # it did not come as far as a case
-            tell("now", f"{run.case}: the process ended ({run.doing or 'nothing in particular'})")
+            tell("now", f"{case}: the process ended ({doing or 'nothing in particular'})")
             reason = _cause(str(error))
-            if run.doing is not None and run.doing not in without:
-                without[run.doing] = f"its process ended: {reason}"
+            if doing is not None and doing not in without:
+                without[doing] = f"its process ended: {reason}"
             elif left:
                 tell("row", left.pop(0).fields | {"device": "cuda", "skipped": reason})
-
-
-class _Watched:
-    """What a process on a GPU was at when it was last heard of."""
-
-    doing: str | None = None
-    case: str | None = None
-
-    def __init__(self, left: list[Case], tell: Tell, silence: float) -> None:
-        self.left, self.tell, self.silence = left, tell, silence
-        self.last = time.monotonic()
-
-    def heard(self, event: tuple[str, Any]) -> None:
-        kind, what = event
-        self.last = time.monotonic()
-        if kind == "doing":
-            self.doing = what
-            return
-        if kind == "now":
-            self.doing, self.case = None, what
-        if kind == "row":
-            self.left.pop(0)
-        self.tell(kind, what)
-
-    def still_there(self, _: str) -> None:
-        if time.monotonic() - self.last > self.silence:
-            raise ChildError(f"no news for {self.silence:.0f} s", "see what ran last", status=1)
 
 
 def _cause(text: str) -> str:
@@ -108,12 +95,12 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
 
 def _cpu(*work: Any) -> None:
     """In the child: only there are PyTorch and vLLM imported."""
-    from benchmarks.attention import worker
+    from benchmarks.attention.sections import measure_all
 
-    worker.measure_all(*work)
+    measure_all(*work)
 
 
 def _gpu(*work: Any) -> None:
-    from benchmarks.attention.gpu import worker
+    from benchmarks.attention.gpu.sections import measure_all
 
-    worker.measure_all(*work)
+    measure_all(*work)

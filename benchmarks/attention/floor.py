@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +26,13 @@ LINE = 64
 """Bytes of a piece at the most, and of a cache line."""
 
 
-def library() -> Any:
-    """The native library, with `isa`; None where only the reference runs."""
-    from benchmarks.attention.kivi import operators
-    from kivi_vllm.ops import reference
-
-    if operators() is reference:
-        return None
-    from kivi_vllm.ops.cpu.library import load
-
-    return load()
-
-
 def reader(ranges: Ranges) -> Callable[[], object] | None:
     """A call that reads these pieces of memory once; None where there is no compiler."""
-    read = _compiled()
-    if read is None:
+    if (read := _compiled()) is None:
         return None
     addresses, nbytes = torch.tensor(list(_cut(ranges)), dtype=torch.int64).T.contiguous()
-    return partial(_read, read, addresses, nbytes, torch.get_num_threads())
-
-
-def _read(function: Any, addresses: torch.Tensor, nbytes: torch.Tensor, threads: int) -> int:
-    return function(addresses.data_ptr(), nbytes.data_ptr(), len(addresses), threads)
+    threads = torch.get_num_threads()
+    return lambda: read(addresses.data_ptr(), nbytes.data_ptr(), len(addresses), threads)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from benchmarks.attention.cases import KIVI_DTYPES, B, Shape
 from benchmarks.attention.memory import Ranges, allocate, replicate, shuffled
 from benchmarks.attention.timing import Call
+from benchmarks.attention.work import TEMPLATE, Seen, Work, rows
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.codec import decode_pages
 from kivi_vllm.ops.contract import Operators
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.step import AttentionParams, Batch, LayerCache, Raw, Row, Step
@@ -46,17 +48,13 @@ def batch_of(step: Step) -> Batch:
 class Place:
     """Where pools lie and what computes there.
 
-    Attributes:
-        kind: whose operators, `cpu` or `cuda`: Triton interpreted is `cuda` too.
-        device: of all tensors.
-        allocate: gives a tensor of so many bytes, on huge pages if asked for.
-        columns: the width of block tables is a multiple of this.
-
+    `kind` says whose operators, `cpu` or `cuda`: Triton interpreted is `cuda` too. `allocate` gives
+    a tensor of so many bytes. The width of block tables is a multiple of `columns`.
     """
 
     kind: str
     device: torch.device
-    allocate: Callable[[int, bool], torch.Tensor]
+    allocate: Callable[[int], torch.Tensor]
     columns: int = 1
 
     @property
@@ -64,9 +62,9 @@ class Place:
         """The operators that vLLM would run here."""
         return dispatch.operators(self.kind)
 
-    def step(self, of: list[Row], table: torch.Tensor) -> Any:
+    def step(self, of: Sequence[Row], table: torch.Tensor) -> Any:
         """A step as the operators take it, with all that its layers share computed."""
-        step = self.operators.step(batch_of(Step(of, table, per_position=False)))
+        step = self.operators.step(batch_of(Step(list(of), table, per_position=False)))
         for name, member in vars(type(step)).items():
             if isinstance(member, functools.cached_property):
                 getattr(step, name)
@@ -81,32 +79,59 @@ class Place:
 CPU = Place("cpu", torch.device("cpu"), allocate)
 
 
-def operators() -> Operators:
-    """The operators that vLLM would run on this processor."""
-    return CPU.operators
+class Pool:
+    """Cache pages for `sets` batches of `batch` sequences with `blocks` blocks of 128 tokens each.
 
-
-def rows(batch: int, new: int, end: int) -> list[Row]:
-    """A step of `new` tokens in each of `batch` sequences, which then have `end`."""
-    return [Row(i, i * new, (i + 1) * new, end - new, end) for i in range(batch)]
-
-
-class KiviPool:
-    """Pages and rings for `sets` batches of sequences.
-
-    Args:
-        shape: of the layer.
-        name: one of `KIVI_DTYPES`.
-        sets, batch, blocks: how many batches, sequences each, page blocks each.
-        place: where.
-
+    A subclass has the pool's `nbytes`, and those that attending of a step reads; it fills all
+    blocks with given ones in turn.
     """
 
     def __init__(
         self, shape: Shape, name: str, sets: int, batch: int, blocks: int, place: Place = CPU
     ) -> None:
-        self.shape, self.name = shape, name
-        self.sets, self.batch, self.blocks, self.place = sets, batch, blocks, place
+        self.shape, self.name, self.place = shape, name, place
+        self.sets, self.batch, self.blocks = sets, batch, blocks
+        self.tables = shuffled(sets, batch, blocks, seed=1).to(place.device)
+
+    def prepare(self: Any) -> None:
+        """Take the memory, and fill it."""
+        template = Work(self.shape, 1, TEMPLATE, TEMPLATE, self.place.device)
+        self.allocate()
+        self.fill(template.key, template.value)
+
+
+class TokenPool(Pool):
+    """A pool of blocks that hold tokens by themselves: `token_bytes` for each."""
+
+    token_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole pool."""
+        return self.sets * self.batch * self.blocks * B * self.token_bytes
+
+    def read_bytes(self, work: Work) -> int:
+        """Bytes that attending of one batch reads."""
+        return work.batch * work.end * self.token_bytes
+
+    def allocate(self) -> None:
+        """Take the memory."""
+        self.memory = self.place.allocate(self.nbytes)
+
+    def slots(self, i: int, start: int, end: int) -> torch.Tensor:
+        """The slot mapping [batch * (end - start)] of those positions of all sequences of set i."""
+        at = torch.arange(start, end, device=self.place.device)
+        return (self.tables[i][:, at // B].long() * B + at % B).flatten()
+
+
+class KiviPool(Pool):
+    """Pages and rings of the cache `name`, one of `KIVI_DTYPES`."""
+
+    def __init__(
+        self, shape: Shape, name: str, sets: int, batch: int, blocks: int, place: Place = CPU
+    ) -> None:
+        super().__init__(shape, name, sets, batch, blocks, place)
+        self.tables = place.table(self.tables)
         dtype, recipe = KIVI_DTYPES[name]
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
         self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)
@@ -114,7 +139,6 @@ class KiviPool:
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
         raw_pages = self.ring_pages + (self.fmt.sink_tokens > 0)
         self.nbytes = sets * batch * (blocks + raw_pages) * self.block_bytes
-        self.tables = place.table(shuffled(sets, batch, blocks, seed=1))
         # A block's pages are different ones; in the long run they come again.
         entries = torch.arange((blocks + 2) * B // self.fmt.raw_tokens + 1) % self.ring_pages
         ring = shuffled(sets, batch, self.ring_pages, seed=2)[..., entries].contiguous()
@@ -123,30 +147,28 @@ class KiviPool:
         self.params = AttentionParams(scale=shape.head_size**-0.5)
         self._layers: dict[tuple[int, tuple[Row, ...]], tuple[Any, LayerCache]] = {}
 
-    def read_bytes(self, blocks: int, raw_tokens: int) -> int:
+    def read_bytes(self, work: Work) -> int:
         """Bytes that attending of one batch reads: packed blocks, raw tokens, sinks."""
-        raw_tokens += self.fmt.sink_tokens
+        blocks = (work.end - work.new) // B
+        raw_tokens = work.end - blocks * B + self.fmt.sink_tokens
         return self.batch * (blocks * self.block_bytes + raw_tokens * self.shape.token_bytes)
 
-    def allocate(self, huge_pages: bool) -> None:
+    def allocate(self) -> None:
         """Take the memory."""
         heads = self.shape.num_kv_heads
         packed = self.sets * self.batch * self.blocks * self.block_bytes
-        pages = self.place.allocate(packed, huge_pages)
-        raw = self.place.allocate(self.nbytes - packed, huge_pages)
-        self.pages = pages.view(-1, heads, self.fmt.page_bytes)
+        self.pages = self.place.allocate(packed).view(-1, heads, self.fmt.page_bytes)
         per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
-        tokens = raw.view(torch.bfloat16).view(-1, *per_page)
-        self.ring, self.sinks = tokens.tensor_split([self.sets * self.batch * self.ring_pages])
+        raw = self.place.allocate(self.nbytes - packed).view(torch.bfloat16).view(-1, *per_page)
+        self.ring, self.sinks = raw.tensor_split([self.sets * self.batch * self.ring_pages])
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
         template = KiviPool(self.shape, self.name, 1, 1, len(key) // B, self.place)
-        template.allocate(False)
+        template.allocate()
         ids = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
         template.tables = self.place.table(ids)
-        step = template.step(0, rows(1, len(key), len(key)))
-        self.place.operators.store_blocks(step, template.cache(0), key, value)
+        template.store("store_blocks", 0, rows(1, len(key), len(key)), key, value)()
         replicate(self.pages, template.pages)
         tokens = torch.cat([key, value], -1)
         whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
@@ -154,52 +176,51 @@ class KiviPool:
         if len(self.sinks):
             replicate(self.sinks, template.sinks)
 
-    def cache(self, i: int) -> LayerCache:
-        """The layer's caches as a step over set i sees them."""
-        sinks = Raw(self.sinks, self.sink_tables[i]) if self.fmt.sink_tokens else None
-        ring = Raw(self.ring, self.ring_tables[i])
-        return LayerCache(self.fmt, self.pages, ring, sinks=sinks)
-
-    def step(self, i: int, of: list[Row]) -> Any:
-        """A step over set i, prefill exact, as the operators take it."""
-        return self.place.step(of, self.tables[i])
-
-    def layer(self, i: int, of: list[Row]) -> tuple[Any, LayerCache]:
-        """The step over set i and the layer's caches, which all calls of a step share."""
+    def layer(self, i: int, of: Sequence[Row]) -> tuple[Any, LayerCache]:
+        """A step over set i and the layer's caches, which all calls of the step share."""
         key = i, tuple(of)
         if key not in self._layers:
-            self._layers[key] = self.step(i, of), self.cache(i)
+            sinks = Raw(self.sinks, self.sink_tables[i]) if self.fmt.sink_tokens else None
+            ring = Raw(self.ring, self.ring_tables[i])
+            cache = LayerCache(self.fmt, self.pages, ring, sinks=sinks)
+            self._layers[key] = self.place.step(of, self.tables[i]), cache
         return self._layers[key]
 
     def store(
-        self, name: str, i: int, of: list[Row], key: torch.Tensor, value: torch.Tensor
+        self, name: str, i: int, of: Sequence[Row], key: torch.Tensor, value: torch.Tensor
     ) -> Call:
         """A call of `store_blocks` or `store_ring` on set i."""
-        operator = getattr(self.place.operators, name)
-        return partial(operator, *self.layer(i, of), key, value)
+        return partial(getattr(self.place.operators, name), *self.layer(i, of), key, value)
 
-    def attention(
-        self,
-        i: int,
-        of: list[Row],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> Call:
-        """A call of `attend` on set i; query and output [tokens, num_heads, head_size]."""
-        attend = self.place.operators.attend
-        return partial(attend, *self.layer(i, of), query, key, value, self.params, output)
+    def attention(self, i: int, work: Work) -> Call:
+        """A call of `attend` on set i."""
+        own = (work.query, work.key, work.value, self.params, work.output)
+        return partial(self.place.operators.attend, *self.layer(i, work.rows), *own)
 
-    def ranges(self, i: int, blocks: int, raw_tokens: int) -> Ranges:
-        """What attending on set i reads, but for the step's own tokens.
+    def of_a_step(self, work: Work) -> dict[str, list[Call]]:
+        """The calls of a step by operator, over each set.
 
-        Args:
-            i: the set.
-            blocks: packed blocks of each sequence, one range per head.
-            raw_tokens: tokens in its ring after those.
-
+        At decode `store_blocks` completes a block in every sequence, and `store_blocks_idle` finds
+        nothing to do.
         """
+
+        def store(name: str, of: Sequence[Row]) -> list[Call]:
+            return [self.store(name, i, of, work.key, work.value) for i in range(self.sets)]
+
+        calls = {
+            "attend": [self.attention(i, work) for i in range(self.sets)],
+            "store_ring": store("store_ring", work.rows),
+            "store_blocks": store("store_blocks", work.rows),
+        }
+        if work.new == 1:
+            calls["store_blocks_idle"] = calls["store_blocks"]
+            all_complete = rows(work.batch, 1, (work.end // B + 1) * B)
+            calls["store_blocks"] = store("store_blocks", all_complete)
+        return calls
+
+    def ranges(self, i: int, work: Work) -> Ranges:
+        """What a decode step reads of set i: packed blocks, the ring, sinks, its own."""
+        blocks, raw_tokens = work.end // B, work.end % B - 1
         heads = torch.arange(self.shape.num_kv_heads) * self.fmt.page_bytes
         starts = self.pages.data_ptr() + self.tables[i, :, :blocks].long() * self.block_bytes
         ranges = [
@@ -218,4 +239,30 @@ class KiviPool:
         if self.fmt.sink_tokens and blocks:
             starts = self.sinks.data_ptr() + self.sink_tables[i].long() * self.block_bytes + heads
             ranges += [(start, self.fmt.sink_tokens * token) for start in starts.flatten().tolist()]
-        return ranges
+        return ranges + [(x.data_ptr(), x.nbytes) for x in (work.key, work.value)]
+
+    def seen(self, row: int, work: Work, in_order: bool = False) -> Seen:
+        """What a sequence of the first set sees."""
+        own = slice(row * work.new, (row + 1) * work.new)
+        cached = work.end - work.new
+        packed, d = cached // B * B, self.shape.head_size
+        at = torch.arange(packed, cached, device=work.device)
+        per_page = self.fmt.raw_tokens
+        pages = self.ring_tables[0, row, at // per_page].long()
+        ring = self.ring[pages, :, at % per_page]  # [n, num_kv_heads, 2 * D]
+        raw_k = torch.cat([ring[..., :d], work.key[own]])
+        raw_v = torch.cat([ring[..., d:], work.value[own]])
+
+        def tokens(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = self.tables[0, row, start // B : min(end, packed) // B].long()
+            k, v = decode_pages(self.pages[blocks], self.fmt)  # [n, num_kv_heads, 128, D]
+            if start == 0 and len(k) and (n := self.fmt.sink_tokens):
+                kept = self.sinks[self.sink_tables[0, row].long(), :, :n].float()
+                k[:1, :, :n], v[:1, :, :n] = kept[..., :d], kept[..., d:]
+            raw = slice(max(start, packed) - packed, max(end, packed) - packed)
+            return (
+                torch.cat([k.transpose(1, 2).flatten(0, 1), raw_k[raw].float()]),
+                torch.cat([v.transpose(1, 2).flatten(0, 1), raw_v[raw].float()]),
+            )
+
+        return tokens

@@ -17,14 +17,8 @@ COLD = 4
 """A pool is at least this many last-level caches, or as large as what one call reads."""
 
 
-def allocate(nbytes: int, huge_pages: bool) -> torch.Tensor:
-    """A zeroed tensor of bytes of its own mapping, which goes back to the system with it.
-
-    Args:
-        nbytes: size.
-        huge_pages: ask for huge pages (madvise).
-
-    """
+def allocate(nbytes: int, huge_pages: bool = True) -> torch.Tensor:
+    """A zeroed tensor of bytes of its own mapping, which goes back to the system with it."""
     area = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them

@@ -54,7 +54,7 @@ def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> A
     """One picture, a panel per batch."""
     from matplotlib import pyplot
 
-    batches = lines.groupby("batch")
+    batches, entries = lines.groupby("batch"), {}
     size = (1.5 + 3.2 * len(batches), 3.8)
     figure, panels = pyplot.subplots(
         1, len(batches), figsize=size, squeeze=False, sharey=not logarithmic, layout="constrained"
@@ -63,10 +63,9 @@ def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> A
         mine = mine.sort_values("context").set_index("context").drop(columns="batch")
         for name in mine.columns[mine.notna().any()]:
             label, colour = LINES[name]
-            panel.plot(mine[name].dropna(), "o-", ms=4, color=colour, label=label)
+            (entries[label],) = panel.plot(mine[name].dropna(), "o-", ms=4, color=colour)
         panel.set_xscale("log", base=2)
-        ticks = list(mine.index)
-        panel.set_xticks(ticks, [f"{n / 1024:g}k" if n >= 1024 else str(n) for n in ticks])
+        panel.set_xticks(mine.index, [f"{n / 1024:.3g}k" for n in mine.index])
         panel.set(xlabel="cached tokens", title=f"batch {batch}")
         panel.grid(alpha=0.3)
         if logarithmic:
@@ -74,11 +73,9 @@ def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> A
             panel.yaxis.set_major_formatter("{x:g}")
         else:
             panel.axhline(1, color=LINES["bf16_ms"][1], lw=1)
-            panel.set_ylim(bottom=0)
     panels[0][0].set_ylabel(unit)
-    entries = {}
-    for panel in panels[0]:
-        entries |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    if not logarithmic:  # once all are drawn: it is the limit of all
+        panels[0][0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize=11)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, fontsize=8)
     return figure

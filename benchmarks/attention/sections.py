@@ -1,108 +1,119 @@
-"""The three sections: what is set up, timed and reported for one case."""
+"""The processor's side: what is checked, set up, timed and reported for each case."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
+import vllm  # noqa: F401  (loads the plugins)
+from vllm.platforms import current_platform
 
 from benchmarks.attention import baseline
 from benchmarks.attention.baseline import VllmPool
-from benchmarks.attention.cases import KIVI_DTYPES, RESIDUAL, SHAPES, B, Case, Shape
+from benchmarks.attention.cases import KIVI_DTYPES, SHAPES, VLLM_DTYPES, B, Case, Shape
+from benchmarks.attention.check import Variant, check, kivi
 from benchmarks.attention.floor import reader
-from benchmarks.attention.kivi import KiviPool, Row, rows
-from benchmarks.attention.memory import cold_sets, huge_page_bytes
-from benchmarks.attention.timing import Call, Timed, columns, interleave, once, store_columns
-from benchmarks.attention.tokens import TEMPLATE_BLOCKS, Tokens
+from benchmarks.attention.kivi import CPU, KiviPool, Place
+from benchmarks.attention.memory import allocate, cold_sets, huge_page_bytes
+from benchmarks.attention.timing import Timed, columns, interleave, store_columns
+from benchmarks.attention.work import Work
+from benchmarks.common.child import report
 from benchmarks.common.machine import GIB
+from kivi_vllm.ops import reference
+from kivi_vllm.ops.cpu import library
 
 _FLOORS = {"kivi2": "floor", "bf16": "bf16_floor"}
 """Whose bytes are also read raw, and the name of that column."""
 
 Result = dict[str, Any]
-Pool = VllmPool | KiviPool
+Pools = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What holds for all cases of a process.
+def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -> None:
+    """Check and time all cases with so many threads; reports as `children.Tell` says.
 
-    Attributes:
-        budget: seconds of timing per case.
-        memory: bytes that the pools of a case may take together.
-        llc: bytes of the last-level cache.
-        huge_pages: whether to ask for them.
-
+    Settings are `budget`, seconds of timing a case; `memory`, bytes that a case's pools may take
+    together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them.
     """
-
-    budget: float
-    memory: int
-    llc: int
-    huge_pages: bool
-
-
-def measure(case: Case, settings: Settings) -> Result:
-    """Time one case.
-
-    Returns:
-        the case's row: medians and quartiles, or `skipped` with the reason.
-
-    """
-    of = {"decode": _decode, "prefill": _prefill, "store": _store}
-    try:
-        return case.fields | of[case.section](case, settings)
-    except _NoRoom as reason:
-        return case.fields | {"skipped": str(reason)}
+    torch.set_num_threads(threads)
+    current_platform.import_kernels()
+    report(("header", _header(threads)))
+    many = "1 thread" if threads == 1 else f"{threads} threads"
+    errors: dict[str, dict[str, float]] = {}
+    for case in cases:
+        if case.shape not in errors:
+            report(("now", f"checking {case.shape} against float64, {many}"))
+            errors[case.shape] = _errors(SHAPES[case.shape])
+        report(("now", f"{case}, {many}"))
+        found = errors[case.shape]
+        more = {"threads": threads, "rel_error": found["kivi2"], "rel_errors": found}
+        report(("row", case.fields | _measure(case, **settings) | more))
 
 
-class _NoRoom(Exception):
-    """The pools of a case do not fit."""
+def _errors(shape: Shape) -> dict[str, float]:
+    """The relative errors of both sides, by cache."""
+    variants: dict[str, Variant] = {
+        name: partial(baseline.checked, shape, name) for name in baseline.names()
+    }
+    variants |= {dtype: partial(kivi, shape, dtype) for dtype in KIVI_DTYPES}
+    return check(shape, variants, CPU.device)
 
 
-def _prepare(pools: dict[str, Pool], shape: Shape, settings: Settings) -> Result:
-    """Allocate and fill the pools; the columns about their memory.
+def _header(threads: int) -> dict[str, Any]:
+    shape, native = next(iter(SHAPES.values())), CPU.operators is not reference
+    names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
+    return {
+        "operators": CPU.operators.__name__,
+        "isa": library.load().isa if native else "none (PyTorch)",
+        "vllm_isa": {name: VllmPool(shape, name, 1, 1, 1).isa for name in baseline.names()},
+        "binding": {str(threads): {name: os.environ[name] for name in names if name in os.environ}},
+        "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
+    }
 
-    Raises:
-        _NoRoom: they do not fit.
 
-    """
+def _measure(case: Case, budget: float, memory: int, llc: int, huge_pages: bool) -> Result:
+    """One case's medians and quartiles, or `skipped` with the reason."""
+    shape = SHAPES[case.shape]
+    work = Work(shape, case.batch, case.new, case.end)
+    place = Place("cpu", CPU.device, partial(allocate, huge_pages=huge_pages))
+    names = [*baseline.names(), *KIVI_DTYPES] if case.section == "decode" else ["bf16", "kivi2"]
+    pools: Pools = {}
+    for name in names:
+        kind = VllmPool if name in VLLM_DTYPES else KiviPool
+        read = kind(shape, name, 1, case.batch, 1).read_bytes(work)
+        sets = cold_sets(read, llc) if case.decodes else 1
+        pools[name] = kind(shape, name, sets, case.batch, -(-case.end // B), place)
     need = sum(pool.nbytes for pool in pools.values())
-    if need > settings.memory:
+    if need > memory:
         each = ", ".join(f"{name} {pool.nbytes / GIB:.2g}" for name, pool in pools.items())
-        limit = settings.memory / GIB
-        raise _NoRoom(f"the pools need {need / GIB:.3g} GiB ({each}), the limit is {limit:.3g}")
-    template = Tokens(shape, TEMPLATE_BLOCKS * B)
+        limit = f"the limit is {memory / GIB:.3g}"
+        return {"skipped": f"the pools need {need / GIB:.3g} GiB ({each}), {limit}"}
     for pool in pools.values():
-        pool.allocate(settings.huge_pages)
-        pool.fill(template.key, template.value)
-    return {"pool_bytes": need, "huge_page_share": round(min(1.0, huge_page_bytes() / need), 3)}
+        pool.prepare()
+    share = {"pool_bytes": need, "huge_page_share": round(min(1.0, huge_page_bytes() / need), 3)}
+    of = {"decode": _decode, "prefill": _prefill, "store": _store}
+    return of[case.section](pools, work, budget) | share
 
 
-def _decode(case: Case, settings: Settings) -> Result:
-    shape, batch, blocks = SHAPES[case.shape], case.batch, case.context // B
-    total = case.context + RESIDUAL
-    pools: dict[str, Pool] = {}
-    read: dict[str, int] = {}
-    for name in baseline.names():
-        read[name] = VllmPool(shape, name, 1, batch, 1).read_bytes(total)
-        sets = cold_sets(read[name], settings.llc)
-        pools[name] = VllmPool(shape, name, sets, batch, blocks + 1)
-    for name in KIVI_DTYPES:
-        read[name] = KiviPool(shape, name, 1, batch, 1).read_bytes(blocks, RESIDUAL)
-        sets = cold_sets(read[name], settings.llc)
-        pools[name] = KiviPool(shape, name, sets, batch, blocks)
-    memory = _prepare(pools, shape, settings)
-    own = Tokens(shape, batch)
-    things: dict[str, Timed] = {}
+def _attention(pool: Any, work: Work) -> Timed:
+    calls = [pool.attention(i, work) for i in range(pool.sets)]
+    return Timed(calls, cycle(range(pool.sets)))
+
+
+def _decode(pools: Pools, work: Work, budget: float) -> Result:
+    things = {}
     for name, pool in pools.items():
-        cursor = cycle(range(pool.sets))
-        things[name] = Timed(_attention(pool, 1, total, own), cursor)
-        if name in _FLOORS and (reads := _floor(pool, total, own)):
-            things[_FLOORS[name]] = Timed(reads, cursor)
-    times = interleave(things, settings.budget)
+        things[name] = _attention(pool, work)
+        if name in _FLOORS:
+            reads = [reader(pool.ranges(i, work)) for i in range(pool.sets)]
+            if all(reads):
+                things[_FLOORS[name]] = Timed(reads, things[name].cursor)
+    times = interleave(things, budget)
     row: Result = columns(times)
     for floor in set(_FLOORS.values()) - set(times):  # no native library
         row |= {f"{floor}_{what}": None for what in ("ms", "q1", "q3")}
@@ -112,81 +123,26 @@ def _decode(case: Case, settings: Settings) -> Result:
         row[column] = round(times[other].ms / times["kivi2"].ms, 3) if other in times else None
     if reasons := baseline.refused():
         row["unavailable"] = reasons
-    return row | {f"{name}_bytes": nbytes for name, nbytes in read.items()} | memory
+    return row | {f"{name}_bytes": pool.read_bytes(work) for name, pool in pools.items()}
 
 
-def _attention(pool: Pool, new: int, end: int, own: Tokens) -> list[Call]:
-    """The attention of a step of `new` tokens, over each set of the pool."""
-    if isinstance(pool, VllmPool):
-        plan = pool.plan(new, end)
-        return [pool.attention(i, plan, own.query, own.output) for i in range(pool.sets)]
-    args = (rows(pool.batch, new, end), own.query, own.key, own.value, own.output)
-    return [pool.attention(i, *args) for i in range(pool.sets)]
-
-
-def _floor(pool: Pool, total: int, own: Tokens) -> list[Call]:
-    """Raw reads of what attending at decode reads; nothing if there is no native library."""
-    calls: list[Call] = []
-    for i in range(pool.sets):
-        if isinstance(pool, VllmPool):
-            ranges = pool.ranges(i, total)
-        else:
-            ranges = pool.ranges(i, total // B, total % B - 1)
-            # The step's own token comes from the step.
-            ranges += [(x.data_ptr(), x.nbytes) for x in (own.key, own.value)]
-        if (call := reader(ranges)) is None:
-            return []
-        calls.append(call)
-    return calls
-
-
-def _prefill(case: Case, settings: Settings) -> Result:
-    shape, total = SHAPES[case.shape], case.context + case.new
-    bf16 = VllmPool(shape, "bf16", 1, 1, -(-total // B))
-    pools: dict[str, Pool] = {"bf16": bf16, "kivi2": KiviPool(shape, "kivi2", 1, 1, -(-total // B))}
-    memory = _prepare(pools, shape, settings)
-    own = Tokens(shape, case.new)
+def _prefill(pools: Pools, work: Work, budget: float) -> Result:
     # vLLM reads a step's own tokens back from its cache.
-    bf16.writer(bf16.slots(0, 0, case.context, total), own.key, own.value)()
-    things = {n: once(*_attention(pool, case.new, total, own)) for n, pool in pools.items()}
-    times = interleave(things, settings.budget, warm_up=False)
+    pools["bf16"].writer(0, work.end - work.new, work.end, work.key, work.value)()
+    things = {name: _attention(pool, work) for name, pool in pools.items()}
+    times = interleave(things, budget, warm_up=False)
     ratio = round(times["bf16"].ms / times["kivi2"].ms, 3)
-    return columns(times) | {"iterations": len(times["bf16"]), "ratio": ratio} | memory
+    return columns(times) | {"iterations": len(times["bf16"]), "ratio": ratio}
 
 
-def _store(case: Case, settings: Settings) -> Result:
+def _store(pools: Pools, work: Work, budget: float) -> Result:
     """What storing adds to a step: a decode, which completes a block once in 128, or a chunk."""
-    shape, batch, decode = SHAPES[case.shape], case.batch, case.new == 1
-    end = case.context + RESIDUAL if decode else case.new
-    blocks = case.context // B + 1 if decode else -(-case.new // B)
-    read = {
-        "kivi2": KiviPool(shape, "kivi2", 1, batch, 1).read_bytes(case.context // B, RESIDUAL),
-        "bf16": VllmPool(shape, "bf16", 1, batch, 1).read_bytes(end),
-    }
-    sets = {name: cold_sets(n, settings.llc) if decode else 1 for name, n in read.items()}
-    kivi2 = KiviPool(shape, "kivi2", sets["kivi2"], batch, blocks)
-    bf16 = VllmPool(shape, "bf16", sets["bf16"], batch, blocks)
-    memory = _prepare({"kivi2": kivi2, "bf16": bf16}, shape, settings)
-    own = Tokens(shape, batch * case.new)
-    writes = []
-    for i in range(bf16.sets):
-        slots = torch.cat([bf16.slots(i, row, end - case.new, end) for row in range(batch)])
-        writes.append(bf16.writer(slots, own.key, own.value))
-    cursor, attend = cycle(range(kivi2.sets)), _attention(kivi2, case.new, end, own)
-    this = rows(batch, case.new, end)
-
-    def store(name: str, of: list[Row], before: Sequence[Call] = ()) -> Timed:
-        calls = [kivi2.store(name, i, of, own.key, own.value) for i in range(kivi2.sets)]
-        return Timed(calls, cursor, before)
-
-    things = {
-        "attend": Timed(attend, cursor),
-        "store_ring": store("store_ring", this, attend if decode else ()),
-        "store_blocks": store("store_blocks", this),
-        "bf16_store": Timed(writes, cycle(range(bf16.sets))),
-    }
-    if decode:
-        things["store_blocks_idle"] = things["store_blocks"]
-        all_complete = rows(batch, 1, case.context + B)
-        things["store_blocks"] = store("store_blocks", all_complete)
-    return store_columns(interleave(things, settings.budget)) | memory
+    kivi2, bf16 = pools["kivi2"], pools["bf16"]
+    calls, cursor = kivi2.of_a_step(work), cycle(range(kivi2.sets))
+    things = {name: Timed(mine, cursor) for name, mine in calls.items()}
+    if work.new == 1:
+        things["store_ring"] = Timed(calls["store_ring"], cursor, before=calls["attend"])
+    span = (work.end - work.new, work.end)
+    writes = [bf16.writer(i, *span, work.key, work.value) for i in range(bf16.sets)]
+    things["bf16_store"] = Timed(writes, cycle(range(bf16.sets)))
+    return store_columns(interleave(things, budget))

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from typing import Any
 
 from benchmarks.attention.cases import B
 
@@ -20,13 +20,10 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timed:
-    """The same work over other parts of a pool.
+    """The same work over other parts of a pool, a call for each.
 
-    Attributes:
-        calls: one per part.
-        cursor: which part comes next, for all that read this pool.
-        before: for each part, what a step does just before the call; not timed.
-
+    `cursor` says which part comes next, to all that read this pool; `before` has for each part what
+    a step does just before the call, and is not timed.
     """
 
     calls: Sequence[Call]
@@ -41,19 +38,13 @@ class Timed:
         return self.calls[i]
 
 
-def once(call: Call) -> Timed:
-    """Work that is the same every time."""
-    return Timed([call], repeat(0))
-
-
 class Times(list[float]):
     """Durations of one thing, in seconds."""
 
     @property
-    def quartiles_ms(self) -> tuple[float, float, float]:
+    def quartiles_ms(self) -> list[float]:
         """Lower quartile, median, upper quartile, in milliseconds."""
-        low, middle, high = statistics.quantiles(self, n=4, method="inclusive")
-        return low * 1e3, middle * 1e3, high * 1e3
+        return [1e3 * x for x in statistics.quantiles(self, n=4, method="inclusive")]
 
     @property
     def ms(self) -> float:
@@ -72,25 +63,18 @@ def interleave(
     things: Mapping[str, Timed],
     budget: float,
     warm_up: bool = True,
-    seed: int = 0,
     stopwatch: Callable[[Call], float] = wall,
 ) -> dict[str, Times]:
     """Time each thing once a round, in random order, until `budget` seconds have gone.
 
-    Args:
-        things: what to time, by name.
-        budget: seconds of all rounds together; at least `AT_LEAST` rounds are made.
-        warm_up: call everything once before.
-        seed: of the order.
-        stopwatch: makes a call and says how many seconds it took.
-
+    There are at least `AT_LEAST` rounds. `stopwatch` makes a call and says how many seconds it
+    took. With `warm_up`, everything is called once before.
     """
-    shuffle = random.Random(seed).shuffle
+    shuffle = random.Random(0).shuffle
     if warm_up:
         for thing in things.values():
             thing.next()()
     times, order = {name: Times() for name in things}, list(things)
-    collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -102,21 +86,20 @@ def interleave(
             for name in order:
                 times[name].append(stopwatch(things[name].next()))
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return times
 
 
-def columns(times: Mapping[str, Times]) -> dict[str, float]:
+def columns(times: Mapping[str, Times]) -> dict[str, Any]:
     """Medians and quartiles as a row's columns: `NAME_ms`, `NAME_q1`, `NAME_q3`."""
-    row: dict[str, float] = {}
-    for name, one in times.items():
-        for what, value in zip(("q1", "ms", "q3"), one.quartiles_ms, strict=True):
-            row[f"{name}_{what}"] = round(value, 5)
-    return row
+    return {
+        f"{name}_{what}": round(value, 5)
+        for name, one in times.items()
+        for what, value in zip(("q1", "ms", "q3"), one.quartiles_ms, strict=True)
+    }
 
 
-def store_columns(times: Mapping[str, Times]) -> dict[str, float]:
+def store_columns(times: Mapping[str, Times]) -> dict[str, Any]:
     """Columns of what storing costs, `store_ms`, beside the step's attention, `attend`.
 
     At decode `store_blocks` was timed twice: where it finds nothing to do (`_idle`), and

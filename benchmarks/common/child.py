@@ -18,13 +18,13 @@ import os
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.process import stop, tail
@@ -59,15 +59,12 @@ def report(what: Any) -> None:
 
 
 class Child:
-    """A process that runs functions, one after the other.
+    """A process, `pid`, that runs functions, one after the other.
 
     Args:
         name: of what it is, for messages: "the engine of kivi2".
         environment: all of it, not only what differs from ours.
         log: file of its output, kept. Without it a temporary one, kept only if the child fails.
-
-    Attributes:
-        pid: of the process.
 
     """
 
@@ -84,7 +81,7 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._incoming, outgoing = context.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(1, context, _begin, (os.path.abspath(log), outgoing))
-        with _as_environment(environment):
+        with patch.dict(os.environ, environment, clear=True):  # the child inherits ours
             started = self._executor.submit(os.getpid)
         try:
             self.pid = started.result()
@@ -115,12 +112,8 @@ class Child:
     ) -> T:
         """Run a function in the child and wait for its result.
 
-        Args:
-            function: of a module, by name.
-            args: of the function.
-            on_report: called with what the function gives to `report`.
-            update: called ten times a second with the log's last message. What it raises ends the
-                waiting; the child then still works.
+        What it gives to `report` goes to `on_report`, and ten times a second the log's last message
+        to `update`. What that raises ends the waiting; the child then still works.
 
         Raises:
             UserError: raised by the function; the child goes on.
@@ -174,19 +167,6 @@ class Child:
         )
         error.first_error = first
         return error
-
-
-@contextmanager
-def _as_environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Our environment, while a process starts that is to inherit another one."""
-    ours = dict(os.environ)
-    try:
-        os.environ.clear()
-        os.environ.update(wanted)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(ours)
 
 
 def _begin(log: str, outgoing: Connection) -> None:

@@ -31,12 +31,9 @@ def require(module: str) -> None:
 
 
 def start(command: Callable[..., Any], passes_on: bool = False) -> None:
-    """Run a function as the command line of its module.
+    """Run a function as the command line of its module; its arguments are the options.
 
-    Args:
-        command: its arguments are the options.
-        passes_on: what follows `--` is not ours: it is its context's object, a list of words.
-
+    With `passes_on`, what follows `--` is not ours: it is its context's object, a list of words.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -55,12 +52,7 @@ def start(command: Callable[..., Any], passes_on: bool = False) -> None:
 
 
 def among(option: str, given: list[str] | tuple[str, ...], known: Any) -> list[str]:
-    """The names that an option was given, each once.
-
-    Raises:
-        UserError: one of them is not known.
-
-    """
+    """The names that an option was given, each once; UserError if one of them is not known."""
     for name in given:
         if name not in known:
             raise UserError(f"{option} {name}: there is none", f"use one of: {', '.join(known)}")
@@ -72,15 +64,3 @@ def folder_of(model: str | None) -> str:
     from kivi_vllm.cli.default_model import default_model
 
     return model if model is not None else str(default_model())
-
-
-def failures(failed: dict[str, UserError]) -> None:
-    """Say at the end which caches could not be measured; the others went on.
-
-    Raises:
-        UserError: some could not.
-
-    """
-    if failed:
-        text = "\n\n".join(f"{dtype}: {error}" for dtype, error in failed.items())
-        raise UserError(text, next(iter(failed.values())).remedy, status=1)

@@ -10,22 +10,15 @@ from kivi_vllm.cli.errors import UserError
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Refuse an output path whose folder is not there, before anything slow begins.
-
-    Args:
-        option: the command line's name for it.
-        path: to write to later; None if nothing is asked for.
-
-    Raises:
-        UserError: there is no such folder.
-
-    """
+    """Refuse an option's path whose folder is not there, before anything slow begins."""
     if path is not None and not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}", "create it")
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; without a path, nothing."""
+    if path is None:
+        return
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(data, indent=1) + "\n")
     new.replace(path)

@@ -62,12 +62,7 @@ def version_of(*names: str) -> str:
 
 
 def header(module: str) -> dict[str, Any]:
-    """When, how and on what something is measured, for its JSON file.
-
-    Args:
-        module: of this package, that was run.
-
-    """
+    """When, how (by which module here) and on what something is measured, for its JSON file."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),

@@ -21,16 +21,9 @@ def check_matplotlib() -> None:
 
 
 def read(path: Path, script: str, look: Callable[[Any], object]) -> Any:
-    """A result's JSON.
+    """A result's JSON; UserError if it is none of this script's.
 
-    Args:
-        path: of the file.
-        script: that writes such files.
-        look: raises KeyError or TypeError if what is to be drawn is not there.
-
-    Raises:
-        UserError: it is no such file.
-
+    `look` raises KeyError or TypeError if what is to be drawn is not there.
     """
     try:
         data = json.loads(path.read_text())

@@ -19,16 +19,10 @@ def show(
     by: Sequence[str] = (),
     width: int = 160,
 ) -> None:
-    """Print a frame as a table.
+    """Print a frame as a table; where the output is no terminal, `width` characters wide.
 
-    Args:
-        frame: its columns, in their order and under their names, are the table's.
-        title: above it.
-        forms: how cells are written, by column; `str` for the others. Such columns stand at the
-            right, and so do numbers.
-        by: columns whose change begins a new section.
-        width: of the table where the output is no terminal, in characters.
-
+    `forms` says how cells are written, by column; `str` for the others. Such columns stand at the
+    right, and so do numbers. A change in the columns `by` begins a new section.
     """
     forms = forms or {}
     console = Console(highlight=False, markup=False)

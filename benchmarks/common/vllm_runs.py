@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,7 @@ from kivi_vllm.cli.server import cause, latest, serve_environment
 
 
 def vllm_command() -> str:
-    """vLLM's command line: the script beside our Python.
-
-    Raises:
-        UserError: there is none.
-
-    """
+    """vLLM's command line, the script beside our Python; UserError if there is none."""
     script = Path(sys.executable).with_name("vllm")
     if not script.exists():
         raise UserError(f"there is no {script}", "install vLLM for this Python", status=1)
@@ -48,21 +44,39 @@ def header(module: str, model: str) -> dict[str, Any]:
     return machine.header(module) | {"model": Path(model).name, "environment": found}
 
 
+class Rounds:
+    """Cache dtypes measured in turn; those that fail do not stop the others."""
+
+    def __init__(self, dtypes: Sequence[str], header: dict[str, Any]) -> None:
+        self.dtypes, self.header = list(dict.fromkeys(dtypes)), header
+        self.failed: dict[str, UserError] = {}
+
+    def make(
+        self, repeat: int, measure: Callable[[str, str, int], object], save: Callable[[], object]
+    ) -> None:
+        """Call `measure` with a title, a dtype and the round; `save` after each."""
+        for turn, dtype in product(range(repeat), self.dtypes):
+            if dtype not in self.failed:
+                try:
+                    measure(f"{dtype}, round {turn + 1} of {repeat}", dtype, turn)
+                except UserError as error:
+                    self.failed[dtype] = error
+                    self.header["failed"] = {name: str(one) for name, one in self.failed.items()}
+                save()
+
+    def end(self) -> None:
+        """Say at the end, in a UserError, which dtypes could not be measured."""
+        if self.failed:
+            text = "\n\n".join(f"{dtype}: {error}" for dtype, error in self.failed.items())
+            raise UserError(text, next(iter(self.failed.values())).remedy, status=1)
+
+
 def run_to_end(
     what: str, command: Sequence[str], log: Path, *, model: str, title: str, remedy: str
 ) -> str:
     """Run one of vLLM's benchmarks in a process of its own, showing where its log is.
 
-    Args:
-        what: it is, for the error.
-        command: to run.
-        log: file of its output.
-        model: that it runs.
-        title: for the progress.
-        remedy: if it fails.
-
-    Returns:
-        The log.
+    Its output goes into `log` and is returned; `what` it is and a `remedy` are for the error.
 
     Raises:
         UserError: it failed; with the first error in its log, and the log's end.

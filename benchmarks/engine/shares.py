@@ -60,8 +60,7 @@ def shares(
         work = (folder, name, batch or [1, 3], context, steps, options)
         with step(f"profiling {name}") as update, Child(f"the engine of {name}", env) as child:
             rows += child.call(measure, *work, update=update)
-        if json_path is not None:
-            write_json(json_path, {"header": head, "rows": rows})
+        write_json(json_path, {"header": head, "rows": rows})
     table = pd.DataFrame(rows)
     table.insert(3, "ms a token", 1000 * table["wall"] / table["tokens"])
     for part in PARTS:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from benchmarks.common.command import Dtypes, Json, Model, Repeat, failures, folder_of, start
+from benchmarks.common.command import Dtypes, Json, Model, Repeat, folder_of, start
 from benchmarks.common.files import check_folder, write_json
 from benchmarks.common.tables import show
-from benchmarks.common.vllm_runs import header, run_to_end, vllm_command
+from benchmarks.common.vllm_runs import Rounds, header, run_to_end, vllm_command
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.process import tail
 from kivi_vllm.cli.server import kv_tokens
@@ -44,35 +44,25 @@ def throughput(
     """
     check_folder("--json", json_path)
     folder = folder_of(model)
-    sizes = {
-        "--random-input-len": input_len,
-        "--random-output-len": output_len,
-        "--num-prompts": num_prompts,
-        "--num-warmups": num_warmups,
-    }
-    arguments = [word for name, number in sizes.items() for word in (name, str(number))]
-    head = header("engine.throughput", folder)
+    arguments = f"--random-input-len {input_len} --random-output-len {output_len}".split()
+    arguments += f"--num-prompts {num_prompts} --num-warmups {num_warmups}".split()
+    rounds = Rounds(kv_cache_dtype or DTYPES, header("engine.throughput", folder))
     runs: list[Row] = []
-    failed: dict[str, UserError] = {}
+
+    def measure(title: str, dtype: str, turn: int) -> None:
+        row = _run(title, folder, dtype, [*arguments, *context.obj])
+        runs.append({"kv_cache_dtype": dtype, "round": turn} | row)
+
+    def save() -> None:
+        data = {"header": rounds.header, "summary": summarize(runs), "rows": runs}
+        write_json(json_path, data)
+
     try:
-        for turn in range(repeat):
-            for dtype in dict.fromkeys(kv_cache_dtype or DTYPES):
-                if dtype in failed:
-                    continue
-                title = f"{dtype}, round {turn + 1} of {repeat}"
-                try:
-                    row = _run(title, folder, dtype, [*arguments, *context.obj])
-                    runs.append({"kv_cache_dtype": dtype, "round": turn} | row)
-                except UserError as error:  # the others go on
-                    failed[dtype] = error
-                    head["failed"] = {name: str(one) for name, one in failed.items()}
-                if json_path is not None:
-                    data = {"header": head, "summary": summarize(runs), "rows": runs}
-                    write_json(json_path, data)
+        rounds.make(repeat, measure, save)
     finally:
         if runs:
             _show(runs)
-    failures(failed)
+    rounds.end()
 
 
 def _run(title: str, model: str, dtype: str, arguments: Sequence[str]) -> Row:

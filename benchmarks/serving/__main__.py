@@ -5,20 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common.command import (
-    Dtypes,
-    Json,
-    Memory,
-    Model,
-    Repeat,
-    among,
-    failures,
-    folder_of,
-    start,
-)  # fmt: skip
+from benchmarks.common.command import Dtypes, Json, Memory, Model, Repeat, among, folder_of, start
 from benchmarks.common.files import check_folder
 from benchmarks.common.pictures import check_matplotlib
-from benchmarks.common.vllm_runs import header
+from benchmarks.common.vllm_runs import Rounds, header
 from benchmarks.serving import plot, report
 from benchmarks.serving.sweep import Row, sweep
 from benchmarks.serving.workloads import KIVI_LONGEST, SUFFIX, WORKLOADS, Sizes, rising, saturating
@@ -72,62 +62,34 @@ def serving(
     sizes = Sizes(input_len, output_len, prefixes, scale, max_model_len)
     arguments = ["--kv-cache-memory-bytes", str(parse_memory(memory))]
     arguments += ["--max-model-len", str(max_model_len), *context.obj]
-    run = _Run(folder_of(model), list(dict.fromkeys(kv_cache_dtype or CACHE_DTYPES)), arguments)
-    run.path = json_path
+    folder = folder_of(model)
+    head = header("serving", folder) | {"serve_arguments": arguments}
+    rounds, rows = Rounds(kv_cache_dtype or CACHE_DTYPES, head), list[Row]()
+
+    def run(loads: list[dict[str, Any]], what: str) -> None:
+        def measure(title: str, dtype: str, turn: int) -> None:
+            rows.extend(sweep(f"{what}, {title}", folder, dtype, turn, loads, arguments))
+
+        rounds.make(repeat, measure, lambda: report.write(json_path, head, rows))
+
     try:
         names = [name for name in WORKLOADS if name in chosen]
         if "rate" in chosen and "shared" not in chosen:
             names.append("shared")  # the rates are measured in it
-        run.rounds(repeat, [load for name in names for load in saturating(name, sizes)], "load")
+        run([load for name in names for load in saturating(name, sizes)], "load")
         if "rate" in chosen:
-            run.rounds(repeat, list(rising(sizes, run.rates())), "rates")
+            served = [x for x in report.summarize(rows) if x["workload"] == "shared"]
+            if not served:
+                rounds.end()
+            rates = [float(f"{load * served[0]['requests_per_s']:.3g}") for load in LOADS]
+            run(rising(sizes, rates), "rates")
     finally:
-        if run.rows:
-            report.show(run.rows)
+        if rows:
+            report.show(rows)
             if plots is not None:
-                for path in plot.draw(run.header, report.summarize(run.rows), plots):
+                for path in plot.draw(head, report.summarize(rows), plots):
                     print(path)
-    failures(run.failed)
-
-
-class _Run:
-    """Rows so far, and the dtypes that failed: the others go on without them."""
-
-    path: Path | None = None
-
-    def __init__(self, model: str, dtypes: list[str], arguments: list[str]) -> None:
-        self.model, self.dtypes, self.arguments = model, dtypes, arguments
-        self.header = header("serving", model) | {"serve_arguments": arguments}
-        self.rows: list[Row] = []
-        self.failed: dict[str, UserError] = {}
-
-    def rounds(self, repeat: int, loads: list[dict[str, Any]], what: str) -> None:
-        """Measure `loads` with each dtype in turn, `repeat` times over."""
-        for turn in range(repeat):
-            for dtype in self.dtypes:
-                if dtype in self.failed:
-                    continue
-                title = f"{what}, {dtype}, round {turn + 1} of {repeat}"
-                try:
-                    self.rows += sweep(title, self.model, dtype, turn, loads, self.arguments)
-                except UserError as error:
-                    self.failed[dtype] = error
-                    self.header["failed"] = {name: str(one) for name, one in self.failed.items()}
-                if self.path is not None:
-                    report.write(self.path, self.header, self.rows)
-
-    def rates(self) -> list[float]:
-        """Request rates around what the first dtype that works can serve.
-
-        Raises:
-            UserError: none of them does.
-
-        """
-        for one in report.summarize(self.rows):
-            if one["workload"] == "shared":
-                return [float(f"{load * one['requests_per_s']:.3g}") for load in LOADS]
-        first = next(iter(self.failed.values()))
-        raise UserError(f"no cache dtype could be measured: {first}", first.remedy, status=1)
+    rounds.end()
 
 
 if __name__ == "__main__":

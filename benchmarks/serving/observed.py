@@ -12,56 +12,51 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+METRICS = {
+    "running": "num_requests_running",
+    "waiting": "num_requests_waiting",
+    "usage": "kv_cache_usage_perc",
+    "preemptions": "num_preemptions_total",
+    "queries": "prefix_cache_queries_total",
+    "hits": "prefix_cache_hits_total",
+}
+"""Our names of vLLM's metrics, and its own behind `vllm:`."""
+
+CONFIG = "vllm:cache_config_info"
 
 
-@dataclass
-class Sample:
-    """One reading of /metrics, all labels of a metric added up."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    labels: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> Sample:
-        """Read the Prometheus text format."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        found = cls()
-        for family in text_string_to_metric_families(text):
-            for one in family.samples:
-                found.values[one.name] = found.values.get(one.name, 0.0) + one.value
-                found.labels[one.name] = dict(one.labels)
-        return found
-
-    def get(self, name: str) -> float:
-        """A metric of vLLM by its name without the prefix; 0 if it is not there yet."""
-        return self.values.get(f"vllm:{name}", 0.0)
+def parse(text: str) -> dict[str, Any]:
+    """`METRICS` in the Prometheus text format, all labels added up, and the labels of `CONFIG`."""
+    found: dict[str, Any] = dict.fromkeys(METRICS, 0.0)
+    names = {f"vllm:{theirs}": ours for ours, theirs in METRICS.items()}
+    for family in text_string_to_metric_families(text):
+        for one in family.samples:
+            if one.name in names:
+                found[names[one.name]] += one.value
+            elif one.name == CONFIG:
+                found[CONFIG] = one.labels
+    return found
 
 
 class Observer:
-    """Reads a server from the start to the end of a `with` block.
-
-    Args:
-        host, port: where it listens.
-        every: seconds between two readings.
-
-    """
+    """Reads a server every so many seconds, from the start to the end of a `with` block."""
 
     def __init__(self, host: str, port: int, every: float = 1.0) -> None:
         self.url, self.port, self.every = f"http://{host}:{port}/metrics", port, every
-        self.samples: list[Sample] = []
+        self.samples: list[dict[str, Any]] = []
         self.memory: list[int] = []
         self.gpu_memory: list[int] = []
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -82,32 +77,22 @@ class Observer:
 
     def summary(self) -> dict[str, Any]:
         """What was seen; counters are those of the block alone."""
-        first, last = self.samples[0], self.samples[-1]
-
-        def grown(name: str) -> float:
-            return last.get(name) - first.get(name)
-
-        def most(name: str) -> float:
-            return max(sample.get(name) for sample in self.samples)
-
-        queries = grown("prefix_cache_queries_total")
-        # While requests wait, what runs is what fits.
-        full = [
-            s.get("num_requests_running") for s in self.samples if s.get("num_requests_waiting")
-        ]
-        config = last.labels.get("vllm:cache_config_info", {})
+        seen = pd.DataFrame(self.samples)
+        most, grown = seen[list(METRICS)].max(), seen[list(METRICS)].diff().sum()
+        full = seen["running"][seen["waiting"] > 0]  # while requests wait, what runs is what fits
+        config = self.samples[-1].get(CONFIG, {})
         return {
-            "running_max": most("num_requests_running"),
-            "running_while_others_wait": statistics.median(full) if full else None,
-            "waiting_max": most("num_requests_waiting"),
-            "kv_cache_usage_max": most("kv_cache_usage_perc"),
-            "preemptions": grown("num_preemptions_total"),
-            "prefix_hit_rate": grown("prefix_cache_hits_total") / queries if queries else None,
+            "running_max": float(most["running"]),
+            "running_while_others_wait": float(full.median()) if len(full) else None,
+            "waiting_max": float(most["waiting"]),
+            "kv_cache_usage_max": float(most["usage"]),
+            "preemptions": float(grown["preemptions"]),
+            "prefix_hit_rate": grown["hits"] / grown["queries"] if grown["queries"] else None,
             "memory_peak_bytes": max(self.memory),
             "gpu_memory_peak_bytes": max(self.gpu_memory, default=None),
             "cache_dtype": config.get("cache_dtype"),
             "num_gpu_blocks": config.get("num_gpu_blocks"),
-            "samples": len(self.samples),
+            "samples": len(seen),
         }
 
     def _watch(self) -> None:
@@ -116,7 +101,7 @@ class Observer:
 
     def _read(self) -> None:
         with self._opener.open(self.url, timeout=60) as reply:
-            self.samples.append(Sample.parse(reply.read().decode()))
+            self.samples.append(parse(reply.read().decode()))
         total = 0
         for process in self._processes:
             with suppress(psutil.Error):  # it has gone
@@ -127,12 +112,7 @@ class Observer:
 
 
 def server_processes(port: int) -> list[psutil.Process]:
-    """The process that listens on a port, and its descendants.
-
-    Raises:
-        RuntimeError: nothing of ours listens there.
-
-    """
+    """The process that listens on a port, and its descendants; RuntimeError if none does."""
     for process in psutil.process_iter():
         with suppress(psutil.AccessDenied, psutil.NoSuchProcess):
             for one in process.net_connections("tcp"):
@@ -152,19 +132,16 @@ def _gpu_bytes() -> int | None:
     return sum(int(line) << 20 for line in said.stdout.split())
 
 
-def _value(words: Sequence[str], name: str) -> str:
-    return words[words.index(name) + 1]
-
-
 def main() -> int:
     """Run the command line as the module says; its exit status."""
     words, every = sys.argv[1:], 1.0
     if words[:1] == ["--every"]:
         every, words = float(words[1]), words[2:]
-    with Observer(_value(words, "--host"), int(_value(words, "--port")), every) as observer:
+    option = dict(pairwise(words))
+    with Observer(option["--host"], int(option["--port"]), every) as observer:
         status = subprocess.run(words, check=False).returncode
     if status == 0:
-        path = Path(_value(words, "--result-dir"), _value(words, "--result-filename"))
+        path = Path(option["--result-dir"], option["--result-filename"])
         path.write_text(json.dumps(json.loads(path.read_text()) | {"server": observer.summary()}))
     return status
 

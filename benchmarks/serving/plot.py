@@ -43,11 +43,10 @@ def plot(
 def draw(header: dict[str, Any], summary: list[dict[str, Any]], prefix: Path) -> Iterator[Path]:
     """Draw all pictures for which there are figures; yields the files."""
     where = f"{header['model']}, {header['gpu'] or header['cpu']}"
-    frame = pd.DataFrame(summary)
-    for name in ("tpot", "e2el"):
-        frame[name] = [one[name]["p50"] for one in frame.latency_ms]
+    frame = pd.json_normalize(summary)
     kind = frame.workload.str.split("-")
-    frame["seconds"], frame["decode"] = frame.e2el / 1000, 1000 / frame.tpot
+    frame["seconds"] = frame["latency_ms.e2el.p50"] / 1000
+    frame["decode"] = 1000 / frame["latency_ms.tpot.p50"]
     capacity = frame.groupby("kv_cache_dtype", sort=False).kv_cache_tokens.first()
     if capacity.notna().all():
         figure, axes = new_axes(f"KV cache\n{where}")

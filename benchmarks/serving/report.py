@@ -35,28 +35,33 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     most.
     """
     found: list[Summary] = []
-    groups = pd.DataFrame(rows).groupby(["workload", "kv_cache_dtype"], sort=False)
+    if not rows:
+        return found
+    groups = pd.json_normalize(rows).groupby(["workload", "kv_cache_dtype"], sort=False)
     for (workload, dtype), mine in groups:
-        server = pd.DataFrame(list(mine["server"])).rename(columns={"running_max": "running"})
-        numbers = server[list(_OF_SERVER)].apply(pd.to_numeric).median()
-        latency = list(mine["latency_ms"])
-        rate, tokens = rows[mine.index[0]]["request_rate"], rows[mine.index[0]]["kv_cache_tokens"]
-        one = {
+        row = rows[mine.index[0]]
+
+        def median(name: str, of: pd.DataFrame = mine) -> float | None:
+            value = pd.to_numeric(of[name]).median()
+            return None if pd.isna(value) else float(value)
+
+        one: Summary = {
             "workload": workload,
             "kv_cache_dtype": dtype,
             "rounds": len(mine),
-            "request_rate": rate,
-            "kv_cache_tokens": tokens,
+            "request_rate": row["request_rate"],
+            "kv_cache_tokens": row["kv_cache_tokens"],
             "failed": int((mine["num_prompts"] - mine["completed"]).sum()),
-            "requests_per_s": float(mine["requests_per_s"].median()),
-            "output_tokens_per_s": float(mine["output_tokens_per_s"].median()),
+            "requests_per_s": median("requests_per_s"),
+            "output_tokens_per_s": median("output_tokens_per_s"),
             "output_tokens_per_s_all": mine["output_tokens_per_s"].to_list(),
             "latency_ms": {
-                name: pd.DataFrame([x[name] for x in latency]).median().to_dict()
+                name: {p: median(f"latency_ms.{name}.{p}") for p in PERCENTILES}
                 for name in LATENCIES
             },
-            "saturated": all(server["running"].to_numpy() < mine["num_prompts"].to_numpy()),
-            **{name: None if pd.isna(x) else float(x) for name, x in numbers.items()},
+            "saturated": bool((mine["server.running_max"] < mine["num_prompts"]).all()),
+            "running": median("server.running_max"),
+            **{name: median(f"server.{name}") for name in _OF_SERVER},
         }
         first = next((other for other in found if other["workload"] == workload), one)
         for name, of in _RATIOS.items():
@@ -66,7 +71,6 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
 
 
 _OF_SERVER = (
-    "running",
     "running_while_others_wait",
     "kv_cache_usage_max",
     "preemptions",
@@ -81,7 +85,7 @@ _RATIOS = {
 }
 
 
-def write(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(path: Path | None, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write the JSON file."""
     data = {"header": head, "summary": summarize(rows), "rows": list(rows)}
     write_json(path, data)
@@ -106,30 +110,24 @@ _COLUMNS: dict[str, tuple[str, Any]] = {
 
 def show(rows: Sequence[Row]) -> None:
     """Print the tables."""
-    frame = pd.DataFrame(summarize(rows))
-    numbers = frame[[name for name in _COLUMNS if name in frame]].apply(pd.to_numeric)
+    frame = pd.json_normalize(summarize(rows))
     stars = frame["saturated"].map({True: "", False: " *"})
+    frame["most"] = frame["running"].map("{:.0f}".format) + stars
     gpu = pd.to_numeric(frame["gpu_memory_peak_bytes"])
-    numbers["most"] = frame["running"].map("{:.0f}".format) + stars
-    numbers["memory"] = gpu.fillna(frame["memory_peak_bytes"]) / 2**20
-    latencies = pd.DataFrame(
-        [
-            {f"{name} {p}": one[name][p] for name in LATENCIES for p in PERCENTILES}
-            for one in frame["latency_ms"]
-        ]
-    )
+    frame["memory"] = gpu.fillna(frame["memory_peak_bytes"]) / 2**20
+    titles = {name: title for name, (title, _) in _COLUMNS.items()}
     keys = frame[list(_KEYS)].rename(columns=_KEYS)
+    loads = keys.join(frame[list(titles)].rename(columns=titles))
+    spans = {f"latency_ms.{name}.{p}": f"{name} {p}" for name in LATENCIES for p in PERCENTILES}
+    latencies = keys.join(frame[list(spans)].rename(columns=spans))
     sizes = frame.groupby("kv_cache_dtype", sort=False)["kv_cache_tokens"].first()
     sizes = pd.DataFrame({"cache tokens": sizes, "ratio": sizes / sizes.iloc[0]})
     table(sizes.reset_index(), "Capacity", {"cache tokens": ",.0f", "ratio": "{:.2f}×".format})
-    loads = keys.join(
-        numbers[list(_COLUMNS)].rename(columns={n: c[0] for n, c in _COLUMNS.items()})
-    )
     for kind, title in TITLES.items():
         mine = frame["workload"].str.split("-").str[0] == kind
         if mine.any():
             table(loads[mine], title, dict(_COLUMNS.values()), width=180)
             if not frame["saturated"][mine].all():
                 print("* all requests ran: the cache would hold more")
-            forms = dict.fromkeys(latencies, ",.0f")
-            table(keys.join(latencies)[mine], f"{title}: milliseconds", forms, width=180)
+            forms = dict.fromkeys(spans.values(), ",.0f")
+            table(latencies[mine], f"{title}: milliseconds", forms, width=180)

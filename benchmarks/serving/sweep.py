@@ -54,13 +54,8 @@ def sweep(
 ) -> list[Row]:
     """Start a server and put the loads on it one after the other, its prefix cache emptied between.
 
-    Args:
-        title: for the progress.
-        model: folder or name.
-        dtype: of the cache.
-        turn: of the round; also the seed of the prompts.
-        loads: records of arguments of `vllm bench serve`, each with a `_benchmark_name`.
-        serve_arguments: more arguments of `vllm serve`.
+    Loads are records of arguments of `vllm bench serve`, each with a `_benchmark_name`. The round,
+    `turn`, is also the seed of the prompts.
 
     Raises:
         UserError: with the end of the log, if a server or a load failed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +31,9 @@ WORKLOADS = (*SATURATING, "context")
 class Sizes:
     """What the workloads are made of.
 
-    Attributes:
-        input_len: mean tokens of a long prompt; they spread by a seventh to both sides.
-        output_len: tokens of an answer.
-        prefixes: different shared prefixes.
-        scale: multiplies all numbers of requests.
-        max_model_len: of the server; contexts that do not fit are left out.
-
+    Long prompts have `input_len` tokens on average and spread by a seventh to both sides, answers
+    `output_len`; there are `prefixes` shared ones. `scale` multiplies all numbers of requests.
+    Contexts that do not fit into the server's `max_model_len` are left out.
     """
 
     input_len: int
@@ -51,61 +46,52 @@ class Sizes:
         """That many requests at the full scale; at least one."""
         return max(1, round(full * self.scale))
 
+    def random(self, name: str, full: int, tokens: int, answer: int, **more: Any) -> dict[str, Any]:
+        """Prompts of their own, of so many random tokens."""
+        return {
+            "_benchmark_name": name,
+            "num_prompts": self.requests(full),
+            "dataset_name": "random",
+            "random_input_len": tokens,
+            "random_output_len": answer,
+            **more,
+        }
 
-def saturating(name: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    def shared(self, name: str, per_prefix: int, **more: Any) -> dict[str, Any]:
+        """Prompts of a shared prefix and a tail of their own, in random order."""
+        return {
+            "_benchmark_name": name,
+            # vLLM gives every prefix the same number of requests.
+            "num_prompts": self.prefixes * self.requests(per_prefix),
+            "dataset_name": "prefix_repetition",
+            "prefix_repetition_prefix_len": self.input_len - SUFFIX,
+            "prefix_repetition_suffix_len": SUFFIX,
+            "prefix_repetition_num_prefixes": self.prefixes,
+            "prefix_repetition_output_len": self.output_len,
+            **more,
+        }
+
+
+def saturating(name: str, sizes: Sizes) -> list[dict[str, Any]]:
     """Arguments of `vllm bench serve`, by record, for one of `WORKLOADS`.
 
     The requests of `context` come one by one.
     """
+    if name == "shared":
+        return [sizes.shared(name, 4)]
     if name == "long":
-        yield {
-            "_benchmark_name": name,
-            "num_prompts": sizes.requests(24),
-            "dataset_name": "random",
-            "random_input_len": sizes.input_len,
-            "random_output_len": sizes.output_len,
-            "random_range_ratio": {"input": 1 / 7, "output": 0.0},
-        }
-    elif name == "shared":
-        yield {"_benchmark_name": name, **shared(sizes, 4)}
-    elif name == "kivi":
-        yield {
-            "_benchmark_name": name,
-            "num_prompts": sizes.requests(KIVI_BATCH),
-            "dataset_name": "random",
-            "random_input_len": KIVI_INPUT,
-            "random_output_len": KIVI_OUTPUT,
-            "random_range_ratio": {"input": KIVI_SPREAD, "output": KIVI_SPREAD},
-        }
-    elif name == "context":
-        longest = sizes.max_model_len - CONTEXT_OUTPUT
-        for exponent in range(9, 1 + int(math.log2(longest))):
-            yield {
-                "_benchmark_name": f"{name}-{1 << exponent}",
-                "num_prompts": sizes.requests(2),
-                "max_concurrency": 1,
-                "dataset_name": "random",
-                "random_input_len": 1 << exponent,
-                "random_output_len": CONTEXT_OUTPUT,
-            }
-    else:
-        raise ValueError(f"there is no workload {name!r}")
+        spread = {"input": 1 / 7, "output": 0.0}
+        own = (24, sizes.input_len, sizes.output_len)
+        return [sizes.random(name, *own, random_range_ratio=spread)]
+    if name == "kivi":
+        spread = dict.fromkeys(("input", "output"), KIVI_SPREAD)
+        own = (KIVI_BATCH, KIVI_INPUT, KIVI_OUTPUT)
+        return [sizes.random(name, *own, random_range_ratio=spread)]
+    longest = int(math.log2(sizes.max_model_len - CONTEXT_OUTPUT))
+    lengths = [1 << exponent for exponent in range(9, longest + 1)]
+    return [sizes.random(f"{name}-{n}", 2, n, CONTEXT_OUTPUT, max_concurrency=1) for n in lengths]
 
 
-def shared(sizes: Sizes, per_prefix: int) -> dict[str, Any]:
-    """Prompts of a shared prefix and a tail of their own, in random order."""
-    return {
-        # vLLM gives every prefix the same number of requests.
-        "num_prompts": sizes.prefixes * sizes.requests(per_prefix),
-        "dataset_name": "prefix_repetition",
-        "prefix_repetition_prefix_len": sizes.input_len - SUFFIX,
-        "prefix_repetition_suffix_len": SUFFIX,
-        "prefix_repetition_num_prefixes": sizes.prefixes,
-        "prefix_repetition_output_len": sizes.output_len,
-    }
-
-
-def rising(sizes: Sizes, rates: list[float]) -> Iterator[dict[str, Any]]:
+def rising(sizes: Sizes, rates: list[float]) -> list[dict[str, Any]]:
     """The workload `shared` at several request rates, in requests a second (Poisson)."""
-    for rate in rates:
-        yield {"_benchmark_name": f"rate-{rate:.4g}", "request_rate": rate, **shared(sizes, 2)}
+    return [sizes.shared(f"rate-{rate:.4g}", 2, request_rate=rate) for rate in rates]

@@ -14,7 +14,7 @@ from kivi_vllm.cli.errors import UserError
 
 
 def measure(cases: Sequence[Case], settings: dict[str, Any], without: dict[str, str]) -> None:
-    """As `benchmarks.attention.gpu.worker.measure_all`."""
+    """As `benchmarks.attention.gpu.sections.measure_all`."""
     if settings.get("no_gpu"):
         raise UserError("PyTorch finds no GPU", "run this where there is one", status=1)
     if settings.get("broken"):

@@ -100,7 +100,7 @@ def test_published_files_are_shown_and_drawn(
     skipped = data["decode"][0] | {"skipped": "no room for it"}
     rows = {section: data[section] for section in ("decode", "prefill", "store")}
     rows["decode"] = [*rows["decode"], {key: skipped[key] for key in (*report.KEYS, "skipped")}]
-    report.show(rows, "cpu", CASES)
+    report.show(rows, {"device": "cpu"})
     shown = capsys.readouterr().out
     assert f"{data['decode'][5]['ratio_bf16']:.2f}×" in shown and "no room for it" in shown
     pytest.importorskip("matplotlib")
@@ -125,7 +125,7 @@ def test_a_gpus_rows_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     more = {"kivi2_ms": 0.5, "iterations": 7, "share_of_bandwidth": 0.5, "kivi4_ms": None}
     lacking = {"turboquant": "no room: 9 GiB", "flashinfer_bf16": "ModuleNotFoundError: flashinfer"}
     rows = {"decode": [base | more | {"batch": b, "unavailable": lacking} for b in (8, 1)]}
-    report.show(rows | {"prefill": [], "store": []}, "cuda", CASES)
+    report.show(rows | {"prefill": [], "store": []}, {"device": "cuda"})
     shown = capsys.readouterr().out
     assert "flash " in shown and "4.00×" in shown and "50.0%" in shown
     assert shown.index(" 1 ") < shown.index(" 8 ")

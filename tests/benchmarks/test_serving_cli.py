@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serving import plot, report
-from benchmarks.serving.observed import Observer, Sample
+from benchmarks.serving.observed import Observer, parse
 from benchmarks.serving.sweep import LATENCIES, PERCENTILES, WARM_UP, Row
 from benchmarks.serving.workloads import WORKLOADS, Sizes, rising, saturating
 
@@ -214,7 +214,7 @@ vllm:prefix_cache_hits_total{engine="0"} %d
 def test_counters_are_those_of_the_load_alone() -> None:
     observer = Observer("127.0.0.1", 1)
     readings = [(0, 0, 4, 100, 50), (3, 5, 4, 200, 60), (4, 9, 6, 250, 70), (9, 0, 7, 300, 100)]
-    observer.samples = [Sample.parse(METRICS % reading) for reading in readings]
+    observer.samples = [parse(METRICS % reading) for reading in readings]
     observer.memory = [5, 9, 7, 6]
     seen = observer.summary()
     assert seen["running_max"] == 9 and seen["running_while_others_wait"] == 3.5

@@ -8,56 +8,42 @@ metadata, scratch) is made with it and not timed. It raises where it cannot run 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.attention.cases import KIVI_DTYPES
-from benchmarks.attention.gpu.device import Call
-from benchmarks.attention.gpu.pools import PagedPool, QuantizedPool, TurboQuantPool
-from benchmarks.attention.gpu.work import Work
-from benchmarks.attention.kivi import rows
+from benchmarks.attention.gpu.pools import PagedPool, TurboQuantPool
+from benchmarks.attention.kivi import KiviPool
+from benchmarks.attention.timing import Call
+from benchmarks.attention.work import Work
 
 Maker = Callable[[Any, int, Work], Call]
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """One implementation over one cache.
 
-    Attributes:
-        cache: the pool that it reads.
-        make: gives its call for set i of the pool.
-        limit: of its relative error against float64 on what the cache holds.
-        decode, prefill: whether it takes part in these sections.
-        in_order: whether it knows no block tables.
-
+    `make` gives its call for set i of the pool `cache`; `limit` is that of its relative error
+    against float64 on what the cache holds. It takes part in `sections`. It may know no block
+    tables and go through a sequence's blocks `in_order`.
     """
 
     cache: str
     make: Maker
     limit: float
-    decode: bool = True
-    prefill: bool = False
+    sections: tuple[str, ...] = ("decode",)
     in_order: bool = False
 
 
-def kivi(pool: QuantizedPool, i: int, work: Work) -> Call:
-    """`attend` of this project."""
-    of = rows(work.batch, work.new, work.end)
-    return pool.attention(i, of, work.query, work.key, work.value, work.output)
-
-
-def served(pool: QuantizedPool, i: int, work: Work) -> Call:
+def served(pool: KiviPool, i: int, work: Work) -> Call:
     """`attend` as vLLM runs it where nothing is cached: by a library."""
     from kivi_vllm.ops.triton.first_chunk import choose
 
     library = choose(pool.params, work.shape.head_size, torch.bfloat16)
     if library is None:
         raise RuntimeError("no library: what is served is kivi2")
-    return partial(kivi(pool, i, work), first_chunk=library)
+    return partial(pool.attention(i, work), first_chunk=library)
 
 
 def sdpa(pool: PagedPool, i: int, work: Work) -> Call:
@@ -70,16 +56,9 @@ def sdpa(pool: PagedPool, i: int, work: Work) -> Call:
         from torch.nn.attention.bias import causal_lower_right
 
         mask = causal_lower_right(work.new, work.end)
-    attend = partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        query,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=work.new == work.end > 1,
-        scale=work.scale,
-        enable_gqa=query.shape[1] != k.shape[1],
-    )
+    how = {"attn_mask": mask, "is_causal": work.new == work.end > 1, "scale": work.scale}
+    how["enable_gqa"] = query.shape[1] != k.shape[1]
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, query, k, v, **how)
     return lambda: attend().transpose(1, 2)
 
 
@@ -89,13 +68,9 @@ def flash(page: int, pool: PagedPool, i: int, work: Work) -> Call:
     That is: with the scheduler's metadata made once a step, and, at decode, at most as many
     splits as in its CUDA graphs. Otherwise FlashAttention decides by itself.
     """
-    from vllm.v1.attention.backends.fa_utils import (
-        flash_attn_varlen_func,
-        get_flash_attn_version,
-        get_scheduler_metadata,
-    )
+    from vllm.v1.attention.backends import fa_utils
 
-    version = get_flash_attn_version(head_size=work.shape.head_size)
+    version = fa_utils.get_flash_attn_version(head_size=work.shape.head_size)
     if version is None:
         raise RuntimeError("vLLM has no FlashAttention for this device")
     arguments = _paged(pool, i, work, page)
@@ -103,9 +78,8 @@ def flash(page: int, pool: PagedPool, i: int, work: Work) -> Call:
         scales = _one(work.device).expand(work.batch, work.shape.num_kv_heads)
         arguments |= dict.fromkeys(("q_descale", "k_descale", "v_descale"), scales)
     if page == 16 and version == 3:
-        splits = 32 if work.new == 1 else 0
-        arguments["num_splits"] = splits
-        arguments["scheduler_metadata"] = get_scheduler_metadata(
+        arguments["num_splits"] = 32 if work.new == 1 else 0
+        arguments["scheduler_metadata"] = fa_utils.get_scheduler_metadata(
             batch_size=work.batch,
             max_seqlen_q=work.new,
             max_seqlen_k=work.end,
@@ -117,9 +91,9 @@ def flash(page: int, pool: PagedPool, i: int, work: Work) -> Call:
             cu_seqlens_q=work.starts,
             page_size=page,
             causal=True,
-            num_splits=splits,
+            num_splits=arguments["num_splits"],
         )
-    return partial(flash_attn_varlen_func, fa_version=version, **arguments)
+    return partial(fa_utils.flash_attn_varlen_func, fa_version=version, **arguments)
 
 
 def unified(pool: PagedPool, i: int, work: Work) -> Call:
@@ -209,10 +183,8 @@ def writer(pool: PagedPool, i: int, work: Work) -> Call:
     """vLLM's store of a step's tokens into its bf16 cache."""
     from vllm._custom_ops import reshape_and_cache_flash
 
-    at = work.end - work.new + torch.arange(work.new, device=work.device)
-    slots = pool.tables[i][:, at // 128].long() * 128 + at % 128
-    one = _one(work.device)
-    args = (work.key, work.value, *pool.pages(128), slots.flatten(), "auto", one, one)
+    one, slots = _one(work.device), pool.slots(i, work.end - work.new, work.end)
+    args = (work.key, work.value, *pool.pages(128), slots, "auto", one, one)
     return partial(reshape_and_cache_flash, *args)
 
 
@@ -247,16 +219,18 @@ def _workspace(device: torch.device) -> torch.Tensor:
 OURS = 0.01
 """Limit of the relative error; rounding the output to bf16 makes about 0.002."""
 
+BOTH = ("decode", "prefill")
+
 CONTENDERS: dict[str, Contender] = {
-    "kivi2": Contender("kivi2", kivi, OURS, prefill=True),
-    "kivi2_served": Contender("kivi2", served, OURS, decode=False, prefill=True),
-    "flash_bf16": Contender("bf16", partial(flash, 16), 0.02, prefill=True),
+    "kivi2": Contender("kivi2", KiviPool.attention, OURS, BOTH),
+    "kivi2_served": Contender("kivi2", served, OURS, ("prefill",)),
+    "flash_bf16": Contender("bf16", partial(flash, 16), 0.02, BOTH),
     "flash_fp8": Contender("fp8", partial(flash, 16), 0.2),
-    "sdpa_bf16": Contender("bf16", sdpa, 0.02, prefill=True, in_order=True),
-    "kivi4": Contender("kivi4", kivi, OURS),
-    "kivi_k4v2": Contender("kivi_k4v2", kivi, OURS),
-    "kivi2_paper": Contender("kivi2_paper", kivi, OURS),
-    "flash128_bf16": Contender("bf16", partial(flash, 128), 0.02, prefill=True),
+    "sdpa_bf16": Contender("bf16", sdpa, 0.02, BOTH, in_order=True),
+    "kivi4": Contender("kivi4", KiviPool.attention, OURS),
+    "kivi_k4v2": Contender("kivi_k4v2", KiviPool.attention, OURS),
+    "kivi2_paper": Contender("kivi2_paper", KiviPool.attention, OURS),
+    "flash128_bf16": Contender("bf16", partial(flash, 128), 0.02, BOTH),
     "flash128_fp8": Contender("fp8", partial(flash, 128), 0.2),
     "triton_bf16": Contender("bf16", unified, 0.02),
     "triton_fp8": Contender("fp8", unified, 0.2),
@@ -266,11 +240,3 @@ CONTENDERS: dict[str, Contender] = {
     "turboquant": Contender("turboquant", turboquant, 0.6),
 }
 """By name, the most important first: where memory is short, the last are left out."""
-
-assert set(KIVI_DTYPES) <= set(CONTENDERS)
-
-
-def best(times: dict[str, float], cache: str) -> str | None:
-    """The fastest of those over a cache; None if none ran."""
-    mine = [name for name in times if CONTENDERS[name].cache == cache]
-    return min(mine, key=times.__getitem__, default=None)

@@ -31,12 +31,7 @@ COLUMNS = 16
 
 
 class Gpu:
-    """The device and what is done on it.
-
-    Args:
-        smoke: there is none.
-
-    """
+    """The device and what is done on it; `smoke`: there is none."""
 
     def __init__(self, smoke: bool) -> None:
         self.smoke = smoke
@@ -52,7 +47,7 @@ class Gpu:
         self._sum = torch.empty((), device=self.device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def allocate(self, nbytes: int, huge_pages: bool = False) -> torch.Tensor:
+    def allocate(self, nbytes: int) -> torch.Tensor:
         """A tensor of bytes, whatever was there before in it."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
@@ -66,12 +61,7 @@ class Gpu:
         return max(0, int(torch.cuda.mem_get_info()[0]) - RESERVE)
 
     def finish(self) -> None:
-        """Wait for the GPU.
-
-        Raises:
-            RuntimeError: something before has failed on it.
-
-        """
+        """Wait for the GPU; RuntimeError if something before has failed on it."""
         if not self.smoke:
             torch.cuda.synchronize()
 
@@ -108,17 +98,16 @@ class Gpu:
         torch.cuda.current_stream().wait_stream(stream)
         self.finish()
         graph = torch.cuda.CUDAGraph()
+        call, why = graph.replay, ""
         try:
             with torch.cuda.graph(graph):
                 run()
         except RuntimeError as error:
             self.finish()
-            run()
-            self.finish()
-            return run, brief(error)
-        graph.replay()
+            call, why = run, brief(error)
+        call()
         self.finish()
-        return graph.replay, ""
+        return call, why
 
     def bandwidth(self) -> dict[str, float]:
         """Bytes a second of a copy, read and written ones, and of a sum, read ones: medians."""
@@ -127,8 +116,7 @@ class Gpu:
         total = torch.empty((), device=self.device)
 
         def median(call: Call) -> float:
-            seconds = [self.stopwatch(call) for _ in range(ROUNDS + 3)][3:]
-            return statistics.median(seconds)
+            return statistics.median([self.stopwatch(call) for _ in range(ROUNDS + 3)][3:])
 
         return {
             "copy": round(2 * a.nbytes / median(lambda: b.copy_(a))),
@@ -137,14 +125,12 @@ class Gpu:
 
     def header(self) -> dict[str, Any]:
         """What it is, for the results."""
-        versions = {
-            "triton": version_of("triton"),
-            "flashinfer": version_of("flashinfer-python", "flashinfer"),
-        }
+        flashinfer = version_of("flashinfer-python", "flashinfer")
+        header = {"versions": {"triton": version_of("triton"), "flashinfer": flashinfer}}
         if self.smoke:
-            return {"gpu": "none (interpreted)", "versions": versions}
+            return header | {"gpu": "none (interpreted)"}
         found = self.properties
-        return {
+        return header | {
             "gpu": found.name,
             "driver": nvidia_smi("driver_version"),
             "cuda": torch.version.cuda,
@@ -153,7 +139,6 @@ class Gpu:
             "l2_bytes": found.L2_cache_size,
             "memory_bytes": found.total_memory,
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "versions": versions,
         }
 
 

@@ -1,4 +1,4 @@
-"""A step on the GPU, and what its attention must give."""
+"""A step of the benchmark: what it computes on, and what its attention must give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.attention.cases import B, Shape
-from benchmarks.attention.tokens import Tokens
+from kivi_vllm.ops.step import Row
 
 Seen = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """K and V [n, num_kv_heads, head_size] of positions start..end-1 of a sequence, as a cache
@@ -18,6 +18,14 @@ CHUNK = 32 * B
 
 CHECKED = 32
 """Queries of a prefill that are checked: the last."""
+
+TEMPLATE = 4 * B
+"""Different random tokens of which a pool is made."""
+
+
+def rows(batch: int, new: int, end: int) -> list[Row]:
+    """A step of `new` tokens in each of `batch` sequences, which then have `end`."""
+    return [Row(i, i * new, (i + 1) * new, end - new, end) for i in range(batch)]
 
 
 class Work:
@@ -31,23 +39,26 @@ class Work:
 
     """
 
-    def __init__(self, shape: Shape, batch: int, new: int, end: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: Shape, batch: int, new: int, end: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.shape, self.batch, self.new, self.end, self.device = shape, batch, new, end, device
-        tokens = Tokens(shape, batch * new, device)
-        self.query, self.output = tokens.query, tokens.output
-        self.key, self.value = tokens.key, tokens.value
+        generator = torch.Generator().manual_seed(3)
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        self.query, self.key, self.value = (
+            torch.randn(batch * new, n, shape.head_size, generator=generator).bfloat16().to(device)
+            for n in heads
+        )
+        self.output = torch.zeros_like(self.query)
         self.starts = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
         self.lens = torch.full((batch,), end, dtype=torch.int32, device=device)
         self.scale = shape.head_size**-0.5
+        self.rows = rows(batch, new, end)
 
-    def rows(self) -> list[int]:
-        """The sequences that are checked: the first and the last."""
-        return sorted({0, self.batch - 1})
-
-    def exact(self, row: int, seen: Seen) -> torch.Tensor:
+    def exact(self, row: int, seen: Seen, most: int = CHECKED) -> torch.Tensor:
         """Attention in float64 of the last queries of a sequence: [n, num_heads, head_size]."""
-        count, heads = min(self.new, CHECKED), self.shape.num_kv_heads
-        query = self.last(self.query, row).double().unflatten(1, (heads, -1))
+        count, heads = min(self.new, most), self.shape.num_kv_heads
+        query = self.last(self.query, row, most).double().unflatten(1, (heads, -1))
         query = query.permute(1, 2, 0, 3).flatten(1, 2)  # [num_kv_heads, group * count, D]
         spans = [(at, min(at + CHUNK, self.end)) for at in range(0, self.end, CHUNK)]
         scores = torch.cat([query @ seen(*span)[0].double().permute(1, 2, 0) for span in spans], -1)
@@ -60,7 +71,11 @@ class Work:
             out += weights[..., start:end] @ seen(start, end)[1].double().transpose(0, 1)
         return out.unflatten(1, (-1, count)).permute(2, 0, 1, 3).flatten(1, 2)
 
-    def last(self, x: torch.Tensor, row: int) -> torch.Tensor:
+    def last(self, x: torch.Tensor, row: int, most: int = CHECKED) -> torch.Tensor:
         """Those tokens of x [batch * new, ...] that are checked of a sequence."""
         end = (row + 1) * self.new
-        return x[end - min(self.new, CHECKED) : end]
+        return x[end - min(self.new, most) : end]
+
+    def error(self, row: int, exact: torch.Tensor, most: int = CHECKED) -> float:
+        """The relative error of a sequence's output in the Frobenius norm."""
+        return float((self.last(self.output, row, most).double() - exact).norm() / exact.norm())
