@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import quantized_cache, simulation
-from benchmarks.quality.rows import CacheRow
+from benchmarks.quality import simulation
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
 from tests.unit import kivi_numpy
 
@@ -81,11 +80,3 @@ def test_soft_cap() -> None:
     scores = 2.0 * torch.tanh(q[0, 0] @ k[0, 0].T * 3.0 / 2.0)
     scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(out[0, :, 0], scores.softmax(-1) @ v[0, 0])
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("no_such.module", "its-name"))
-    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) == "pip install its-name"
-    assert quantized_cache.missing(CacheRow.parse("kivi2")) is None
-    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("json", "its-name"))
-    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) is None
