@@ -25,10 +25,12 @@ Names = list[str] | None
 def quality(
     model: Model = None,
     cache: Annotated[
-        Names, typer.Option(help="Repeatable, the first is the reference: " + " ".join(CACHES))
+        Names, typer.Option(help="Repeatable, the reference first; default: " + " ".join(CACHES))
     ] = None,
     text: Annotated[Names, typer.Option(help="Repeatable: pydoc (default), or a file.")] = None,
-    section: Annotated[Names, typer.Option(help=f"Repeatable: {', '.join(SECTIONS)}.")] = None,
+    section: Annotated[
+        Names, typer.Option(help=f"Repeatable; default: {', '.join(SECTIONS)}.")
+    ] = None,
     fact: Annotated[Names, typer.Option(help="Repeatable: passkey (default), needle.")] = None,
     lengths: Annotated[str, typer.Option(help="Contexts in tokens, with commas.")] = "1024,4096",
     fraction: Annotated[
@@ -42,7 +44,7 @@ def quality(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the hidden keys.")] = 0,
     json_path: Json = None,
-    plots: Annotated[Path | None, typer.Option(help="Beginning of the pictures' names.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Beginning of PNG and SVG names.")] = None,
 ) -> None:
     """Compare cache dtypes with the first one: perplexity and KL, retrieval, long answers."""
     check_folder("--json", json_path)
@@ -57,14 +59,13 @@ def quality(
     rows = list(dict.fromkeys(CacheRow.parse(name) for name in cache or CACHES))
     if rows[0].kind != "vllm":
         raise UserError(f"--cache {rows[0].name}: it cannot be the reference", "--cache auto first")
-    try:
-        sizes = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        remedy = "--lengths 1024"
-        raise UserError(f"--lengths {lengths}: not numbers with commas", remedy) from None
+    if not all(part.strip().isdecimal() for part in lengths.split(",")):
+        raise UserError(f"--lengths {lengths}: not numbers with commas", "--lengths 1024")
+    sizes = list(map(int, lengths.split(",")))
     skipped = {row.name: row.missing for row in rows if row.missing}
     for name, remedy in skipped.items():
         note(f"{name} is left out; to have it: {remedy}")
+    rows = [row for row in rows if row.name not in skipped]
 
     folder = folder_of(model)
     facts = model_facts(folder)
@@ -86,11 +87,8 @@ def quality(
     reference: dict[str, Any] = {}
     try:
         for row in rows:
-            if row.name in skipped:
-                continue
-            given = arguments(
-                row, folder, work.max_model_len, dtype=dtype, kv_cache_memory_bytes=memory
-            )
+            options = dict(dtype=dtype, kv_cache_memory_bytes=memory)
+            given = arguments(row, folder, work.max_model_len, **options)
             try:
                 for name, records in measure(row, given, work, reference).items():
                     data[name] += records

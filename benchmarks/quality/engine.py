@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,14 +14,11 @@ from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import Update
 
-if TYPE_CHECKING:
-    from benchmarks.quality.models import Model
-
 Done = Callable[[int], object]
 """Called with the number of prompts or windows that are done so far."""
 
-model: Model
-"""In the child: what computes its row."""
+model: Any
+"""In the child: the `models.Model` that computes its row."""
 
 ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 DTYPES = ("auto", *ITEMSIZE)
@@ -89,12 +86,8 @@ def start(row: CacheRow, given: dict[str, Any]) -> dict[str, Any]:
     global model
     from benchmarks.quality import models, simulation
 
-    classes = dict(
-        vllm=models.VllmModel,
-        simulated=simulation.SimulatedModel,
-        transformers=models.QuantizedCacheModel,
-    )
-    model = classes[row.kind](row, given)
+    others = dict(simulated=simulation.SimulatedModel, transformers=models.QuantizedCacheModel)
+    model = others.get(row.kind, models.VllmModel)(row, given)
     return model.facts()
 
 
@@ -140,9 +133,6 @@ class Engine(Child):
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-
-    def __enter__(self) -> Engine:
-        return self
 
     def generate(
         self,

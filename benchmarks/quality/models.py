@@ -95,8 +95,8 @@ class VllmModel(Model):
     """vLLM's `LLM` in this process, with a hook on the model's last hidden states.
 
     Args:
-        row: is in the arguments already.
-        arguments: of `vllm.LLM`.
+        row: to be computed.
+        arguments: of `vllm.LLM`; all of the row is in them.
 
     """
 
@@ -162,8 +162,7 @@ class VllmModel(Model):
     def logits(self, states: np.ndarray) -> torch.Tensor:
         """The model's own logits, in the dtype that it computes in: its head has no other."""
         given = torch.from_numpy(states).to(self.runner.device, self.runner.dtype)
-        found: torch.Tensor = self.model.compute_logits(given)
-        return found.float()
+        return self.model.compute_logits(given).float()
 
 
 class TransformersModel(Model):
@@ -189,15 +188,13 @@ class TransformersModel(Model):
         """The model's final hidden states of a window at once, or behind a cache."""
         ids = torch.tensor([list(window)], device=self.device)
         output = self.model.base_model(input_ids=ids, **{"use_cache": False, **cache})
-        states: np.ndarray = output.last_hidden_state[0].float().cpu().numpy()
-        return states
+        return output.last_hidden_state[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def logits(self, states: np.ndarray) -> torch.Tensor:
         """The model's own logits of given hidden states."""
         head, config = self.model.get_output_embeddings(), self.model.config
-        logits: torch.Tensor = head(torch.from_numpy(states).to(self.device, head.weight.dtype))
-        logits = logits.float()
+        logits = head(torch.from_numpy(states).to(self.device, head.weight.dtype)).float()
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:

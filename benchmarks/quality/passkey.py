@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.quality import texts
 from kivi_vllm.cli.errors import UserError
@@ -20,27 +20,21 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 INTRO = "Somewhere in the following text there is a sentence that does not belong to it. Find it."
 
 
-class Kind(NamedTuple):
-    """What is hidden, how it is asked for, and how an answer begins where there is no chat."""
-
-    fact: str
-    question: str
-    start: str
-
-
 KINDS = {
-    "passkey": Kind(
+    "passkey": (
         "The pass key is {key}. Remember it: {key} is the pass key.",
         "What is the pass key mentioned in the text above? Answer with the number alone.",
         "The pass key is",
     ),
-    "needle": Kind(
+    "needle": (
         "The secret word that opens the garden gate is {key}.",
         "What is the secret word that opens the garden gate, according to the text above? "
         "Answer with the word alone.",
         "The secret word that opens the garden gate is",
     ),
 }
+"""What is hidden, how it is asked for, and how an answer begins where there is no chat."""
+
 # fmt: off
 WORDS = (
     "marzipan", "saxophone", "tungsten", "pelican", "bicycle", "walnut", "thermos", "kayak",

@@ -46,12 +46,10 @@ def measure(
     for text, ones in windows.items():
         tokens: list[pd.DataFrame] = []
         for window in ones:
-            mine = engine.hidden_states(window[:-1])
-            base, other = (
-                (mine, None) if reference is None else (reference[len(states)], mine[first:])
-            )
+            states.append(mine := engine.hidden_states(window[:-1]))
+            base = mine if reference is None else reference[len(states) - 1]
+            other = None if reference is None else mine[first:]
             tokens.append(engine.compare(base[first:], other, window[first + 1 :]))
-            states.append(mine)
             on_done(len(states))
         for length in lengths:
             # Position t predicts token t + 1: the last token of a length at length - 2.

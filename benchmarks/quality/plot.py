@@ -48,15 +48,14 @@ def draw(data: dict[str, Any], prefix: Path) -> Iterator[Path]:
         lengths = sorted(frame["length"].unique())
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.set(yscale="log", xlabel="context in tokens (its second half)")
-        axes.set_ylabel("mean KL to the reference, nats a token")
+        axes.set_xlabel("context in tokens (its second half)")
+        axes.set(yscale="log", ylabel="mean KL to the reference, nats a token")
         axes.legend(fontsize=8)
         yield from save(figure, f"{prefix}-{Path(text).stem}-kl")
 
         figure, axes = new_axes(f"Quality by size, context {longest // 2:,}–{longest:,}\n{where}")
         known = frame[(frame["length"] == longest) & frame["bytes"].notna()]
-        label = "{} (KL {:.2g})".format
-        _points(axes, known, "bytes", "ratio", label, linestyle="none")
+        _points(axes, known, "bytes", "ratio", "{} (KL {:.2g})".format, linestyle="none")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set_xlabel("bytes a token of the KV cache, all layers")

@@ -35,7 +35,7 @@ def _interval(form: str) -> Callable[[Any], str]:
 def _perplexity(frame: pd.DataFrame) -> None:
     frame = _together(frame, "text", "length").rename(columns={"kl": "KL", "top1": "top-1"})
     frame["context"] = frame["length"].map(lambda length: f"{length // 2:,}–{length:,}")
-    forms = {
+    forms: dict[str, Any] = {
         "bytes/token": ",.0f",
         "perplexity": ".3f",
         "ratio": _interval(".3f"),

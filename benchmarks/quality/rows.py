@@ -24,11 +24,7 @@ DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq"}
 EXAMPLE = "for example auto, fp8, kivi2:residual_length=32, simulated:kivi2, transformers:kv2"
 
 HISTORY_CHUNK = 128
-"""Tokens of a step for dtypes other than ours.
-
-vLLM's attention takes the keys and values of earlier steps from the cache; how much of a step's own
-tokens it takes from there is each backend's affair. With small steps nearly everything is history.
-"""
+"""Tokens of a step, see `CacheRow.chunk`."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,9 @@ class CacheRow:
     def chunk(self) -> int | None:
         """Tokens of a step; None for vLLM's choice.
 
-        The KIVI dtypes run with `prefill=cached`, where the chunks make no difference, nor do they
-        for a cache that keeps what it is given, as that of `auto`.
+        vLLM's attention takes earlier steps' keys and values from the cache, and of a step's own as
+        each backend likes: with small steps nearly everything is history. It makes no difference to
+        the KIVI dtypes with `prefill=cached`, nor where the cache keeps what it is given (`auto`).
         """
         exact = self.dtype == "auto" or self.is_kivi or self.kind != "vllm"
         return None if exact else HISTORY_CHUNK

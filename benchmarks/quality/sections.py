@@ -94,10 +94,8 @@ class Workload:
         for name in texts:
             if "perplexity" in sections:
                 work.windows[name] = cut(name, model, work.lengths[-1], windows)
-            for length in work.lengths if "passkey" in sections else ():
-                work.cases.extend(
-                    passkey.cases(name, model, length, repeats, kinds=kinds, seed=seed)
-                )
+            for size in work.lengths if "passkey" in sections else ():
+                work.cases.extend(passkey.cases(name, model, size, repeats, kinds=kinds, seed=seed))
             if "generation" in sections:
                 work.prompts[name] = cut(name, model, PROMPT_TOKENS, prompts)
         return work
@@ -137,20 +135,19 @@ def measure(
 def _perplexity(engine: Engine, work: Workload, reference: dict[str, Any]) -> Records:
     name, count = engine.row.name, sum(map(len, work.windows.values()))
     with bar(f"{name}: windows of {work.lengths[-1]:,} tokens", count) as done:
-        states, records = perplexity.measure(
-            engine, work.windows, work.lengths, reference.get("states"), done
-        )
+        first = reference.get("states")
+        states, records = perplexity.measure(engine, work.windows, work.lengths, first, done)
     reference.setdefault("states", states)
     return [{"cache": name, **record} for record in records]
 
 
 def _passkey(engine: Engine, cases: list[passkey.Case]) -> Records:
-    name, prompts = engine.row.name, [case.prompt for case in cases]
-    with bar(f"{name}: hidden facts", len(cases)) as done:
-        answers = engine.generate(prompts, passkey.ANSWER_TOKENS, on_done=done)
-    frame = pd.DataFrame(cases).drop(columns="prompt").assign(answer=[one.text for one in answers])
-    frame["correct"] = [case.score(one.text) for case, one in zip(cases, answers, strict=True)]
-    frame.insert(0, "cache", name)
+    frame = pd.DataFrame(cases)
+    frame.insert(0, "cache", engine.row.name)
+    with bar(f"{engine.row.name}: hidden facts", len(cases)) as done:
+        answers = engine.generate(list(frame.pop("prompt")), passkey.ANSWER_TOKENS, on_done=done)
+    frame["answer"] = [answer.text for answer in answers]
+    frame["correct"] = list(map(passkey.Case.score, cases, frame["answer"]))
     return frame.to_dict("records")
 
 

@@ -26,5 +26,5 @@ def start(row: CacheRow, arguments: dict[str, Any]) -> dict[str, Any]:
     print("what was going on", flush=True)
     if arguments["model"] == "fail":
         raise RuntimeError("no such model")
-    engine.model = Stub()  # type: ignore[assignment]
+    engine.model = Stub()
     return {"kv_cache_tokens": 1}
