@@ -1,51 +1,38 @@
 """What a quantized KV cache costs in quality, by cache dtype: see README.md here."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import machine
+from benchmarks.common.command import Json, Model, among, failures, folder_of, start
 from benchmarks.common.files import check_folder, write_json
-from benchmarks.quality import perplexity, plot, quantized_cache, report
-from benchmarks.quality.engine import Settings
-from benchmarks.quality.model_facts import DTYPES, ModelFacts, model_facts
+from benchmarks.quality import plot, report
+from benchmarks.quality.engine import DTYPES, ITEMSIZE, arguments, model_facts
 from benchmarks.quality.passkey import KINDS
 from benchmarks.quality.rows import CacheRow
-from benchmarks.quality.sections import SECTIONS, Reference, Result, Workload, measure
-from kivi_vllm.cli.default_model import default_model
+from benchmarks.quality.sections import SECTIONS, Workload, measure
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.main import main
 from kivi_vllm.cli.progress import note
 
 CACHES = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2:recipe=paper", "kivi2", "transformers:kv2"]
-LENGTHS = "1024,4096"
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+Names = list[str] | None
+
+
 def quality(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder of a model; SmolLM2-135M-Instruct if not given.")
-    ] = None,
+    model: Model = None,
     cache: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeatable; the first is the reference. Default: " + " ".join(CACHES)),
+        Names, typer.Option(help="Repeatable, the reference first; default: " + " ".join(CACHES))
     ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeatable: pydoc (default), or the path of a file."),
-    ] = None,
+    text: Annotated[Names, typer.Option(help="Repeatable: pydoc (default), or a file.")] = None,
     section: Annotated[
-        list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SECTIONS)}; default: all.")
+        Names, typer.Option(help=f"Repeatable; default: {', '.join(SECTIONS)}.")
     ] = None,
-    fact: Annotated[
-        list[str] | None, typer.Option(help="Repeatable: passkey (default), needle.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Contexts in tokens, with commas.")] = LENGTHS,
+    fact: Annotated[Names, typer.Option(help="Repeatable: passkey (default), needle.")] = None,
+    lengths: Annotated[str, typer.Option(help="Contexts in tokens, with commas.")] = "1024,4096",
     fraction: Annotated[
         float, typer.Option(help="Of the whole workload; less is quicker and less certain.")
     ] = 0.125,
@@ -56,10 +43,8 @@ def quality(
         int | None, typer.Option(min=1, help="Of each engine; default: enough for two sequences.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the hidden keys.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it.")] = None,
-    plots: Annotated[
-        Path | None, typer.Option(help="Beginning of the names of pictures, PNG and SVG.")
-    ] = None,
+    json_path: Json = None,
+    plots: Annotated[Path | None, typer.Option(help="Beginning of PNG and SVG names.")] = None,
 ) -> None:
     """Compare cache dtypes with the first one: perplexity and KL, retrieval, long answers."""
     check_folder("--json", json_path)
@@ -68,102 +53,61 @@ def quality(
         plot.check()
     if not 0 < fraction <= 100:
         raise UserError(f"--fraction {fraction}: must be above 0", "--fraction 0.125")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: there is no such dtype", f"one of: {', '.join(DTYPES)}")
-    sections = _chosen("--section", section, SECTIONS, SECTIONS)
-    facts_to_hide = _chosen("--fact", fact, KINDS, KINDS[:1])
+    among("--dtype", [dtype], DTYPES)
+    sections = among("--section", section or SECTIONS, SECTIONS)
+    kinds = among("--fact", fact or list(KINDS)[:1], KINDS)
     rows = list(dict.fromkeys(CacheRow.parse(name) for name in cache or CACHES))
     if rows[0].kind != "vllm":
         raise UserError(f"--cache {rows[0].name}: it cannot be the reference", "--cache auto first")
-    sizes = _lengths(lengths)
-    skipped = {row.name: remedy for row in rows if (remedy := quantized_cache.missing(row))}
+    if not all(part.strip().isdecimal() for part in lengths.split(",")):
+        raise UserError(f"--lengths {lengths}: not numbers with commas", "--lengths 1024")
+    sizes = list(map(int, lengths.split(",")))
+    skipped = {row.name: row.missing for row in rows if row.missing}
     for name, remedy in skipped.items():
         note(f"{name} is left out; to have it: {remedy}")
     rows = [row for row in rows if row.name not in skipped]
 
-    folder = model if model is not None else str(default_model())
+    folder = folder_of(model)
     facts = model_facts(folder)
-    work = Workload.make(
-        folder,
-        sections,
-        texts=list(dict.fromkeys(text or ["pydoc"])),
-        lengths=sizes,
-        kinds=facts_to_hide,
-        fraction=fraction,
-        limit=facts.limit,
-        seed=seed,
-    )
-    results: list[Result] = []
-    failed: dict[str, str] = {}
-    header: dict[str, Any] = machine.header("quality") | {
-        "model": {"name": Path(folder).name, **asdict(facts)},
+    texts = list(dict.fromkeys(text or ["pydoc"]))
+    work = Workload.make(folder, sections, texts, sizes, kinds, fraction, facts["limit"], seed)
+    # Blocks are whole, and a sequence of the KIVI dtypes holds more than its tokens.
+    tokens = 2 * work.max_model_len + 1024
+    itemsize = ITEMSIZE[facts["dtype"] if dtype == "auto" else dtype]
+    memory = kv_cache_memory_bytes or facts["numbers_per_token"] * itemsize * tokens
+    header = machine.header("quality") | {
+        "model": {"name": Path(folder).name, **facts},
         "dtype": dtype,
         "fraction": fraction,
         "seed": seed,
         "skipped": skipped,
     }
-    reference = Reference()
+    data: dict[str, Any] = {"header": header, "caches": [], **{name: [] for name in SECTIONS}}
+    failed: dict[str, UserError] = {}
+    reference: dict[str, Any] = {}
     try:
         for row in rows:
-            settings = _settings(folder, dtype, work, facts, kv_cache_memory_bytes, row)
+            options = dict(dtype=dtype, kv_cache_memory_bytes=memory)
+            given = arguments(row, folder, work.max_model_len, **options)
             try:
-                results.append(measure(settings, row, work, reference, row is rows[0]))
+                for name, records in measure(row, given, work, reference).items():
+                    data[name] += records
             except UserError as error:  # the others go on
                 if row is rows[0]:
                     raise
                 note(f"{row.name} failed: {error}")
-                header["failed"] = failed = {**failed, row.name: str(error)}
+                failed[row.name] = error
+                header["failed"] = {name: str(one) for name, one in failed.items()}
             if json_path is not None:
-                write_json(json_path, report.document(header, results))
+                write_json(json_path, data)
     finally:
-        report.show(report.document(header, results))
+        report.show(data)
     if plots is not None:
-        data = report.document(header, results)
         plot.check(data)
         for path in plot.draw(data, plots):
             print(path)
-    if failed:
-        raise UserError(
-            f"these rows failed: {', '.join(failed)}", "their messages are above", status=1
-        )
-
-
-def _chosen(
-    option: str, given: list[str] | None, known: Sequence[str], default: Sequence[str]
-) -> list[str]:
-    for name in given or []:
-        if name not in known:
-            raise UserError(f"{option} {name}: there is none", f"one of: {', '.join(known)}")
-    return list(dict.fromkeys(given or default))
-
-
-def _lengths(given: str) -> list[int]:
-    try:
-        return sorted({int(part) for part in given.split(",")})
-    except ValueError:
-        raise UserError(f"--lengths {given}: not numbers with commas", "--lengths 1024") from None
-
-
-def _settings(
-    model: str,
-    dtype: str,
-    work: Workload,
-    facts: ModelFacts,
-    memory: int | None,
-    row: CacheRow,
-) -> Settings:
-    """Of one row's engine: all alike, but for the steps of caches that are not ours."""
-    if memory is None:
-        # Blocks are whole, and a sequence of the KIVI dtypes holds more than its tokens.
-        memory = facts.cache_bytes(dtype, 2 * work.max_model_len + 1024)
-    return Settings(
-        model=model,
-        max_model_len=work.max_model_len,
-        dtype=dtype,
-        kv_cache_memory_bytes=memory,
-        max_num_batched_tokens=perplexity.chunk(row),
-    )
+    failures(failed)
 
 
 if __name__ == "__main__":
-    main(app)
+    start(quality)

@@ -2,91 +2,113 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.common.child import Child
-from benchmarks.quality import worker
+from benchmarks.common.vllm_runs import environment
 from benchmarks.quality.rows import CacheRow
-from kivi_vllm.cli.default_model import cache_folder
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import Update
-from kivi_vllm.cli.server import serve_environment
 
 Done = Callable[[int], object]
 """Called with the number of prompts or windows that are done so far."""
 
+model: Any
+"""In the child: the `models.Model` that computes its row."""
 
-@dataclass(frozen=True)
-class Settings:
-    """What all engines of a comparison have in common.
+ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+DTYPES = ("auto", *ITEMSIZE)
 
-    Attributes:
+
+def model_facts(model: str) -> dict[str, Any]:
+    """What must be known of a model before any engine starts, from its config alone.
+
+    Returns:
+        `limit`, tokens of its longest context; `dtype` of its weights; `numbers_per_token`, keys
+        and values of one token, over all layers and kv heads.
+
+    Raises:
+        UserError: it has no config, or none of a decoder that this can be told of.
+
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return dict(
+            limit=config.max_position_embeddings,
+            dtype=str(config.dtype or "bfloat16").removeprefix("torch."),
+            numbers_per_token=2 * config.num_hidden_layers * heads * size,
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{model} is no folder of a decoder model: {error}", "name one that vLLM can serve"
+        ) from None
+
+
+def arguments(row: CacheRow, model: str, max_model_len: int, **others: Any) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` for a row; the KIVI dtypes run with `prefill=cached`.
+
+    Args:
+        row: of the comparison.
         model: folder of a model.
         max_model_len: longest sequence, prompt and answer.
-        dtype: of the model's weights and activations.
-        kv_cache_memory_bytes: size of the KV cache; what vLLM takes by itself if None.
-        max_num_batched_tokens: tokens of a step; longer prompts are computed in chunks of it.
-        extra: further arguments of `vllm.LLM`.
+        others: go to `vllm.LLM` as they are, and count more than what is here.
 
     """
-
-    model: str
-    max_model_len: int
-    dtype: str = "auto"
-    kv_cache_memory_bytes: int | None = None
-    max_num_batched_tokens: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    def for_row(self, row: CacheRow) -> dict[str, Any]:
-        """The arguments of `vllm.LLM` for one row; the KIVI dtypes run with `prefill=cached`."""
-        arguments: dict[str, Any] = dict(
-            model=self.model,
-            max_model_len=self.max_model_len,
-            dtype=self.dtype,
-            kv_cache_dtype=row.dtype,
-            max_num_seqs=8,
-            # Compiling takes longer than most comparisons gain by it.
-            enforce_eager=True,
-            seed=0,
-            disable_log_stats=True,
-        )
-        if self.kv_cache_memory_bytes is not None:
-            arguments["kv_cache_memory_bytes"] = self.kv_cache_memory_bytes
-        if self.max_num_batched_tokens is not None:
-            arguments["max_num_batched_tokens"] = self.max_num_batched_tokens
-        if row.is_kivi:
-            arguments["additional_config"] = {"kivi": {"prefill": "cached", **row.options}}
-        return {**arguments, **self.extra}
+    found: dict[str, Any] = dict(
+        model=model,
+        max_model_len=max_model_len,
+        kv_cache_dtype=row.dtype,
+        max_num_seqs=8,
+        # Compiling takes longer than most comparisons gain by it.
+        enforce_eager=True,
+        seed=0,
+        disable_log_stats=True,
+        # Every window is computed from nothing.
+        enable_prefix_caching=False,
+    )
+    if row.chunk is not None:
+        found["max_num_batched_tokens"] = row.chunk
+    if row.is_kivi:
+        found["additional_config"] = {"kivi": {"prefill": "cached", **row.options}}
+    return found | others
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A greedy answer.
+def start(row: CacheRow, given: dict[str, Any]) -> dict[str, Any]:
+    """In the child: make the model of a row from its `arguments`; what it says of itself."""
+    global model
+    from benchmarks.quality import models, simulation
 
-    Attributes:
-        text: without the prompt; empty where the engine has no tokenizer.
-        token_ids: of the answer.
+    others = dict(simulated=simulation.SimulatedModel, transformers=models.QuantizedCacheModel)
+    model = others.get(row.kind, models.VllmModel)(row, given)
+    return model.facts()
 
-    """
+
+def _ask(method: str, *args: Any) -> Any:
+    """In the child: call a method of its model."""
+    return getattr(model, method)(*args)
+
+
+class Answer(NamedTuple):
+    """A greedy answer without its prompt; no text where the engine has no tokenizer."""
 
     text: str
     token_ids: list[int]
 
 
-class Engine:
-    """One row's engine in a process of its own: `with Engine(settings, row) as engine: ...`.
+class Engine(Child):
+    """One row's engine in a process of its own: `with Engine(row, given) as engine: ...`.
 
     Args:
-        settings: of the comparison.
-        row: whose cache dtype and options are used. Rows that vLLM does not compute know
-            `hidden_states` and `compare` only.
+        row: to be computed; those that vLLM does not know `hidden_states` and `compare` only.
+        given: see `arguments`; other rows take `model`, `dtype` and `max_model_len` from them.
         update: told what the engine does while it starts.
 
     Attributes:
@@ -99,21 +121,18 @@ class Engine:
 
     """
 
-    def __init__(self, settings: Settings, row: CacheRow, update: Update | None = None) -> None:
-        self.settings = settings
-        self.row = row
-        self._child = Child(f"the engine of {row.name}", _environment(settings))
+    def __init__(self, row: CacheRow, given: dict[str, Any], update: Update | None = None) -> None:
+        # vLLM compiles a piece of its sampler even where the model is eager.
+        env = {"TORCH_COMPILE_DISABLE": "1"} | environment(given["model"])
+        # The child reads hidden states where they are computed: in its own process.
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        super().__init__(f"the engine of {row.name}", env)
+        self.row, self._limit = row, given["max_model_len"]
         try:
-            self.facts = self._child.call(worker.start, row, settings.for_row(row), update=update)
+            self.facts = self.call(start, row, given, update=update)
         except BaseException as error:
-            self._child.__exit__(type(error), error, None)
+            self.__exit__(type(error), error, None)
             raise
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._child.__exit__(*error)
 
     def generate(
         self,
@@ -121,82 +140,43 @@ class Engine:
         max_tokens: int,
         on_done: Done | None = None,
         ignore_eos: bool = False,
-    ) -> list[Generation]:
-        """Greedy answers, in the order of the prompts.
-
-        Args:
-            prompts: token ids.
-            max_tokens: of each answer.
-            on_done: called with the number of answers that are done.
-            ignore_eos: go on to `max_tokens` whatever the model says.
+    ) -> list[Answer]:
+        """Greedy answers of at most `max_tokens` to prompts of token ids, in their order.
 
         Raises:
-            UserError: a prompt is too long for the engine.
+            UserError: a prompt is too long for the engine, or vLLM does not compute the row.
 
         """
+        if self.row.kind != "vllm":
+            raise UserError(
+                "simulated and transformers rows are for the perplexity section only",
+                "leave them out of the other sections",
+            )
         for prompt in prompts:
             self._check_length(len(prompt), max_tokens)
         params = dict(max_tokens=max_tokens, ignore_eos=ignore_eos)
-        given = [list(map(int, prompt)) for prompt in prompts]
-        found = self._child.call(worker.generate, given, params, on_report=on_done)
-        return [Generation(text, ids) for text, ids in found]
+        return self.call(_ask, "generate", prompts, params, on_report=on_done)
 
-    def hidden_states(
-        self, windows: Sequence[Sequence[int]], on_done: Done | None = None
-    ) -> list[np.ndarray]:
-        """The model's final hidden states (what the logits are computed from) by position.
+    def hidden_states(self, window: Sequence[int]) -> np.ndarray:
+        """The model's final hidden states (what the logits are computed from), [T, hidden] fp32.
 
         Args:
-            windows: token ids, each computed alone and from nothing.
-            on_done: called with the number of windows that are done.
-
-        Returns:
-            for each window of T tokens, [T, hidden] fp32.
+            window: T token ids, computed alone and from nothing.
 
         """
-        for window in windows:
-            # A prompt needs one token of an answer to be computed.
-            self._check_length(len(window), 1)
-        states: list[np.ndarray] = []
-        for window in windows:
-            states.append(self._child.call(worker.hidden_states, list(map(int, window))))
-            if on_done is not None:
-                on_done(len(states))
-        return states
+        self._check_length(len(window), 1)  # a prompt needs one token of an answer
+        return self.call(_ask, "hidden_states", window)
 
     def compare(
-        self, reference: np.ndarray, states: np.ndarray, targets: Sequence[int]
+        self, reference: np.ndarray, states: np.ndarray | None, targets: Sequence[int]
     ) -> pd.DataFrame:
-        """What two rows say of the same positions, over the whole vocabulary: see `metrics`.
-
-        Logits are made from the states by this engine's model, in slices: the head of the model is
-        the same in every row.
-
-        Args:
-            reference, states: hidden states [T, hidden] of the reference and of the row; the same
-                array if the row is the reference.
-            targets: [T] the token that follows each position.
-
-        """
-        mine = None if states is reference else states
-        return self._child.call(worker.compare, reference, mine, np.asarray(targets, np.int64))
+        """What two rows say of the same positions: see `models.Model.compare`."""
+        return self.call(_ask, "compare", reference, states, np.asarray(targets, np.int64))
 
     def _check_length(self, tokens: int, answer: int) -> None:
-        limit = self.settings.max_model_len
-        if tokens + answer > limit:
+        if tokens + answer > self._limit:
             raise UserError(
                 f"a prompt of {tokens} tokens and {answer} to generate do not fit into "
-                f"max_model_len {limit}",
+                f"max_model_len {self._limit}",
                 "raise max_model_len (up to the model's own limit) or take shorter prompts",
             )
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    env = serve_environment(cache_folder())
-    if not Path(settings.model).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
-        del env["HF_HUB_OFFLINE"]  # the model may have to come from somewhere
-    # The child reads hidden states where they are computed: in its own process.
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # vLLM compiles a piece of its sampler even where the model is eager.
-    env.setdefault("TORCH_COMPILE_DISABLE", "1")
-    return env

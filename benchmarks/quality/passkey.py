@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import texts
 from kivi_vllm.cli.errors import UserError
 
-KINDS = ("passkey", "needle")
-
 ANSWER_TOKENS = 24
 """Tokens of an answer."""
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
-_INTRO = "Somewhere in the following text there is a sentence that does not belong to it. Find it."
-_FACT = {
-    "passkey": "The pass key is {key}. Remember it: {key} is the pass key.",
-    "needle": "The secret word that opens the garden gate is {key}.",
+INTRO = "Somewhere in the following text there is a sentence that does not belong to it. Find it."
+
+
+KINDS = {
+    "passkey": (
+        "The pass key is {key}. Remember it: {key} is the pass key.",
+        "What is the pass key mentioned in the text above? Answer with the number alone.",
+        "The pass key is",
+    ),
+    "needle": (
+        "The secret word that opens the garden gate is {key}.",
+        "What is the secret word that opens the garden gate, according to the text above? "
+        "Answer with the word alone.",
+        "The secret word that opens the garden gate is",
+    ),
 }
-_QUESTION = {
-    "passkey": "What is the pass key mentioned in the text above? Answer with the number alone.",
-    "needle": "What is the secret word that opens the garden gate, according to the text above? "
-    "Answer with the word alone.",
-}
-_START = {
-    "passkey": "The pass key is",
-    "needle": "The secret word that opens the garden gate is",
-}
+"""What is hidden, how it is asked for, and how an answer begins where there is no chat."""
+
 # fmt: off
-_WORDS = (
+WORDS = (
     "marzipan", "saxophone", "tungsten", "pelican", "bicycle", "walnut", "thermos", "kayak",
     "zeppelin", "velcro", "turbine", "papaya", "flamingo", "gearbox", "origami", "trombone",
     "penguin", "cactus", "yogurt", "lasagna", "helicopter", "tornado", "jigsaw", "moped",
@@ -47,19 +50,19 @@ class Case:
     """One question.
 
     Attributes:
-        kind: of `KINDS`: a number or a word is hidden.
         text: in which text.
         length: tokens of prompt and answer together, at most, and nearly.
         depth: where the fact is, as a share of the text before it.
+        kind: of `KINDS`: a number or a word is hidden.
         key: the right answer.
         prompt: token ids.
 
     """
 
-    kind: str
     text: str
     length: int
     depth: float
+    kind: str
     key: str
     prompt: list[int]
 
@@ -77,7 +80,7 @@ def cases(
     length: int,
     repeats: int,
     depths: Sequence[float] = DEPTHS,
-    kinds: Sequence[str] = KINDS,
+    kinds: Iterable[str] = KINDS,
     seed: int = 0,
 ) -> list[Case]:
     """Questions at every depth, `repeats` of each kind; the same for the same seed.
@@ -95,63 +98,51 @@ def cases(
         UserError: the text is shorter than the prompt, or the prompt than its question.
 
     """
+    tokenizer, ids = texts.tokenizer(model), texts.tokens(text, model)
     found = []
-    for kind in kinds:
-        for depth in depths:
-            for repeat in range(repeats):
-                # By content: another choice of depths or kinds leaves a case as it is.
-                rng = random.Random(f"{seed} {text} {length} {kind} {depth} {repeat}")
-                found.append(_case(kind, text, model, length, depth, rng))
+    for kind, depth, repeat in itertools.product(kinds, depths, range(repeats)):
+        # By content: another choice of depths or kinds leaves a case as it is.
+        rng = random.Random(f"{seed} {text} {length} {kind} {depth} {repeat}")
+        room = length - ANSWER_TOKENS - len(_prompt(tokenizer, kind, "", depth, "00000"))
+        if room < 16:
+            raise UserError(
+                f"{length} tokens have no room for a question and a text to search", "512 or more"
+            )
+        if room > len(ids):
+            raise UserError(
+                f"the text {text} has {len(ids):,} tokens, less than a prompt of {length:,}",
+                "take shorter prompts or a longer text",
+            )
+        start = rng.randrange(len(ids) - room + 1)
+        # Pieces of words at a cut may make other tokens, and so does the fact: less, if need be.
+        for end in range(start + room, start, -4):
+            piece = tokenizer.decode(ids[start:end])
+            key = _key(kind, piece, rng)
+            prompt = _prompt(tokenizer, kind, piece, depth, key)
+            if len(prompt) + ANSWER_TOKENS <= length:
+                found.append(Case(text, length, depth, kind, key, prompt))
+                break
     return found
-
-
-def _case(kind: str, text: str, model: str, length: int, depth: float, rng: random.Random) -> Case:
-    tokenizer = texts.tokenizer(model)
-    ids = texts.tokens(text, model)
-    room = length - ANSWER_TOKENS - len(_prompt(tokenizer, kind, "", depth, "00000"))
-    if room < 16:
-        raise UserError(
-            f"{length} tokens have no room for a question and a text to search", "512 or more"
-        )
-    if room > len(ids):
-        raise UserError(
-            f"the text {text} has {len(ids):,} tokens, less than a prompt of {length:,}",
-            "take shorter prompts or a longer text",
-        )
-    start = rng.randrange(len(ids) - room + 1)
-    # The pieces of words at a cut may make other tokens, and so does the fact: less, if need be.
-    for less in range(0, room, 4):
-        piece = tokenizer.decode(ids[start : start + room - less])
-        key = _key(kind, piece, rng)
-        prompt = _prompt(tokenizer, kind, piece, depth, key)
-        if len(prompt) + ANSWER_TOKENS <= length:
-            return Case(kind, text, length, depth, key, prompt)
-    raise AssertionError("an empty piece fits")
 
 
 def _key(kind: str, piece: str, rng: random.Random) -> str:
     """A number or a word that is not in the text."""
     lower = piece.lower()
     while True:
-        key = str(rng.randrange(10_000, 100_000)) if kind == "passkey" else rng.choice(_WORDS)
+        key = str(rng.randrange(10_000, 100_000)) if kind == "passkey" else rng.choice(WORDS)
         if key not in lower:
             return key
 
 
 def _prompt(tokenizer: Any, kind: str, piece: str, depth: float, key: str) -> list[int]:
-    at = _between_sentences(piece, depth)
-    fact = _FACT[kind].format(key=key)
-    content = f"{_INTRO}\n\n{piece[:at]}{fact} {piece[at:]}\n\n{_QUESTION[kind]}"
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": content}]
-        rendered = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        # The template has written the special tokens already.
-        ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
-    else:
-        ids = tokenizer(f"{content}\n\n{_START[kind]}", verbose=False).input_ids
-    return list(ids)
+    at, (fact, question, start) = _between_sentences(piece, depth), KINDS[kind]
+    content = f"{INTRO}\n\n{piece[:at]}{fact.format(key=key)} {piece[at:]}\n\n{question}"
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(f"{content}\n\n{start}", verbose=False).input_ids)
+    message = [{"role": "user", "content": content}]
+    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens already.
+    return list(tokenizer(chat, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _between_sentences(piece: str, depth: float) -> int:

@@ -7,101 +7,94 @@ reference's through the model's own head (`Engine.compare`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.quality.engine import Done, Engine
-from benchmarks.quality.metrics import Summary, summary
-from benchmarks.quality.rows import CacheRow
-from kivi_vllm.cli.errors import UserError
 
-Windows = Mapping[str, Sequence[Sequence[int]]]
-"""Windows of token ids by text, all of the longest length."""
-
-HISTORY_CHUNK = 128
-"""Tokens of a step for dtypes other than ours.
-
-vLLM's attention takes the keys and values of earlier steps from the cache; how much of a step's own
-tokens it takes from there is each backend's affair. With small steps nearly everything is history.
-"""
+RESAMPLES = 2000
+BLOCK = 64
+"""Consecutive tokens that are drawn together: neighbours are not independent."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row's figures at one text and length: over positions [length / 2, length)."""
-
-    text: str
-    length: int
-    figures: Summary
-
-
-def chunk(row: CacheRow) -> int | None:
-    """Tokens of a step for a row; None for vLLM's choice.
-
-    The KIVI dtypes run with `prefill=cached`, where the chunks make no difference, nor do they for
-    a cache that keeps what it is given, as that of `auto`.
-    """
-    exact = row.dtype == "auto" or row.is_kivi or row.kind != "vllm"
-    return None if exact else HISTORY_CHUNK
-
-
-def states(engine: Engine, windows: Windows, on_done: Done | None = None) -> list[np.ndarray]:
-    """Hidden states [T - 1, hidden] of all windows: the last token is only predicted."""
-    inputs = [list(window[:-1]) for mine in windows.values() for window in mine]
-    return engine.hidden_states(inputs, on_done)
-
-
-def compare(
+def measure(
     engine: Engine,
-    windows: Windows,
-    reference: Sequence[np.ndarray],
-    mine: Sequence[np.ndarray],
+    windows: Mapping[str, Sequence[Sequence[int]]],
     lengths: Sequence[int],
-    on_done: Done | None = None,
-) -> list[Figure]:
-    """Figures by text and length.
+    reference: Sequence[np.ndarray] | None = None,
+    on_done: Done = print,
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """Compute all windows, and compare a row with the reference.
 
     Args:
-        engine: any row's.
-        windows: what was computed.
-        reference, mine: `states` of the reference and of the row.
-        lengths: the second half of each is measured.
+        engine: the row's.
+        windows: token ids by text, T in each: the longest length.
+        lengths: contexts, whose positions [length / 2, length) are measured.
+        reference: hidden states of the reference's windows; None if the row is the reference.
         on_done: called with the number of windows that are done.
+
+    Returns:
+        Hidden states [T - 1, hidden] of the windows, whose last tokens are only predicted; and
+        figures by `text` and `length`, see `summary`.
 
     """
     first = min(lengths) // 2
-    figures: list[Figure] = []
-    index = 0
+    states: list[np.ndarray] = []
+    records: list[dict[str, Any]] = []
     for text, ones in windows.items():
         tokens: list[pd.DataFrame] = []
         for window in ones:
-            a = reference[index][first:]
-            b = a if mine is reference else mine[index][first:]
-            tokens.append(engine.compare(a, b, window[first + 1 :]))
-            index += 1
-            if on_done is not None:
-                on_done(index)
+            states.append(mine := engine.hidden_states(window[:-1]))
+            base = mine if reference is None else reference[len(states) - 1]
+            other = None if reference is None else mine[first:]
+            tokens.append(engine.compare(base[first:], other, window[first + 1 :]))
+            on_done(len(states))
         for length in lengths:
             # Position t predicts token t + 1: the last token of a length at length - 2.
             parts = [one[length // 2 - first : length - 1 - first] for one in tokens]
-            figures.append(Figure(text, length, summary(parts)))
-    return figures
+            records.append({"text": text, "length": length, **summary(parts)})
+    return states, records
 
 
-def check_lengths(lengths: Sequence[int], limit: int) -> None:
-    """Refuse lengths that cannot be measured.
+def summary(parts: Sequence[pd.DataFrame], seed: int = 0) -> dict[str, Any]:
+    """Figures over stretches of consecutive positions, with intervals over blocks of them.
 
-    Raises:
-        UserError: too short to have halves worth measuring, or longer than the model's limit.
+    Args:
+        parts: one for each stretch, see `models.compare_logits`; blocks do not reach over the ends.
+        seed: of the bootstrap.
+
+    Returns:
+        `tokens`, how many; `perplexity_reference` and `perplexity`, exp of the mean negative
+        log-probability; and with the ends of its 95 % interval (`value`, `low`, `high`) each:
+        `ratio` of the perplexities; `kl`, mean KL(reference || row) in nats; `top1`, share of
+        positions where both name the same token.
 
     """
-    for length in lengths:
-        if length < 16:
-            raise UserError(f"--lengths {length}: a context has at least 16 tokens", "1024")
-        if length > limit:
-            raise UserError(
-                f"--lengths {length}: the model's limit is {limit} tokens",
-                f"lengths up to {limit}, or a model with a longer context",
-            )
+    everything = pd.concat(parts) if parts else pd.DataFrame()
+    if everything.empty:
+        raise ValueError("no positions")
+    blocks = pd.concat(
+        part.assign(more=part["nll"] - part["nll_reference"], size=1)
+        .groupby(np.arange(len(part)) // BLOCK)
+        .sum()
+        for part in parts
+    ).astype(float)
+    drawn = np.random.default_rng(seed).integers(0, len(blocks), (RESAMPLES, len(blocks)))
+    sizes = blocks["size"].to_numpy()
+
+    def estimate(name: str, scale: np.ufunc = np.positive) -> dict[str, float]:
+        sums = blocks[name].to_numpy()
+        low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
+        figures = zip(("value", "low", "high"), (sums.sum() / sizes.sum(), low, high), strict=True)
+        return {end: float(scale(figure)) for end, figure in figures}
+
+    return dict(
+        tokens=len(everything),
+        perplexity_reference=float(np.exp(everything["nll_reference"].mean())),
+        perplexity=float(np.exp(everything["nll"].mean())),
+        ratio=estimate("more", np.exp),
+        kl=estimate("kl"),
+        top1=estimate("agree"),
+    )

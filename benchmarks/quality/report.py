@@ -1,9 +1,8 @@
-"""Tables and JSON of a quality comparison."""
+"""Tables of a quality comparison, from its JSON document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,17 @@ import pandas as pd
 
 from benchmarks.common.tables import cell
 from benchmarks.common.tables import show as show_table
-from benchmarks.quality.sections import SECTIONS, Result
-
-
-def document(header: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """What the JSON file holds: the header, and the records of all rows by section."""
-    parts = [asdict(result) for result in results]
-    return {
-        "header": header,
-        "caches": [part["cache"] for part in parts],
-        **{name: [record for part in parts for record in part[name]] for name in SECTIONS},
-    }
 
 
 def show(data: dict[str, Any]) -> None:
     """Print the tables of a document, of the sections that were measured."""
-    for name, table in zip(SECTIONS, (_perplexity, _passkey, _generation), strict=True):
+    sizes = {one["name"]: one["kv_bytes_per_token"] for one in data["caches"]}
+    for name, table in TABLES.items():
         if data[name]:
             frame = pd.DataFrame(data[name])
-            frame.insert(0, "where", frame["text"].map(lambda text: Path(text).name))
-            table(frame, data)
+            frame["bytes/token"] = frame["cache"].map(sizes)
+            frame["text"] = frame["text"].map(lambda text: Path(text).name)
+            table(frame)
 
 
 def _together(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
@@ -39,64 +29,49 @@ def _together(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def _interval(form: str) -> Callable[[Any], str]:
-    def write(one: dict[str, float]) -> str:
-        value, low, high = (cell(one[name], form) for name in ("value", "low", "high"))
-        return f"{value} ({low}–{high})"
-
-    return write
+    return lambda one: "{} ({}–{})".format(*(cell(one[n], form) for n in ("value", "low", "high")))
 
 
-def _perplexity(frame: pd.DataFrame, data: dict[str, Any]) -> None:
-    frame = _together(frame, "where", "length")
-    sizes = {one["name"]: one["kv_bytes_per_token"] for one in data["caches"]}
-    table = pd.DataFrame(
-        {
-            "text": frame["where"],
-            "context": frame["length"].map(lambda length: f"{length // 2:,}–{length:,}"),
-            "cache": frame["cache"],
-            "bytes/token": frame["cache"].map(sizes),
-            "perplexity": frame["perplexity"],
-            "ratio": frame["ratio"],
-            "KL": frame["kl"],
-            "top-1": frame["top1"],
-            "tokens": frame["tokens"],
-        }
-    )
-    forms = {"bytes/token": ",.0f", "perplexity": ".3f", "tokens": ",d"}
-    intervals = {"ratio": _interval(".3f"), "KL": _interval(".4f"), "top-1": _interval(".1%")}
+def _perplexity(frame: pd.DataFrame) -> None:
+    frame = _together(frame, "text", "length").rename(columns={"kl": "KL", "top1": "top-1"})
+    frame["context"] = frame["length"].map(lambda length: f"{length // 2:,}–{length:,}")
+    forms: dict[str, Any] = {
+        "bytes/token": ",.0f",
+        "perplexity": ".3f",
+        "ratio": _interval(".3f"),
+        "KL": _interval(".4f"),
+        "top-1": _interval(".1%"),
+        "tokens": ",d",
+    }
     title = "Perplexity and divergence from the first row, 95 % intervals"
-    show_table(table, title, {**forms, **intervals}, by=["text", "context"])
+    by = ["text", "context"]
+    show_table(frame[[*by, "cache", *forms]], title, forms, by=by)
 
 
-def _passkey(frame: pd.DataFrame, data: dict[str, Any]) -> None:
+def _passkey(frame: pd.DataFrame) -> None:
     def found(part: pd.DataFrame) -> str:
         return f"{part['correct'].sum()}/{len(part)}"
 
-    place = ["where", "length", "kind", "cache"]
+    by = ["text", "length", "fact"]
+    frame = _together(frame.rename(columns={"kind": "fact"}), *by)
     rows = [
-        dict(zip(("text", "length", "fact", "cache"), key, strict=True))
+        dict(zip((*by, "cache"), key, strict=True))
         | {f"at {depth:.0%}": found(part) for depth, part in mine.groupby("depth")}
         | {"all": found(mine)}
-        for key, mine in _together(frame, *place[:3]).groupby(place, sort=False)
+        for key, mine in frame.groupby([*by, "cache"], sort=False)
     ]
     table = pd.DataFrame(rows)
-    forms: dict[str, Any] = {"length": ",d", **dict.fromkeys(table.columns[4:], str)}
-    title = "Hidden facts found, of all asked for, by depth"
-    show_table(table, title, forms, by=["text", "length", "fact"])
+    forms = {"length": ",d", **dict.fromkeys(table.columns[4:], "")}
+    show_table(table, "Hidden facts found, of all asked for, by depth", forms, by=by)
 
 
-def _generation(frame: pd.DataFrame, data: dict[str, Any]) -> None:
-    frame = _together(frame, "where")
-    counts = zip(frame["identical"], frame["prompts"], strict=True)
-    table = pd.DataFrame(
-        {
-            "text": frame["where"],
-            "cache": frame["cache"],
-            "first difference": frame["median_divergence"],
-            "agreement": frame["mean_agreement"],
-            "identical": [f"{same}/{prompts}" for same, prompts in counts],
-        }
-    )
-    forms = {"first difference": ".0f", "agreement": ".1%", "identical": str}
+def _generation(frame: pd.DataFrame) -> None:
+    frame = _together(frame, "text")
+    frame["same"] = frame["identical"].astype(str) + "/" + frame["prompts"].astype(str)
+    table = frame[["text", "cache", "median_divergence", "mean_agreement", "same"]]
+    forms = {"first difference": ".0f", "agreement": ".1%", "identical": ""}
     title = f"Greedy answers of {frame['tokens'].iloc[0]} tokens against the first row's"
-    show_table(table, title, forms, by=["text"])
+    show_table(table.set_axis(["text", "cache", *forms], axis=1), title, forms, by=["text"])
+
+
+TABLES = {"perplexity": _perplexity, "passkey": _passkey, "generation": _generation}

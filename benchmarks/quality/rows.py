@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
+from benchmarks.common.machine import version_of
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import DTYPES, KiviConfig, KiviConfigError, is_kivi
-
-Kind = Literal["vllm", "simulated", "transformers"]
 
 TRANSFORMERS_BITS = {"kv2": 2, "kv4": 4}
 """Names of `transformers:` rows to the bits of its `QuantizedCache`."""
@@ -18,8 +18,13 @@ TRANSFORMERS_OPTIONS = {
     "group_size": (32, 64, 128),
     "residual_length": (32, 64, 128, 256),
 }
+DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq"}
+"""Backends to what has to be installed for them."""
 
 EXAMPLE = "for example auto, fp8, kivi2:residual_length=32, simulated:kivi2, transformers:kv2"
+
+HISTORY_CHUNK = 128
+"""Tokens of a step, see `CacheRow.chunk`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class CacheRow:
     name: str
     dtype: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    kind: Kind = "vllm"
+    kind: str = "vllm"
 
     @classmethod
     def parse(cls, text: str) -> CacheRow:
@@ -49,14 +54,13 @@ class CacheRow:
 
         """
         name = text.strip()
-        kind: Kind = "vllm"
-        rest = name
-        for prefix in get_args(Kind)[1:]:
-            if rest.startswith(prefix + ":"):
-                kind, rest = prefix, rest[len(prefix) + 1 :]
+        kind, _, rest = name.partition(":")
+        if kind not in ("simulated", "transformers"):
+            kind, rest = "vllm", name
         dtype, _, listed = rest.partition(":")
         row = cls(name, dtype, _options(name, listed), kind)
-        row._check()
+        if mistake := row._mistake():
+            raise UserError(f"--cache {name}: {mistake[0]}", mistake[1])
         return row
 
     @property
@@ -64,46 +68,50 @@ class CacheRow:
         """Whether the dtype is one of ours, whoever computes."""
         return self.kind != "transformers" and is_kivi(self.dtype)
 
-    def _check(self) -> None:
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a step; None for vLLM's choice.
+
+        vLLM's attention takes earlier steps' keys and values from the cache, and of a step's own as
+        each backend likes: with small steps nearly everything is history. It makes no difference to
+        the KIVI dtypes with `prefill=cached`, nor where the cache keeps what it is given (`auto`).
+        """
+        exact = self.dtype == "auto" or self.is_kivi or self.kind != "vllm"
+        return None if exact else HISTORY_CHUNK
+
+    @property
+    def missing(self) -> str | None:
+        """What has to be installed for the row, as a command; None if nothing."""
+        if self.kind != "transformers":
+            return None
+        needed = DISTRIBUTIONS[self.options.get("backend", "quanto")]
+        return f"pip install {needed}" if version_of(needed) == "not installed" else None
+
+    def _mistake(self) -> tuple[str, str] | None:
+        """What is wrong with the row, and the remedy."""
+        ours = f"one of: {', '.join(DTYPES)}"
         if self.kind == "transformers":
-            _check_transformers(self)
+            if self.dtype not in TRANSFORMERS_BITS:
+                names = ", ".join(f"transformers:{name}" for name in TRANSFORMERS_BITS)
+                return f"there is no transformers row {self.dtype!r}", f"one of: {names}"
+            for name, value in self.options.items():
+                if value not in TRANSFORMERS_OPTIONS.get(name, ()):
+                    known = TRANSFORMERS_OPTIONS.items()
+                    good = "; ".join(f"{k}={'|'.join(map(str, v))}" for k, v in known)
+                    return f"bad option {name}={value}", good
         elif self.is_kivi:
             try:
                 KiviConfig.from_options(self.dtype, self.options)
             except KiviConfigError as error:
-                raise UserError(f"--cache {self.name}: {error}", EXAMPLE) from None
+                return str(error), EXAMPLE
         elif self.kind == "simulated":
-            raise UserError(
-                f"--cache {self.name}: only the KIVI dtypes can be simulated",
-                f"one of: {', '.join(DTYPES)}",
-            )
-        else:
-            # vLLM refuses what it does not know; it has none of these.
-            if not self.dtype or self.dtype.startswith("kivi"):
-                raise UserError(
-                    f"--cache {self.name}: there is no cache dtype {self.dtype!r}",
-                    f"one of vLLM's, or one of: {', '.join(DTYPES)}",
-                )
-            if self.options:
-                raise UserError(
-                    f"--cache {self.name}: {self.dtype} has no options; only the KIVI dtypes do",
-                    EXAMPLE,
-                )
-
-
-def _check_transformers(row: CacheRow) -> None:
-    if row.dtype not in TRANSFORMERS_BITS:
-        raise UserError(
-            f"--cache {row.name}: there is no transformers row {row.dtype!r}",
-            f"one of: {', '.join(f'transformers:{name}' for name in TRANSFORMERS_BITS)}",
-        )
-    for name, value in row.options.items():
-        good: tuple = TRANSFORMERS_OPTIONS.get(name, ())
-        if value not in good:
-            options = "; ".join(
-                f"{k}={'|'.join(map(str, v))}" for k, v in TRANSFORMERS_OPTIONS.items()
-            )
-            raise UserError(f"--cache {row.name}: bad option {name}={value}", options)
+            return "only the KIVI dtypes can be simulated", ours
+        # vLLM refuses what it does not know; it has none of these.
+        elif not self.dtype or self.dtype.startswith("kivi"):
+            return f"there is no cache dtype {self.dtype!r}", f"one of vLLM's, or {ours}"
+        elif self.options:
+            return f"{self.dtype} has no options; only the KIVI dtypes do", EXAMPLE
+        return None
 
 
 def _options(name: str, listed: str) -> dict[str, Any]:
@@ -115,17 +123,8 @@ def _options(name: str, listed: str) -> dict[str, Any]:
             raise UserError(f"--cache {name}: {part!r} is not option=value", EXAMPLE)
         if key in options:
             raise UserError(f"--cache {name}: the option {key} is given twice", EXAMPLE)
-        options[key] = _value(value)
-    return options
-
-
-def _value(text: str) -> Any:
-    """An int, a float, a boolean, or the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
         try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
+            options[key] = json.loads(value.lower())
+        except ValueError:  # no number and no boolean, but a word
+            options[key] = value
+    return options

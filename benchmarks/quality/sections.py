@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.common.bars import bar
-from benchmarks.quality import generation, passkey, perplexity
-from benchmarks.quality.engine import Engine, Settings
+from benchmarks.quality import passkey, perplexity
+from benchmarks.quality.engine import Engine
 from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.texts import windows as cut
 from kivi_vllm.cli.errors import UserError
@@ -20,6 +20,11 @@ from kivi_vllm.cli.progress import note, step
 SECTIONS = ("perplexity", "passkey", "generation")
 WINDOWS, REPEATS, PROMPTS = 8, 8, 16
 """What a fraction of 1 is: windows of a text; questions of a kind and depth; prompts."""
+PROMPT_TOKENS = ANSWER_TOKENS = 512
+"""Of the long answers."""
+
+Records = list[dict[str, Any]]
+"""Of one kind in the JSON file: flat but for the intervals, each with its `cache` and `text`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,7 @@ class Workload:
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence."""
-        answers = generation.PROMPT_TOKENS + generation.ANSWER_TOKENS
-        return max(self.lengths[-1], answers if self.prompts else 0)
+        return max(self.lengths[-1], PROMPT_TOKENS + ANSWER_TOKENS if self.prompts else 0)
 
     @classmethod
     def make(
@@ -61,23 +65,26 @@ class Workload:
 
         Args:
             model: whose tokens.
-            sections: of `SECTIONS`.
-            texts: their names.
-            lengths: contexts.
-            kinds: of hidden facts.
+            sections, texts, lengths, kinds: what is asked for; kinds are those of hidden facts.
             fraction: of `WINDOWS`, `REPEATS` and `PROMPTS`, one at least.
             limit: the longest context of the model.
             seed: of the hidden facts.
 
         Raises:
-            UserError: a context does not fit into the model or a text.
+            UserError: a context does not fit into the model or a text, or has no halves worth
+                measuring.
 
         """
-        perplexity.check_lengths(lengths, limit)
-        answers = generation.PROMPT_TOKENS + generation.ANSWER_TOKENS
-        if "generation" in sections and answers > limit:
+        if (shortest := min(lengths)) < 16:
+            raise UserError(f"--lengths {shortest}: a context has at least 16 tokens", "1024")
+        if (longest := max(lengths)) > limit:
             raise UserError(
-                f"the generation section needs {answers} tokens, this model has {limit}",
+                f"--lengths {longest}: the model's limit is {limit} tokens",
+                f"lengths up to {limit}, or a model with a longer context",
+            )
+        if "generation" in sections and limit < (need := PROMPT_TOKENS + ANSWER_TOKENS):
+            raise UserError(
+                f"the generation section needs {need} tokens, this model has {limit}",
                 "--section perplexity --section passkey",
             )
         windows, repeats, prompts = (
@@ -87,103 +94,96 @@ class Workload:
         for name in texts:
             if "perplexity" in sections:
                 work.windows[name] = cut(name, model, work.lengths[-1], windows)
-            for length in work.lengths if "passkey" in sections else ():
-                work.cases.extend(
-                    passkey.cases(name, model, length, repeats, kinds=kinds, seed=seed)
-                )
+            for size in work.lengths if "passkey" in sections else ():
+                work.cases.extend(passkey.cases(name, model, size, repeats, kinds=kinds, seed=seed))
             if "generation" in sections:
-                work.prompts[name] = cut(name, model, generation.PROMPT_TOKENS, prompts)
+                work.prompts[name] = cut(name, model, PROMPT_TOKENS, prompts)
         return work
 
 
-@dataclass
-class Reference:
-    """What the other rows are compared with."""
-
-    states: list[np.ndarray] = field(default_factory=list)
-    answers: dict[str, list[list[int]]] = field(default_factory=dict)
-
-
-@dataclass
-class Result:
-    """One row's figures: records for JSON, flat but for the intervals."""
-
-    cache: dict[str, Any]
-    perplexity: list[dict[str, Any]] = field(default_factory=list)
-    passkey: list[dict[str, Any]] = field(default_factory=list)
-    generation: list[dict[str, Any]] = field(default_factory=list)
-
-
 def measure(
-    settings: Settings, row: CacheRow, work: Workload, reference: Reference, is_reference: bool
-) -> Result:
+    row: CacheRow, arguments: dict[str, Any], work: Workload, reference: dict[str, Any]
+) -> dict[str, Records]:
     """Start a row's engine and take it through the sections.
 
     Args:
-        settings: of the comparison.
         row: to measure.
+        arguments: of its engine.
         work: what to compute.
-        reference: filled if the row is the reference, read otherwise.
-        is_reference: whether it is.
+        reference: what rows are compared with; filled by the first one, empty until then.
+
+    Returns:
+        Records by section, and the row's own (`caches`).
 
     """
-    with contextlib.ExitStack() as stack:
-        with step(f"{row.name}: starting") as update:
-            engine = stack.enter_context(Engine(settings, row, update=update))
-        result = Result({**asdict(row), **engine.facts})
+    with step(f"{row.name}: starting") as update:
+        engine = Engine(row, arguments, update)
+    with engine:
+        found: dict[str, Records] = {"caches": [{**asdict(row), **engine.facts}]}
         if work.windows:
-            _perplexity(engine, work, reference, is_reference, result)
-        if row.kind != "vllm":
-            if work.cases or work.prompts:
-                note(f"  {row.name} is for the perplexity section only")
-            return result
+            found["perplexity"] = _perplexity(engine, work, reference)
+        if row.kind != "vllm" and (work.cases or work.prompts):
+            note(f"  {row.name} is for the perplexity section only")
+            return found
         if work.cases:
-            _passkey(engine, work, result)
+            found["passkey"] = _passkey(engine, work.cases)
         if work.prompts:
-            _generation(engine, work, reference, is_reference, result)
-    return result
+            found["generation"] = _generation(engine, work.prompts, reference)
+    return found
 
 
-def _perplexity(
-    engine: Engine, work: Workload, reference: Reference, is_reference: bool, result: Result
-) -> None:
-    count = sum(map(len, work.windows.values()))
-    with bar(f"{engine.row.name}: windows of {work.lengths[-1]:,} tokens", count) as done:
-        states = perplexity.states(engine, work.windows, done)
-    if is_reference:
-        reference.states = states
-    with bar(f"{engine.row.name}: comparing all logits", count) as done:
-        figures = perplexity.compare(
-            engine, work.windows, reference.states, states, work.lengths, done
-        )
-    for figure in figures:
-        place = dict(cache=engine.row.name, text=figure.text, length=figure.length)
-        result.perplexity.append({**place, **asdict(figure.figures)})
+def _perplexity(engine: Engine, work: Workload, reference: dict[str, Any]) -> Records:
+    name, count = engine.row.name, sum(map(len, work.windows.values()))
+    with bar(f"{name}: windows of {work.lengths[-1]:,} tokens", count) as done:
+        first = reference.get("states")
+        states, records = perplexity.measure(engine, work.windows, work.lengths, first, done)
+    reference.setdefault("states", states)
+    return [{"cache": name, **record} for record in records]
 
 
-def _passkey(engine: Engine, work: Workload, result: Result) -> None:
-    with bar(f"{engine.row.name}: hidden facts", len(work.cases)) as done:
-        answers = engine.generate(
-            [case.prompt for case in work.cases], passkey.ANSWER_TOKENS, on_done=done
-        )
-    for case, answer in zip(work.cases, answers, strict=True):
-        place = dict(cache=engine.row.name, text=case.text, length=case.length, depth=case.depth)
-        said = dict(kind=case.kind, key=case.key, answer=answer.text)
-        result.passkey.append({**place, **said, "correct": case.score(answer.text)})
+def _passkey(engine: Engine, cases: list[passkey.Case]) -> Records:
+    frame = pd.DataFrame(cases)
+    frame.insert(0, "cache", engine.row.name)
+    with bar(f"{engine.row.name}: hidden facts", len(cases)) as done:
+        answers = engine.generate(list(frame.pop("prompt")), passkey.ANSWER_TOKENS, on_done=done)
+    frame["answer"] = [answer.text for answer in answers]
+    frame["correct"] = list(map(passkey.Case.score, cases, frame["answer"]))
+    return frame.to_dict("records")
 
 
 def _generation(
-    engine: Engine, work: Workload, reference: Reference, is_reference: bool, result: Result
-) -> None:
-    count = sum(map(len, work.prompts.values()))
-    prompts = [prompt for mine in work.prompts.values() for prompt in mine]
-    with bar(f"{engine.row.name}: answers of {generation.ANSWER_TOKENS} tokens", count) as done:
-        answers = engine.generate(prompts, generation.ANSWER_TOKENS, on_done=done, ignore_eos=True)
-    at = 0
-    for text, mine in work.prompts.items():
-        tokens = [answer.token_ids for answer in answers[at : at + len(mine)]]
-        at += len(mine)
-        if is_reference:
-            reference.answers[text] = tokens
-        figures = generation.compare(reference.answers[text], tokens)
-        result.generation.append({"cache": engine.row.name, "text": text, **figures})
+    engine: Engine, prompts: dict[str, list[list[int]]], reference: dict[str, Any]
+) -> Records:
+    name, records = engine.row.name, []
+    everything = [prompt for mine in prompts.values() for prompt in mine]
+    with bar(f"{name}: answers of {ANSWER_TOKENS} tokens", len(everything)) as done:
+        answers = iter(engine.generate(everything, ANSWER_TOKENS, on_done=done, ignore_eos=True))
+    for text, mine in prompts.items():
+        tokens = [next(answers).token_ids for _ in mine]
+        figures = compare_answers(reference.setdefault(f"answers {text}", tokens), tokens)
+        records.append({"cache": name, "text": text, **figures})
+    return records
+
+
+def compare_answers(
+    reference: Sequence[Sequence[int]], mine: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Compare answers of the same lengths to the same prompts, token by token.
+
+    Returns:
+        `prompts`, how many; `tokens` of each answer; by prompt `first_divergence`, the tokens
+        before the first that differs (`tokens` if none does), and `agreement`, the share of places
+        with the same token; `median_divergence`, `mean_agreement`, and how many are `identical`.
+
+    """
+    same = np.equal(reference, mine)  # [prompts, tokens]
+    first = np.where(same.all(1), same.shape[1], same.argmin(1))
+    return dict(
+        prompts=same.shape[0],
+        tokens=same.shape[1],
+        first_divergence=first.tolist(),
+        agreement=same.mean(1).tolist(),
+        median_divergence=float(np.median(first)),
+        mean_agreement=float(same.mean()),
+        identical=int(same.all(1).sum()),
+    )

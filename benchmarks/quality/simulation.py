@@ -8,80 +8,19 @@ or kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
+import torch
 
+from benchmarks.quality.models import TransformersModel
 from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
-
-if TYPE_CHECKING:
-    import torch
+from kivi_vllm.ops.codec import decode_pages, encode_pages
+from kivi_vllm.ops.format import PageFormat
 
 NAME = "kivi_simulated"
-
-
-class TransformersModel:
-    """A model of `transformers` in this process; the base of the rows that vLLM does not compute.
-
-    Args:
-        arguments: `model` and `dtype` of the comparison.
-        attention: name of an attention implementation.
-
-    """
-
-    def __init__(self, arguments: dict[str, Any], attention: str = "sdpa") -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        dtype = arguments["dtype"]
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(dtype, dtype))
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            arguments["model"], dtype=dtype, attn_implementation=attention
-        )
-        self.model.to(self.device).eval()
-
-    def facts(self) -> dict[str, Any]:
-        """Nothing limits the cache."""
-        return dict(kv_cache_tokens=None, kv_bytes_per_token=None)
-
-    def generate(
-        self, prompts: list[list[int]], params: dict[str, Any], done: Callable[[int], None]
-    ) -> list[tuple[str, list[int]]]:
-        """Not here."""
-        raise UserError(
-            "simulated and transformers rows are for the perplexity section only",
-            "leave them out of the other sections",
-        )
-
-    def hidden_states(self, window: Sequence[int]) -> np.ndarray:
-        """The model's final hidden states of a window at once."""
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.tensor([list(window)], device=self.device)
-            output = self.model.base_model(input_ids=ids, use_cache=False)
-        states: np.ndarray = output.last_hidden_state[0].float().cpu().numpy()
-        return states
-
-    def logits(self, states: np.ndarray) -> torch.Tensor:
-        """The model's own logits of given hidden states."""
-        import torch
-
-        with torch.inference_mode():
-            head = self.model.get_output_embeddings()
-            given = torch.from_numpy(states).to(self.device, head.weight.dtype)
-            logits: torch.Tensor = head(given).float()
-            config = self.model.config
-            if (scale := getattr(config, "logit_scale", None)) is not None:
-                logits = logits * scale
-            if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-                logits = cap * torch.tanh(logits / cap)
-        return logits
 
 
 class SimulatedModel(TransformersModel):
@@ -99,9 +38,8 @@ class SimulatedModel(TransformersModel):
         config = KiviConfig.from_options(row.dtype, {**row.options, "prefill": "cached"})
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention(config))
         super().__init__(arguments, NAME)
-        if getattr(self.model.config, "sliding_window", None) and getattr(
-            self.model.config, "use_sliding_window", True
-        ):
+        facts = self.model.config
+        if getattr(facts, "sliding_window", None) and getattr(facts, "use_sliding_window", True):
             raise UserError(
                 "the simulation has no sliding windows, and this model does", "leave the row out"
             )
@@ -111,11 +49,6 @@ def as_cached(
     k: torch.Tensor, v: torch.Tensor, config: KiviConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What pages give back of a sequence's blocks: k, v [heads, n * 128, D] -> the same, fp32."""
-    import torch
-
-    from kivi_vllm.ops.codec import decode_pages, encode_pages
-    from kivi_vllm.ops.format import PageFormat
-
     fmt = PageFormat.of(config, k.shape[-1], k.dtype)
     k_blocks, v_blocks = (x.unflatten(-2, (-1, BLOCK_SIZE)).contiguous() for x in (k, v))
     pages = encode_pages(k_blocks, v_blocks, fmt)
@@ -140,8 +73,6 @@ def attention(config: KiviConfig) -> Callable[..., tuple[torch.Tensor, None]]:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """One layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
-        import torch
-
         q, k, v = query[0].float(), key[0], value[0]
         (kv_heads, tokens, size) = k.shape
         scale = size**-0.5 if scaling is None else scaling

@@ -11,7 +11,8 @@ import pytest
 from benchmarks.common.files import write_json
 from benchmarks.quality import __main__ as cli
 from benchmarks.quality import engine, plot, report
-from benchmarks.quality.sections import Result, Workload
+from benchmarks.quality.rows import CacheRow
+from benchmarks.quality.sections import SECTIONS, Workload
 from kivi_vllm.cli.errors import UserError
 from tests.engine import tiny_model
 from tests.evaluation.tokenizers import bytes_tokenizer
@@ -65,7 +66,7 @@ def test_mistakes_show_before_any_engine_starts(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine, "Child", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(engine.Child, "__init__", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(UserError, match=message) as found:
         cli.quality(**{"model": model, **DEFAULTS, **changes})
     assert found.value.remedy
@@ -89,12 +90,12 @@ def test_workload(model: str) -> None:
     assert work.max_model_len == 1024, "the long answers are longer than the lengths"
 
 
-def _result(name: str, size: float, kl: float) -> Result:
+def _result(name: str, size: float, kl: float) -> dict[str, Any]:
     def estimate(value: float) -> dict[str, float]:
         return dict(value=value, low=value * 0.9, high=value * 1.1)
 
-    return Result(
-        cache=dict(name=name, kv_bytes_per_token=size),
+    return dict(
+        caches=[dict(name=name, kv_bytes_per_token=size)],
         perplexity=[
             dict(
                 cache=name,
@@ -127,11 +128,17 @@ def _result(name: str, size: float, kl: float) -> Result:
     )
 
 
+def _document(*results: dict[str, Any]) -> dict[str, Any]:
+    header = {"model": {"name": "m"}, "dtype": "float32"}
+    names = ("caches", *SECTIONS)
+    return {"header": header, **{n: [one for part in results for one in part[n]] for n in names}}
+
+
 RESULTS = [_result("auto", 46080, 0.0), _result("kivi2", 4320, 0.2)]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    report.show(report.document({}, RESULTS))
+    report.show(_document(*RESULTS))
     said = capsys.readouterr().out
     for piece in ("512–1,024", "1,024–2,048", "4,320", "1.200 (1.080–1.320)", "80.0%", "1/1"):
         assert piece in said
@@ -139,27 +146,39 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert piece in said
 
 
-def test_the_documents_records_are_flat() -> None:
-    data = json.loads(json.dumps(report.document({"dtype": "float32"}, RESULTS)))
-    assert [len(data[name]) for name in ("caches", "perplexity", "passkey", "generation")] == [
-        2,
-        4,
-        6,
-        2,
-    ]
+def test_the_document(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of all rows by section; a row that fails is named there, and the others go on."""
+
+    def measure(row: CacheRow, *_: Any) -> dict[str, Any]:
+        if row.name == "kivi4":
+            raise UserError("it broke", "mend it")
+        return next(results)
+
+    path, results = tmp_path / "a.json", iter(RESULTS)
+    monkeypatch.setattr(cli, "measure", measure)
+    changes = dict(cache=["auto", "kivi4", "kivi2"], lengths="512", json_path=path)
+    with pytest.raises(UserError, match="kivi4: it broke"):
+        cli.quality(model, **{**DEFAULTS, **changes})
+    data = json.loads(path.read_text())
+    sizes = [len(data[name]) for name in ("caches", "perplexity", "passkey", "generation")]
+    assert sizes == [2, 4, 6, 2]
+    assert data["header"]["failed"] == {"kivi4": "it broke"}
+    assert data["header"]["model"]["limit"] == 4096
+    assert "kivi4 failed" in capsys.readouterr().err
 
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    header = {"model": {"name": "m"}, "dtype": "float32"}
     path = tmp_path / "q.json"
-    write_json(path, report.document(header, RESULTS))
+    write_json(path, _document(*RESULTS))
     plot.plot(path, tmp_path / "p")
     names = {f"p-pydoc-{what}.{ending}" for what in ("kl", "size") for ending in ("png", "svg")}
     assert {one.name for one in tmp_path.iterdir()} == {"q.json", *names}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     with pytest.raises(UserError, match="no two rows"):
-        write_json(path, report.document(header, RESULTS[:1]))
+        write_json(path, _document(RESULTS[0]))
         plot.plot(path, tmp_path / "p")
     path.write_text("{}")
     with pytest.raises(UserError, match=r"no result of benchmarks\.quality"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.common.child import ChildError
 from benchmarks.quality import engine as engines
 from benchmarks.quality import perplexity
-from benchmarks.quality.engine import Engine, Settings
+from benchmarks.quality.engine import Engine, arguments
 from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
 from tests.engine import random_prompt, tiny_model
@@ -22,73 +23,68 @@ WINDOWS = {"random": [random_prompt(LENGTH, seed=n) for n in (1, 2)]}
 LENGTHS = (300, LENGTH)
 
 
-@pytest.fixture(scope="module")
-def settings() -> Settings:
-    return Settings(
-        tiny_model(),
-        max_model_len=LENGTH,
+def _engine(name: str) -> Engine:
+    row = CacheRow.parse(name)
+    given: dict[str, Any] = dict(
         dtype="float32",
         kv_cache_memory_bytes=32 << 20,
         max_num_batched_tokens=200,  # a window takes three steps
-        extra=dict(skip_tokenizer_init=True),
+        skip_tokenizer_init=True,
     )
+    return Engine(row, arguments(row, tiny_model(), LENGTH, **given))
 
 
 @pytest.fixture(scope="module")
-def reference(settings: Settings) -> list[np.ndarray]:
-    with Engine(settings, CacheRow.parse("auto")) as engine:
+def reference() -> list[np.ndarray]:
+    with _engine("auto") as engine:
         seen: list[int] = []
-        states = perplexity.states(engine, WINDOWS, seen.append)
+        states, figures = perplexity.measure(engine, WINDOWS, LENGTHS, on_done=seen.append)
         assert seen == [1, 2]
         assert [x.shape for x in states] == [(LENGTH - 1, 128)] * 2
         assert engine.facts["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
         assert engine.facts["kv_cache_tokens"] >= LENGTH
-        for figure in perplexity.compare(engine, WINDOWS, states, states, LENGTHS):
-            assert figure.figures.kl.value == 0 and figure.figures.top1.value == 1
+        for figure in figures:
+            assert figure["kl"]["value"] == 0 and figure["top1"]["value"] == 1
         prompts = [window[:50] for window in WINDOWS["random"]]
         answers = engine.generate(prompts, 5, ignore_eos=True)
         # The state at a prompt's end gives the first token of its answer.
         for prompt, answer, mine in zip(prompts, answers, states, strict=True):
             assert len(answer.token_ids) == 5
             wanted = answer.token_ids[:1]
-            figures = engine.compare(mine[len(prompt) - 1 :][:1], mine[:1], wanted)
-            again = engine.compare(mine[: len(prompt)], mine[: len(prompt)], [*prompt[1:], *wanted])
-            assert figures.nll_reference[0] == pytest.approx(again.nll_reference.iloc[-1], abs=1e-5)
-            assert figures.nll_reference[0] < np.log(512), "the most probable of 512 tokens"
+            one = engine.compare(mine[len(prompt) - 1 :][:1], mine[:1], wanted)
+            again = engine.compare(mine[: len(prompt)], None, [*prompt[1:], *wanted])
+            assert one.nll_reference[0] == pytest.approx(again.nll_reference.iloc[-1], abs=1e-5)
+            assert one.nll_reference[0] < np.log(512), "the most probable of 512 tokens"
     return states
 
 
-def _divergence(
-    settings: Settings, name: str, reference: list[np.ndarray]
-) -> tuple[list[np.ndarray], list[float]]:
+def _divergence(name: str, reference: list[np.ndarray]) -> tuple[list[np.ndarray], list[float]]:
     """Hidden states of a row, and its KL to the reference by length."""
-    with Engine(settings, CacheRow.parse(name)) as engine:
-        states = perplexity.states(engine, WINDOWS)
-        figures = perplexity.compare(engine, WINDOWS, reference, states, LENGTHS)
-    assert [figure.length for figure in figures] == list(LENGTHS)
-    assert [figure.figures.tokens for figure in figures] == [2 * 149, 2 * 249]
-    return states, [figure.figures.kl.value for figure in figures]
+    with _engine(name) as engine:
+        states, figures = perplexity.measure(engine, WINDOWS, LENGTHS, reference)
+    assert [figure["length"] for figure in figures] == list(LENGTHS)
+    assert [figure["tokens"] for figure in figures] == [2 * 149, 2 * 249]
+    return states, [figure["kl"]["value"] for figure in figures]
 
 
-def test_verbatim_pages_do_not_diverge(settings: Settings, reference: list[np.ndarray]) -> None:
-    states, kl = _divergence(settings, "kivi_raw", reference)
+def test_verbatim_pages_do_not_diverge(reference: list[np.ndarray]) -> None:
+    states, kl = _divergence("kivi_raw", reference)
     assert max(map(abs, kl)) < 1e-6
     np.testing.assert_allclose(states[0], reference[0], atol=1e-3)
 
 
 def test_the_engine_and_the_simulation_agree(
-    settings: Settings, reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KIVI_VLLM_CPU_ISA", "reference")  # the kernels round differently
-    states, kl = _divergence(settings, "kivi2", reference)
+    states, kl = _divergence("kivi2", reference)
     assert min(kl) > 0.01, "two bits make a difference"
-    with Engine(settings, CacheRow.parse("simulated:kivi2")) as engine:
-        simulated = perplexity.states(engine, WINDOWS)
-        figures = perplexity.compare(engine, WINDOWS, states, simulated, LENGTHS)
+    with _engine("simulated:kivi2") as engine:
+        simulated, figures = perplexity.measure(engine, WINDOWS, LENGTHS, states)
         with pytest.raises(UserError, match="perplexity section only"):
             engine.generate([[1, 2, 3]], 4)
     # A sum in another order may turn a code at the middle between two.
-    assert max(figure.figures.kl.value for figure in figures) < 0.02 * min(kl)
+    assert max(figure["kl"]["value"] for figure in figures) < 0.02 * min(kl)
     np.testing.assert_allclose(simulated[0][:128], reference[0][:128], atol=1e-4)
 
 
@@ -98,7 +94,7 @@ def test_the_engine_and_the_simulation_agree(
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines start quickly, and do what `stub_worker` says."""
-    monkeypatch.setattr(engines, "worker", stub_worker)
+    monkeypatch.setattr(engines, "start", stub_worker.start)
 
 
 ROW = CacheRow.parse("auto")
@@ -106,22 +102,22 @@ ROW = CacheRow.parse("auto")
 
 @pytest.mark.usefixtures("stub")
 def test_prompts_that_are_too_long() -> None:
-    with Engine(Settings("m", max_model_len=LENGTH), ROW) as engine:
-        with pytest.raises(UserError, match=r"500 tokens and 1 to generate do not fit .* 500"):
-            engine.hidden_states([list(range(LENGTH))])
+    with Engine(ROW, arguments(ROW, "m", LENGTH)) as engine:
+        with pytest.raises(UserError, match=r"a prompt of 500 tokens and 1 to generate .* 500"):
+            engine.hidden_states(list(range(LENGTH)))
         with pytest.raises(UserError, match="do not fit"):
             engine.generate([[1, 2, 3]], LENGTH)
-        assert len(engine.hidden_states([[1, 2, 3]])) == 1
+        assert len(engine.hidden_states([1, 2, 3])) == 3
         seen: list[int] = []
         answers = engine.generate([[1], [2]], 4, on_done=seen.append)
         assert [answer.token_ids for answer in answers] == [[1], [2]] and seen == [1, 2]
-    assert not engine._child.log.exists()
+    assert not engine.log.exists()
 
 
 @pytest.mark.usefixtures("stub")
 def test_an_engine_that_does_not_start() -> None:
     with pytest.raises(ChildError, match="engine of auto failed: RuntimeError: no such") as found:
-        Engine(Settings("fail", max_model_len=LENGTH), ROW)
+        Engine(ROW, arguments(ROW, "fail", LENGTH))
     assert "what was going on" in str(found.value)
     [log] = re.findall(r"The end of (\S+):", str(found.value))
     assert "Traceback" in Path(log).read_text(), "the message names it: it is kept"

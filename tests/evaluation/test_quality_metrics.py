@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.quality import generation
-from benchmarks.quality.metrics import compare_logits, summary
+from benchmarks.quality.models import compare_logits
+from benchmarks.quality.perplexity import summary
+from benchmarks.quality.sections import compare_answers
 
 
 def _logits(tokens: int = 50, vocabulary: int = 300, spread: float = 4.0) -> torch.Tensor:
@@ -63,22 +64,26 @@ def _figures(n: int, difference: float, noise: float, seed: int = 0) -> pd.DataF
     )
 
 
+def _width(estimate: dict[str, float]) -> float:
+    return estimate["high"] - estimate["low"]
+
+
 def test_summary_and_its_intervals() -> None:
     few, many = (summary([_figures(n, 0.1, 0.3)]) for n in (2_000, 200_000))
     for one in (few, many):
         for name, truth in dict(ratio=np.exp(0.1), kl=0.1, top1=0.9).items():
-            estimate = getattr(one, name)
-            assert estimate.low < estimate.value < estimate.high
-            assert estimate.low - 0.01 < truth < estimate.high + 0.01
-        assert one.ratio.value == pytest.approx(one.perplexity / one.perplexity_reference)
-    assert many.kl.high - many.kl.low < 0.2 * (few.kl.high - few.kl.low)
+            assert one[name]["low"] < one[name]["value"] < one[name]["high"]
+            assert one[name]["low"] - 0.01 < truth < one[name]["high"] + 0.01
+        ratio = one["perplexity"] / one["perplexity_reference"]
+        assert one["ratio"]["value"] == pytest.approx(ratio)
+    assert _width(many["kl"]) < 0.2 * _width(few["kl"])
 
 
 def test_summary_is_the_same_for_the_same_tokens() -> None:
     figures = _figures(1_000, 0.0, 0.2)
     assert summary([figures]) == summary([figures])
-    assert summary([figures], seed=1).kl.low != summary([figures]).kl.low
-    assert summary([figures]).tokens == 1_000
+    assert summary([figures], seed=1)["kl"]["low"] != summary([figures])["kl"]["low"]
+    assert summary([figures])["tokens"] == 1_000
 
 
 def test_neighbours_are_drawn_together() -> None:
@@ -87,8 +92,7 @@ def test_neighbours_are_drawn_together() -> None:
     alike = np.repeat(rng.exponential(0.1, 30), 64)
     one = pd.DataFrame(dict(nll_reference=0.0, nll=0.0, kl=alike, agree=True))
     other = one.assign(kl=rng.permutation(alike))
-    wide, narrow = summary([one]).kl, summary([other]).kl
-    assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
+    assert _width(summary([one])["kl"]) > 4 * _width(summary([other])["kl"])
 
 
 def test_no_tokens_are_refused() -> None:
@@ -103,14 +107,14 @@ def test_blocks_do_not_reach_over_the_ends_of_parts() -> None:
         pd.DataFrame(dict(nll_reference=0.0, nll=0.0, kl=kl, agree=True), index=range(32))
         for kl in (0.0, 1.0)
     ]
-    two, one = summary(parts).kl, summary([pd.concat(parts)]).kl
-    assert (two.value, two.low, two.high) == (0.5, 0.0, 1.0)
-    assert (one.value, one.low, one.high) == (0.5, 0.5, 0.5)
+    two, one = summary(parts)["kl"], summary([pd.concat(parts)])["kl"]
+    assert two == dict(value=0.5, low=0.0, high=1.0)
+    assert one == dict(value=0.5, low=0.5, high=0.5)
 
 
 def test_answers_are_compared_token_by_token() -> None:
     reference = [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert generation.compare(reference, [[1, 2, 9, 4], [5, 6, 7, 8]]) == dict(
+    assert compare_answers(reference, [[1, 2, 9, 4], [5, 6, 7, 8]]) == dict(
         prompts=2,
         tokens=4,
         first_divergence=[2, 4],

@@ -59,9 +59,9 @@ def test_a_seed_decides(model: str, text: str) -> None:
 
 def test_the_key_is_not_in_the_text(tmp_path: Path, model: str) -> None:
     path = tmp_path / "text"
-    path.write_text(" ".join(word for word in passkey._WORDS[:-1]) * 20)
+    path.write_text(" ".join(word for word in passkey.WORDS[:-1]) * 20)
     case = passkey.cases(str(path), model, LENGTH, 1, depths=(0.5,), kinds=("needle",))[0]
-    assert case.key == passkey._WORDS[-1]
+    assert case.key == passkey.WORDS[-1]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_key_is_not_in_the_text(tmp_path: Path, model: str) -> None:
     ],
 )
 def test_scores(kind: str, key: str, answer: str, right: bool) -> None:
-    assert passkey.Case(kind, "t", 1, 0.5, key, []).score(answer) is right
+    assert passkey.Case("t", 1, 0.5, kind, key, []).score(answer) is right
 
 
 def test_prompts_without_room_are_refused(model: str, text: str, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.quality.engine import Settings
-from benchmarks.quality.perplexity import HISTORY_CHUNK, chunk
-from benchmarks.quality.rows import CacheRow
+from benchmarks.quality import rows
+from benchmarks.quality.engine import arguments
+from benchmarks.quality.rows import HISTORY_CHUNK, CacheRow
 from kivi_vllm.cli.errors import UserError
 
 
@@ -59,18 +59,29 @@ def test_values_have_types() -> None:
     assert type(row.options["group_size"]) is int
 
 
+def _arguments(name: str, **others: object) -> dict:
+    return arguments(CacheRow.parse(name), "m", 512, **others)
+
+
 def test_engine_arguments() -> None:
-    settings = Settings("m", 512, extra={"seed": 7})
-    kivi = settings.for_row(CacheRow.parse("kivi2:residual_length=32"))
+    kivi = _arguments("kivi2:residual_length=32")
     assert kivi["additional_config"] == {"kivi": {"prefill": "cached", "residual_length": 32}}
-    exact = settings.for_row(CacheRow.parse("kivi2:prefill=exact"))
+    exact = _arguments("kivi2:prefill=exact")
     assert exact["additional_config"] == {"kivi": {"prefill": "exact"}}, "the row's own wins"
-    auto = settings.for_row(CacheRow.parse("auto"))
+    auto = _arguments("auto", seed=7)
     assert "additional_config" not in auto
     assert "max_num_batched_tokens" not in auto and auto["seed"] == 7
 
 
 def test_only_foreign_quantized_caches_take_small_steps() -> None:
-    rows = ("auto", "fp8", "kivi2", "simulated:kivi2", "transformers:kv2")
-    chunks = [chunk(CacheRow.parse(name)) for name in rows]
+    names = ("auto", "fp8", "kivi2", "simulated:kivi2", "transformers:kv2")
+    chunks = [_arguments(name).get("max_num_batched_tokens") for name in names]
     assert chunks == [None, HISTORY_CHUNK, None, None, None]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rows.DISTRIBUTIONS, "quanto", "no-such-thing")
+    assert CacheRow.parse("transformers:kv2").missing == "pip install no-such-thing"
+    assert CacheRow.parse("kivi2").missing is None
+    monkeypatch.setitem(rows.DISTRIBUTIONS, "quanto", "pandas")
+    assert CacheRow.parse("transformers:kv2").missing is None

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import quantized_cache, simulation
+from benchmarks.quality import models, simulation
 from benchmarks.quality.rows import CacheRow
+from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+from tests.engine import random_prompt, tiny_model
 from tests.unit import kivi_numpy
 
 HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 32, 300
@@ -83,9 +85,23 @@ def test_soft_cap() -> None:
     torch.testing.assert_close(out[0, :, 0], scores.softmax(-1) @ v[0, 0])
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("no_such.module", "its-name"))
-    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) == "pip install its-name"
-    assert quantized_cache.missing(CacheRow.parse("kivi2")) is None
-    monkeypatch.setitem(quantized_cache.PACKAGES, "quanto", ("json", "its-name"))
-    assert quantized_cache.missing(CacheRow.parse("transformers:kv2")) is None
+def test_chunks_through_a_cache_see_what_is_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache that keeps what it is given, they make what one step makes."""
+    folder = tiny_model()  # it imports the library anew
+    import transformers
+
+    def whole(config: object, **settings: object) -> transformers.DynamicCache:
+        assert settings["nbits"] == 2 and settings["residual_length"] == 64
+        return transformers.DynamicCache()
+
+    monkeypatch.setattr(transformers, "QuantizedCache", whole)
+    row = CacheRow.parse("transformers:kv2:residual_length=64")
+    given = dict(model=folder, dtype="float32", max_model_len=TOKENS)
+    model, window = models.QuantizedCacheModel(row, given), random_prompt(TOKENS, seed=3)
+    states = models.TransformersModel.hidden_states(model, window)
+    assert states.shape[0] == TOKENS
+    np.testing.assert_allclose(model.hidden_states(window), states, atol=1e-4)
+    alone = models.TransformersModel.hidden_states(model, window[models.CHUNK :])
+    assert np.abs(alone - states[models.CHUNK :]).max() > 0.01, "what is before makes a difference"
+    with pytest.raises(UserError, match="shorter than 128 tokens"):
+        models.QuantizedCacheModel(row, {**given, "max_model_len": 127})

@@ -7,6 +7,7 @@ The text is that of landmark attention (Mohtashami and Jaggi, arXiv 2305.16300),
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,13 +36,10 @@ def lines_for(length: int, size: Callable[[str], int]) -> int:
         ValueError: not even a prompt of one line is so short.
 
     """
-    whole, more = size(prompt(10_000, 0, 1)), size(prompt(10_000, 0, 101))
-    if whole > length:
-        raise ValueError(f"lengths: {length}: the shortest prompt has {whole} tokens; take 1024")
-    lines = 1 + 100 * (length - whole) // (more - whole) + 2  # and then to the token
-    while size(prompt(10_000, lines // 2, lines - lines // 2)) > length:
-        lines -= 1
-    return lines
+    if (least := size(prompt(10_000, 0, 1))) > length:
+        raise ValueError(f"lengths: {length}: the shortest prompt has {least} tokens; take 1024")
+    numbers = range(1, length // 10)  # a line has more than ten tokens
+    return bisect_right(numbers, length, key=lambda n: size(prompt(10_000, n // 2, n - n // 2)))
 
 
 def prompts(
