@@ -67,12 +67,14 @@ def _divergence(name: str, reference: list[np.ndarray]) -> tuple[list[np.ndarray
     return states, [figure["kl"]["value"] for figure in figures]
 
 
+@pytest.mark.slow
 def test_verbatim_pages_do_not_diverge(reference: list[np.ndarray]) -> None:
     states, kl = _divergence("kivi_raw", reference)
     assert max(map(abs, kl)) < 1e-6
     np.testing.assert_allclose(states[0], reference[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_engine_and_the_simulation_agree(
     reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
