@@ -246,7 +246,7 @@ def load() -> pd.DataFrame:
         ("cpu-shared", "shared"): "48 prompts of 3,500 tokens, 8 shared prefixes, 128 out",
         ("cpu-kivi", "kivi"): "72 prompts of about 160 tokens, 338 out (KIVI's lengths)",
     }
-    tables = []
+    tables: list[Any] = []
     for (file, workload), title in loads.items():
         rows = read(f"serving-{file}", "summary", workload=workload)
         sizes = {} if tables else {"tokens that fit": gains(rows["kv_cache_tokens"], "{:,}")}

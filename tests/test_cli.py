@@ -166,7 +166,7 @@ def test_demo_says_why_there_is_no_figure_for_bf16(fake: FakeDemo) -> None:
     process = fake.start("no plan")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: vLLM's accounting of a bf16 cache ended with status 1" in err
+    assert "error: vLLM's accounting for bf16 ended with status 1" in err
     assert "ValueError: no plan" in err
     assert "Traceback" not in err
     assert fake.living() == []

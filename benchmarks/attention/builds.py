@@ -94,7 +94,7 @@ def _compare(
     pages = pool.tables[0].flatten().long()
 
     def run(library: Library, call: Callable[[], object]) -> None:
-        operators.load = lambda: library
+        operators.load = lambda: library  # type: ignore[assignment]
         call()
 
     def call(i: int) -> Callable[[], object]:

@@ -53,7 +53,7 @@ def check(
             work.output.fill_(float("nan"))
             k, v = variant(work, cached, key, value)
             for row in range(BATCH):
-                exact = work.exact(row, lambda a, b, x=k[row], y=v[row]: (x[a:b], y[a:b]), new)
+                exact = work.exact(row, lambda a, b, x=k[row], y=v[row]: (x[a:b], y[a:b]), new)  # type: ignore[misc]
                 error = work.error(row, exact, new)
                 if not error <= (limit := LIMITS.get(name, LIMIT)):  # NaN too
                     raise UserError(

@@ -48,6 +48,7 @@ def on_gpu(cases: Sequence[Case], settings: dict[str, Any], tell: Tell) -> None:
     silence = INTERPRETED_SILENCE_S if settings["smoke"] else SILENCE_S
     case: str | None = None
     doing: str | None = None
+    last = time.monotonic()
 
     def heard(event: tuple[str, Any]) -> None:
         nonlocal last, case, doing

@@ -192,9 +192,9 @@ class KiviPool(Pool):
         """A call of `store_blocks` or `store_ring` on set i."""
         return partial(getattr(self.place.operators, name), *self.layer(i, of), key, value)
 
-    def attention(self, i: int, work: Work) -> Call:
-        """A call of `attend` on set i."""
-        own = (work.query, work.key, work.value, self.params, work.output)
+    def attention(self, i: int, work: Work, params: AttentionParams | None = None) -> Call:
+        """A call of `attend` on set i, with other params than the pool's if there are some."""
+        own = (work.query, work.key, work.value, params or self.params, work.output)
         return partial(self.place.operators.attend, *self.layer(i, work.rows), *own)
 
     def of_a_step(self, work: Work) -> dict[str, list[Call]]:

@@ -70,7 +70,7 @@ def show(rows: dict[str, list[Result]], header: Result) -> None:
 
 
 def _line(row: Result, fields: Sequence[str]) -> dict[str, str]:
-    line = {}
+    line: dict[str, str] = {}
     for name in fields:
         words, value = name.split("_"), row.get(name)
         form = FORMS.get(words[-1]) or FORMS.get(words[0], "{}")

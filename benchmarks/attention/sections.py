@@ -68,7 +68,7 @@ def _header(threads: int) -> dict[str, Any]:
     shape, native = next(iter(SHAPES.values())), CPU.operators is not reference
     names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
     return {
-        "operators": CPU.operators.__name__,
+        "operators": CPU.operators.__name__,  # type: ignore[attr-defined]
         "isa": library.load().isa if native else "none (PyTorch)",
         "vllm_isa": {name: VllmPool(shape, name, 1, 1, 1).isa for name in baseline.names()},
         "binding": {str(threads): {name: os.environ[name] for name in names if name in os.environ}},
@@ -110,8 +110,8 @@ def _decode(pools: Pools, work: Work, budget: float) -> Result:
     for name, pool in pools.items():
         things[name] = _attention(pool, work)
         if name in _FLOORS:
-            reads = [reader(pool.ranges(i, work)) for i in range(pool.sets)]
-            if all(reads):
+            found = (reader(pool.ranges(i, work)) for i in range(pool.sets))
+            if reads := [read for read in found if read is not None]:
                 things[_FLOORS[name]] = Timed(reads, things[name].cursor)
     times = interleave(things, budget)
     row: Result = columns(times)

@@ -154,7 +154,7 @@ class Child:
         if self._idle:  # let it release what it holds; but it may hang
             self._process.join(GRACE_S)
         # It has a session of its own; what it has started is in there.
-        stop(SimpleNamespace(pid=self.pid, poll=self._process.is_alive), grace=1.0)
+        stop(SimpleNamespace(pid=self.pid, poll=self._process.is_alive), grace=1.0)  # type: ignore[arg-type]
         self._incoming.close()
 
     def _failed(self, what: str) -> ChildError:

@@ -1,7 +1,7 @@
 """What the benchmarks' command lines share: their options, and mistakes in one line."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +51,7 @@ def start(command: Callable[..., Any], passes_on: bool = False) -> None:
         sys.exit(130)
 
 
-def among(option: str, given: list[str] | tuple[str, ...], known: Any) -> list[str]:
+def among(option: str, given: Sequence[str], known: Any) -> list[str]:
     """The names that an option was given, each once; UserError if one of them is not known."""
     for name in given:
         if name not in known:
@@ -64,3 +64,10 @@ def folder_of(model: str | None) -> str:
     from kivi_vllm.cli.default_model import default_model
 
     return model if model is not None else str(default_model())
+
+
+def failures(failed: dict[str, UserError]) -> None:
+    """Say at the end, in a UserError, what could not be measured; the others went on."""
+    if failed:
+        text = "\n\n".join(f"{name}: {error}" for name, error in failed.items())
+        raise UserError(text, next(iter(failed.values())).remedy, status=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
+from benchmarks.common.command import failures
 from kivi_vllm.cli.default_model import cache_folder
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.process import running, tail
@@ -66,9 +67,7 @@ class Rounds:
 
     def end(self) -> None:
         """Say at the end, in a UserError, which dtypes could not be measured."""
-        if self.failed:
-            text = "\n\n".join(f"{dtype}: {error}" for dtype, error in self.failed.items())
-            raise UserError(text, next(iter(self.failed.values())).remedy, status=1)
+        failures(self.failed)
 
 
 def run_to_end(

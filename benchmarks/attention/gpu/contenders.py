@@ -8,6 +8,7 @@ metadata, scratch) is made with it and not timed. It raises where it cannot run 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def served(pool: KiviPool, i: int, work: Work) -> Call:
     library = choose(pool.params, work.shape.head_size, torch.bfloat16)
     if library is None:
         raise RuntimeError("no library: what is served is kivi2")
-    return partial(pool.attention(i, work), first_chunk=library)
+    return pool.attention(i, work, replace(pool.params, first_chunk=library))
 
 
 def sdpa(pool: PagedPool, i: int, work: Work) -> Call:
@@ -160,7 +161,7 @@ def turboquant(pool: TurboQuantPool, i: int, work: Work) -> Call:
     return partial(
         triton_turboquant_decode_attention,
         query=work.query,
-        kv_cache=pool.slots(pool.memory, 16),
+        kv_cache=pool.pages_of(pool.memory, 16),
         block_table=pool.table(i, 16),
         seq_lens=work.lens,
         Pi=pool.rotation,

@@ -83,7 +83,7 @@ class TurboQuantPool(PagedPool):
             rotation = torch.kron(signs, rotation)
         self.rotation = (rotation / d**0.5).to(place.device)
 
-    def slots(self, memory: torch.Tensor, size: int) -> torch.Tensor:
+    def pages_of(self, memory: torch.Tensor, size: int) -> torch.Tensor:
         """Memory as [pages, size, num_kv_heads, bytes of a slot]."""
         return memory.view(-1, size, self.shape.num_kv_heads, self.config.slot_size_aligned)
 
@@ -95,7 +95,7 @@ class TurboQuantPool(PagedPool):
         triton_turboquant_store(
             key,
             value,
-            self.slots(template, B),
+            self.pages_of(template, B),
             torch.arange(len(key), dtype=torch.int32, device=key.device),
             self.rotation,
             self.midpoints,
