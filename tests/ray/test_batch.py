@@ -30,7 +30,7 @@ STARTS = ("The capital of France is", "Once upon a time", "Water boils at", "def
 # Longer than a block of 128 tokens: the answers read quantized history.
 FILLER = " ".join(f"Item {i} costs {7 * i} coins." for i in range(20))
 # So many that there is work left for the replica that takes the killed one's place.
-ROWS = [dict(id=f"row-{i}", prompt=f"{FILLER} {i}. {STARTS[i % 4]}") for i in range(64)]
+ROWS = [dict(id=f"row-{i}", prompt=f"{FILLER} {i}. {STARTS[i % 4]}") for i in range(128)]
 TIMEOUT_S = 480.0
 
 

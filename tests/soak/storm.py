@@ -118,8 +118,10 @@ class Storm:
                 self.scheduler.max_num_scheduled_tokens = self.chance.choice(chunks)
             while open_ and len(self.sent) < crowd and self.counts["requests"] < requests:
                 self._send()
-            if self.sent and self.chance.random() < 0.05:
-                self._cancel()
+            states = self._by_state()
+            # Few requests are seen in prefill: a step computes most prompts whole.
+            if states and self.chance.random() < (0.3 if "in prefill" in states else 0.05):
+                self._cancel(states)
             each_step()
             for output in self.engine.step():
                 self._receive(output)
@@ -146,12 +148,15 @@ class Storm:
         self.sent[name] = sent
         self.counts["requests"] += 1
 
-    def _cancel(self) -> None:
-        """Cancel a request: first a state is drawn, as most requests wait, then one in it."""
+    def _by_state(self) -> dict[str, list[str]]:
         by_state: dict[str, list[str]] = {}
         for name in self.sent:
             by_state.setdefault(self._state(name), []).append(name)
-        state = self.chance.choice(sorted(by_state))
+        return by_state
+
+    def _cancel(self, by_state: dict[str, list[str]]) -> None:
+        """Cancel a request in the state in which fewest have been cancelled so far."""
+        state = min(sorted(by_state), key=lambda state: self.counts[f"cancelled {state}"])
         name = self.chance.choice(by_state[state])
         self.engine.abort_request([name])
         del self.sent[name]
