@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.progress import console
+from kivi_vllm.cli.errors import UserError, mistakes_shown
 
 Model = Annotated[
     str | None, typer.Argument(help="Folder of a model; SmolLM2-135M-Instruct if not given.")
@@ -39,16 +38,8 @@ def start(command: Callable[..., Any], passes_on: bool = False) -> None:
     app.command()(command)
     words = sys.argv[1:]
     cut = words.index("--") if passes_on and "--" in words else len(words)
-    try:
+    with mistakes_shown():
         app(args=words[:cut], obj=words[cut + 1 :])
-    except UserError as error:
-        for name, text in (("error", str(error)), ("remedy", error.remedy)):
-            if text:
-                console.print(f"[bold]{name}:[/]", end=" ")
-                console.print(text, markup=False, soft_wrap=True)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def among(option: str, given: Sequence[str], known: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +10,10 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from kivi_vllm.attention.groups.pages import page_spec
-from kivi_vllm.attention.impl import KiviAttentionImpl, impl_for
+from kivi_vllm.attention.impl import KiviAttentionImpl
 from kivi_vllm.attention.layer import LAYOUTS
-from kivi_vllm.attention.metadata import KiviMetadataBuilder, builder_for
+from kivi_vllm.attention.metadata import KiviMetadataBuilder
+from kivi_vllm.attention.options import with_options
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import BLOCK_SIZE, DTYPES, HEAD_SIZES, KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
@@ -21,7 +21,7 @@ from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
 
 
 class KiviAttentionBackend(AttentionBackend):
-    """KIVI attention for one engine's `KiviConfig` (see `backend_for`)."""
+    """KIVI attention for one engine's `KiviConfig` (see `with_options`)."""
 
     config: ClassVar[KiviConfig]
     raw_dtype: ClassVar[torch.dtype]
@@ -36,11 +36,11 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def get_impl_cls(cls) -> type[KiviAttentionImpl]:
-        return impl_for(cls.config)
+        return with_options(KiviAttentionImpl, config=cls.config)
 
     @classmethod
     def get_builder_cls(cls) -> type[KiviMetadataBuilder]:
-        return builder_for(cls.config)
+        return with_options(KiviMetadataBuilder, config=cls.config)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
@@ -83,13 +83,6 @@ class KiviAttentionBackend(AttentionBackend):
         )
 
 
-@functools.cache
-def backend_for(config: KiviConfig, raw_dtype: torch.dtype) -> type[KiviAttentionBackend]:
-    """`KiviAttentionBackend` for one configuration: vLLM asks classes, not instances."""
-    name = KiviAttentionBackend.__name__
-    return type(name, (KiviAttentionBackend,), {"config": config, "raw_dtype": raw_dtype})
-
-
 def select_backend(selector_config: Any, config: KiviConfig) -> type[KiviAttentionBackend]:
     """The backend for a layer that vLLM's selector describes.
 
@@ -101,7 +94,7 @@ def select_backend(selector_config: Any, config: KiviConfig) -> type[KiviAttenti
         KiviConfigError: naming what the layer needs and the KIVI cache lacks.
 
     """
-    backend = backend_for(config, selector_config.dtype)
+    backend = with_options(KiviAttentionBackend, config=config, raw_dtype=selector_config.dtype)
     PageFormat.of(config, selector_config.head_size, selector_config.dtype)
     capability = current_platform.get_device_capability()
     reasons = backend.validate_configuration(

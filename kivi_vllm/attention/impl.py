@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw
 class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
     """Store and attend over KIVI pages; see `kivi_vllm.ops.reference` for the meaning.
 
-    For one engine's `KiviConfig` (see `impl_for`).
+    For one engine's `KiviConfig` (see `with_options`).
     """
 
     config: ClassVar[KiviConfig]
@@ -151,9 +150,3 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             residual_length=self.config.residual_length,
             sinks=sinks,
         )
-
-
-@functools.cache
-def impl_for(config: KiviConfig) -> type[KiviAttentionImpl]:
-    """`KiviAttentionImpl` for one configuration: vLLM makes implementations itself."""
-    return type(KiviAttentionImpl.__name__, (KiviAttentionImpl,), {"config": config})

@@ -15,7 +15,6 @@ the same byte size, drawn from the same pool, admitted and freed by vLLM:
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,7 +24,8 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from kivi_vllm.attention.groups.of_a_layer import residual_specs
-from kivi_vllm.attention.metadata import KiviMetadataBuilder, builder_for
+from kivi_vllm.attention.metadata import KiviMetadataBuilder
+from kivi_vllm.attention.options import with_options
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
 
@@ -39,7 +39,7 @@ LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 class RawBackend(AttentionBackend):
     """What vLLM must know of the ring, tail and sink groups: their metadata, no kernels.
 
-    For one engine's `KiviConfig` (see `raw_backend_for`).
+    For one engine's `KiviConfig` (see `with_options`).
     """
 
     config: ClassVar[KiviConfig]
@@ -54,7 +54,7 @@ class RawBackend(AttentionBackend):
 
     @classmethod
     def get_builder_cls(cls) -> type[KiviMetadataBuilder]:
-        return builder_for(cls.config)
+        return with_options(KiviMetadataBuilder, config=cls.config)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
@@ -63,12 +63,6 @@ class RawBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return LAYOUTS
-
-
-@functools.cache
-def raw_backend_for(config: KiviConfig) -> type[RawBackend]:
-    """`RawBackend` for one configuration: vLLM asks classes, not instances."""
-    return type(RawBackend.__name__, (RawBackend,), {"config": config})
 
 
 class RawCache(AttentionLayerBase):
@@ -85,7 +79,7 @@ class RawCache(AttentionLayerBase):
         self.kv_cache = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return raw_backend_for(self.config)
+        return with_options(RawBackend, config=self.config)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return self.spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +38,7 @@ class KiviMetadata:
 
 
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
-    """Builds `KiviMetadata` for pages, rings, tails and sinks alike (see `builder_for`)."""
+    """Builds `KiviMetadata` for pages, rings, tails and sinks alike (see `with_options`)."""
 
     config: ClassVar[KiviConfig]
 
@@ -90,9 +89,3 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             decode_len=self.decode_len,
         )
         return KiviMetadata(batch.block_table, self.operators.step(batch))
-
-
-@functools.cache
-def builder_for(config: KiviConfig) -> type[KiviMetadataBuilder]:
-    """`KiviMetadataBuilder` for one configuration: vLLM makes builders itself."""
-    return type(KiviMetadataBuilder.__name__, (KiviMetadataBuilder,), {"config": config})

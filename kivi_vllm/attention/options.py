@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, TypeVar
+
 from vllm.config import VllmConfig
 
 from kivi_vllm.config import KiviConfig
+
+T = TypeVar("T")
 
 
 def kivi_config(vllm_config: VllmConfig) -> KiviConfig:
@@ -20,3 +25,9 @@ def kivi_config(vllm_config: VllmConfig) -> KiviConfig:
     additional = vllm_config.additional_config
     options = additional.get("kivi", {}) if isinstance(additional, dict) else {}
     return KiviConfig.from_options(str(vllm_config.cache_config.cache_dtype), options)
+
+
+@functools.cache
+def with_options(cls: type[T], **attributes: Any) -> type[T]:
+    """`cls` for one engine, with its options as attributes: vLLM takes classes, not instances."""
+    return type(cls.__name__, (cls,), attributes)

@@ -1,6 +1,5 @@
 """The command line `kivi-vllm`: demo, doctor, plan."""
 
-import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import Annotated
 import typer
 
 from kivi_vllm.cli.demo import QUESTION, Demo
-from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.progress import console
+from kivi_vllm.cli.errors import mistakes_shown
 from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE
 
 app = typer.Typer(
@@ -91,14 +89,5 @@ def plan(
 
 def main(command: Callable[[], object] = app) -> None:
     """Entry point: a user's mistake is one message with its remedy, never a traceback."""
-    try:
+    with mistakes_shown():
         command()
-    except UserError as error:
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, soft_wrap=True)
-        if error.remedy:
-            console.print("[bold]remedy:[/]", end=" ")
-            console.print(error.remedy, markup=False, soft_wrap=True)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        sys.exit(130)
