@@ -56,8 +56,7 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        oldest = dispatch.backend(device_kind()).operators.limits.min_capability
-        return capability is None or oldest is None or tuple(capability)[:2] >= oldest[0]
+        return dispatch.backend(device_kind()).operators.limits.serves(capability)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -176,7 +176,7 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         return
     capability = current_platform.get_device_capability()
     oldest = limits.min_capability
-    if oldest and capability and tuple(capability)[:2] < oldest[0]:
+    if oldest and not limits.serves(capability):
         found, needed = (".".join(map(str, tuple(x)[:2])) for x in (capability, oldest[0]))
         yield (
             f"{current_platform.get_device_name()} has compute capability {found}, and the kernels "

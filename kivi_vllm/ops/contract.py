@@ -37,6 +37,11 @@ class Limits:
     min_capability: tuple[tuple[int, int], str] | None = None
     decodes_first: bool = False
 
+    def serves(self, capability: Any) -> bool:
+        """Whether a device of this compute capability is new enough; None: it is not known."""
+        oldest = self.min_capability
+        return capability is None or oldest is None or tuple(capability)[:2] >= oldest[0]
+
 
 class Operators(Protocol):
     """One attention layer's step, and what must be there before it.
