@@ -186,9 +186,9 @@ def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_
     # Often, so that a machine of any speed is seen at work.
     command = [sys.executable, str(observed), "--every", "0.1"]
     command += [str(vllm), "bench", "serve", "--host", "127.0.0.1"]
-    command += ["--port", str(served.server.port), "--model", str(model), "--num-prompts", "6"]
+    command += ["--port", str(served.server.port), "--model", str(model), "--num-prompts", "12"]
     command += ["--served-model-name", served.name, "--dataset-name", "random", "--ignore-eos"]
-    command += ["--random-input-len", "300", "--random-output-len", "64", "--save-result"]
+    command += ["--random-input-len", "300", "--random-output-len", "96", "--save-result"]
     command += ["--random-prefix-len", "256", "--ready-check-timeout-sec", "0"]
     command += ["--result-dir", str(tmp_path), "--result-filename", "result.json"]
     before = metric(served, "vllm:num_preemptions_total")
@@ -197,10 +197,11 @@ def test_a_benchmark_sees_what_the_server_does(served: Served, model: Path, tmp_
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["completed"], result["failed"]) == (6, 0), done.stdout + done.stderr
+    assert (result["completed"], result["failed"]) == (12, 0), done.stdout + done.stderr
     seen = result["server"]
     assert seen["cache_dtype"] == "kivi2"
-    assert 2 <= seen["running_max"] <= 6 and 0 < seen["kv_cache_usage_max"] <= 1, seen
+    # How many at once is a matter of the moments: a loaded machine may show one at most.
+    assert 1 <= seen["running_max"] <= 12 and 0 < seen["kv_cache_usage_max"] <= 1, seen
     assert seen["preemptions"] == metric(served, "vllm:num_preemptions_total") - before
     assert seen["prefix_hit_rate"] <= 256 / 556, seen
     # The engine's process is counted, not the API server's alone: it holds the weights.
