@@ -9,7 +9,7 @@ help:  ## show this list
 setup:  ## create .venv with everything in it
 	@$(PYTHON) tools/bootstrap.py
 
-demo: setup  ## serve a small model with the 2-bit cache and ask it something
+demo: setup  ## serve a small model with a KIVI cache and ask it something
 	@$(BIN)/kivi-vllm demo
 
 # Two workers; tests/conftest.py says what goes where. The second line: Triton's kernels interpreted.

@@ -1,4 +1,4 @@
-"""Every table of figures in README.md and benchmarks/results/README.md, from the JSON files.
+"""Every table of figures in `DOCUMENTS`, from the JSON files.
 
     python -m benchmarks.tables            prints them all
     python -m benchmarks.tables --write    rewrites them where they stand
@@ -9,7 +9,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and a figure o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,10 +19,19 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from benchmarks.published import digits, fits, gains, markdown, read, span, text
+from benchmarks.quality import tables as quality
+from kivi_vllm.config import RECOMMENDED_DTYPE
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "docs/evidence.md", "benchmarks/results/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/evidence.md",
+        "benchmarks/results/README.md",
+        "docs/quality.md",
+    )
 )
 MARKED = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->\n?).*?(<!-- end -->)", re.S)
 WAITING, MOST = "running, median while others wait", "most running"
@@ -36,47 +44,6 @@ CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
 EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
 
 
-def read(file: str, part: str, **where: Any) -> pd.DataFrame:
-    """The measured rows of a file with these fields; a field in a field is `outer.inner`."""
-    rows = pd.json_normalize(json.loads((RESULTS / f"{file}.json").read_text())[part])
-    if "skipped" in rows:
-        rows = rows[rows["skipped"].isna()]
-    for name, value in where.items():
-        rows = rows[rows[name] == value]
-    return rows
-
-
-def text(values: pd.Series, form: str | Callable[[Any], str]) -> pd.Series:
-    """Cells: a dash for what is missing, and a blank before the sign of percent."""
-    write = form.format if isinstance(form, str) else form
-    return values.map(lambda x: "–" if pd.isna(x) else write(x).replace("%", " %"))
-
-
-def gains(values: pd.Series, form: str | Callable[[Any], str]) -> pd.Series:
-    """Cells with their multiples of the first, as in `23 (1.15×)`."""
-    multiples = text(values / values.iloc[0], " ({:.2f}×)").where(values.notna(), "")
-    multiples.iloc[0] = ""
-    return text(values, form) + multiples
-
-
-def digits(value: float) -> str:
-    """Three of them."""
-    return f"{value:#.3g}".rstrip(".")
-
-
-def span(values: pd.Series, form: str) -> str:
-    """The smallest and the largest value, or the one that there is."""
-    low, high = (form.format(x) for x in (values.min(), values.max()))
-    unit = low.lstrip("0123456789.")
-    return (low if low == high else f"{low.removesuffix(unit)}–{high}").replace("%", " %")
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table. Columns of the same name differ in blanks at their ends."""
-    cells = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(cell.rstrip() for cell in line)} |\n" for line in cells)
-
-
 def by_shape(columns: dict[str, pd.Series]) -> pd.DataFrame:
     """Columns by shape, in the order of `SHAPES`."""
     return pd.DataFrame(columns).loc[list(SHAPES)].reset_index(names="shape")
@@ -87,35 +54,11 @@ def named(dtypes: pd.Series, file: str = "") -> pd.Series:
     return dtypes.replace("auto", "float32" if "float32" in file else "bf16")
 
 
-def fits(length: int) -> pd.Series:
-    """Tokens that fit into 256 MiB, by cache dtype."""
-    return read("capacity", "rows", max_model_len=length).set_index("cache_dtype")["tokens"]
-
-
 def capacity() -> pd.DataFrame:
     """README: what fits into 256 MiB."""
-    tokens = gains(fits(4096)[["auto", "kivi2"]], "{:,}")
+    tokens = gains(fits(4096)[["auto", RECOMMENDED_DTYPE]], "{:,}")
     title = "256 MiB of KV cache, `--max-model-len 4096`"
     return pd.DataFrame({title: named(pd.Series(tokens.index)), "tokens": tokens.to_list()})
-
-
-def dtypes() -> pd.DataFrame:
-    """README: bytes, capacity and quality by dtype."""
-    names = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2"]
-    sizes = read("quality-pydoc", "caches").set_index("name")["kv_bytes_per_token"]
-    sizes["auto"] /= 2  # the model of these runs was in float32
-    short, long = (text(fits(n) / fits(n)["auto"], "{:.2f}") for n in (4096, 8192))
-    rows = read("quality-pydoc", "perplexity").set_index("cache")
-    loss = text(rows["ratio.value"], "{:.3f}") + text(rows["kl.value"], " ({:.3f})")
-    paper = loss.reindex([f"{name}:recipe=paper" for name in names], fill_value="–")
-    columns = {
-        "`--kv-cache-dtype`": pd.Series({name: f"`{name}`" for name in names}),
-        "bytes a token": text(sizes, "{:,.0f}") + text(sizes / sizes["auto"], " ({:.0%})"),
-        "tokens that fit, of bf16's: 4,096 / 8,192 long": short + " / " + long,
-        "perplexity (KL), default": loss,
-        "`recipe: paper`": paper.set_axis(names),
-    }
-    return pd.DataFrame(columns).loc[names]
 
 
 def ranges(file: str, column: str, form: str) -> pd.Series:
@@ -183,6 +126,22 @@ def builds() -> pd.DataFrame:
             rows = read(f"builds-{name}cpu-avx2-{threads[0]}", "rows").set_index("shape")
             columns[f"`{title}`, {threads}"] = text(rows[f"ratio_{new}"], "{:.2f}×")
     return by_shape(columns)
+
+
+def pages() -> pd.DataFrame:
+    """Times of today's pages and kernels by those of 0.2, one decode step's attention."""
+    files = {"AVX-512": "builds-pages-avx512", "AVX2": "builds-pages-avx2"}
+    rows = {isa: read(name, "rows") for isa, name in files.items()}
+    first = next(iter(rows.values()))
+    columns = {
+        "shape": first["shape"],
+        "cached tokens": [f"{tokens:,}" for tokens in first["context"]],
+    }
+    for isa, one in rows.items():
+        columns[f"`kivi2`, {isa}"] = text(one["1_ratio"], "{:.2f}")
+        columns[f"`kivi_k3v2` by `kivi2`, {isa}"] = text(one["2_ratio"], "{:.2f}")
+        columns[f"`kivi4`, {isa}"] = text(one["4_ratio"] / one["3_ratio"], "{:.2f}")
+    return pd.DataFrame(columns)
 
 
 def recipes() -> pd.DataFrame:
@@ -313,7 +272,12 @@ def context() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "capacity": capacity,
-    "dtypes": dtypes,
+    "dtypes": quality.dtypes,
+    "quality": quality.quality,
+    "simulated": quality.simulated,
+    "long": quality.long_quality,
+    "gemma": quality.gemma,
+    "residual": quality.residual,
     "speed": speed,
     "load": load,
     "decode-avx512": partial(decode, CASCADE, True),
@@ -321,6 +285,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "decode-avx2": partial(decode, EPYC, False),
     "prefill-avx2": partial(prefill, EPYC),
     "builds": builds,
+    "pages": pages,
     "recipes": recipes,
     "throughput": throughput,
     "shares": shares,

@@ -1,10 +1,10 @@
-"""Word problems after worked examples, with bf16, 2-bit and 4-bit KV caches: KIVI's `example.py`.
+"""Word problems after worked examples, with bf16, 3-bit and 4-bit KV caches: KIVI's `example.py`.
 
     python examples/gsm8k.py [MODEL] [DTYPE ...]
 
-Without arguments: SmolLM2-135M-Instruct, and `auto`, `kivi2` and `kivi4`, one after the other. The
-problems in `gsm8k.jsonl` are in GSM8K's format: the first 6 are the examples, the others are asked.
-For the benchmark itself, see benchmarks/README.md, "Published evaluations".
+Without arguments: SmolLM2-135M-Instruct, and `auto`, `kivi_k3v2` and `kivi4`, one after the other.
+The problems in `gsm8k.jsonl` are in GSM8K's format: the first 6 are the examples, the others are
+asked. For the benchmark itself, see benchmarks/README.md, "Published evaluations".
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from kivi_vllm.cli.default_model import default_model
 
 SHOTS = 6
-DTYPES = ["auto", "kivi2", "kivi4"]
+DTYPES = ["auto", "kivi_k3v2", "kivi4"]
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def ask(model: str, dtype: str) -> None:
         f"Question: {p['question']}\nAnswer: {p['answer']}\n\n" for p in problems[:SHOTS]
     )
     prompts = [f"{shots}Question: {p['question']}\nAnswer:" for p in problems[SHOTS:]]
-    kivi = {"kivi": {"group_size": 32, "residual_length": 32}} if "kivi" in dtype else {}
+    kivi = {"kivi": {"residual_length": 32}} if "kivi" in dtype else {}
     llm = LLM(
         model,
         kv_cache_dtype=dtype,

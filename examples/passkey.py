@@ -1,10 +1,10 @@
-"""A pass key in filler text, with a bf16 and a 2-bit KV cache: KIVI's `long_context_example.py`.
+"""A pass key in filler text, with a bf16 and a 3-bit KV cache: KIVI's `long_context_example.py`.
 
     python examples/passkey.py [MODEL] [LINES] [DTYPE ...]
 
 Without arguments: SmolLM2-135M-Instruct, 60 lines of filler (about 1,500 tokens), and `auto` beside
-`kivi2`. KIVI's example has 12k tokens: 480 lines, for a model that is made for so many. By length
-and depth, with scores: benchmarks/README.md, "Published evaluations".
+`kivi_k3v2`. KIVI's example has 12k tokens: 480 lines, for a model that is made for so many. By
+length and depth, with scores: benchmarks/README.md, "Published evaluations".
 """
 
 import os
@@ -33,7 +33,7 @@ def answer(model: str, dtype: str, prompts: dict[int, str]) -> None:
     """Ask one engine and print what it says."""
     from vllm import LLM, SamplingParams
 
-    kivi = {"kivi": {"group_size": 32, "residual_length": 32}} if "kivi" in dtype else {}
+    kivi = {"kivi": {"residual_length": 32}} if "kivi" in dtype else {}
     llm = LLM(
         model,
         kv_cache_dtype=dtype,
@@ -59,7 +59,7 @@ def main() -> None:
         prompts = {key: prompt(int(lines), key, (i + 0.5) / 4) for i, key in enumerate(keys)}
         answer(model, dtypes[0], prompts)
         return
-    for dtype in dtypes or ["auto", "kivi2"]:
+    for dtype in dtypes or ["auto", "kivi_k3v2"]:
         subprocess.run([sys.executable, __file__, model, lines, dtype], check=True)
 
 

@@ -155,7 +155,7 @@ def batch(
     target: Annotated[Path, typer.Argument(help="Answers, in JSON lines.")],
     model: Annotated[str, typer.Option(help="Model; SmolLM2-135M-Instruct if not given.")] = "",
     replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 2,
-    kv_cache_dtype: Annotated[str, typer.Option(help="Cache format.")] = "kivi2",
+    kv_cache_dtype: Annotated[str, typer.Option(help="Cache format.")] = "kivi_k3v2",
     memory_mib: Annotated[int, typer.Option(min=1, help="KV cache of each engine, MiB.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 128,
     max_model_len: Annotated[int, typer.Option(min=1, help="Longest sequence.")] = 2048,

@@ -1,3 +1,3 @@
-"""KIVI 2-bit KV cache (arXiv 2402.02750) as an attention backend for vLLM."""
+"""KIVI KV cache of 2 to 4 bits (arXiv 2402.02750) as an attention backend for vLLM."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

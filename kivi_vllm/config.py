@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 BLOCK_SIZE = 128
 """Tokens per page block (`B` in the documentation)."""
@@ -18,35 +18,58 @@ HEAD_SIZES = (32, 64, 96, 128, 160, 192, 256)
 RAW_BITS = 0
 """Stands for "kept as the model's own dtype" in `k_bits` and `v_bits`."""
 
-DTYPES: dict[str, tuple[int, int]] = {
-    "kivi2": (2, 2),
-    "kivi_k4v2": (4, 2),
-    "kivi4": (4, 4),
+
+class CacheDtype(NamedTuple):
+    """What a `--kv-cache-dtype` stands for.
+
+    Attributes:
+        k_bits, v_bits: bits per key and per value number, or `RAW_BITS`.
+        group_size: tokens of a channel of K that share a range, under recipe "best".
+        published: KIVI (arXiv 2402.02750) has it, so that there is a recipe "paper".
+
+    """
+
+    k_bits: int
+    v_bits: int
+    group_size: int
+    published: bool = False
+
+
+DTYPES: dict[str, CacheDtype] = {
+    "kivi2": CacheDtype(2, 2, 16, published=True),
+    "kivi_k3v2": CacheDtype(3, 2, 32),
+    "kivi3": CacheDtype(3, 3, 32),
+    "kivi_k4v3": CacheDtype(4, 3, 32),
+    "kivi4": CacheDtype(4, 4, 32, published=True),
     # Diagnostic: keys and values verbatim in the same pages, so that a fault of
     # the plumbing can be told from an effect of the quantization. Saves nothing.
-    "kivi_raw": (RAW_BITS, RAW_BITS),
+    "kivi_raw": CacheDtype(RAW_BITS, RAW_BITS, 32, published=True),
 }
-"""`--kv-cache-dtype` names to (key bits, value bits)."""
+"""All values of `--kv-cache-dtype` that are ours."""
 
-QUANTIZED_DTYPES = tuple(name for name, bits in DTYPES.items() if bits != (RAW_BITS, RAW_BITS))
+QUANTIZED_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.k_bits != RAW_BITS)
 """Those that save memory: what users are offered."""
 
-RECOMMENDED_DTYPE = "kivi2"
+RECOMMENDED_DTYPE = "kivi_k3v2"
 """Where the user names none: in the demo."""
 
-GROUP_SIZES = (32, 64, 128)
+RENAMED_DTYPES = {"kivi_k4v2": "kivi_k4v3"}
+"""Values that there were once, and what took their place. vLLM is told of them too, so that it is
+we who refuse them."""
+
+ACCEPTED_DTYPES = (*DTYPES, *RENAMED_DTYPES)
+
+PAPER_GROUP_SIZES = (32, 64, 128)
 
 PrefillMode = Literal["exact", "cached"]
 
 SINK_TOKENS = (0, 4, 8, 16)
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"sink_tokens": 0, "rotate_values": False, "clip": False},
-    "best": {"sink_tokens": 4, "rotate_values": True, "clip": True},
-}
-"""What a `recipe` sets, where an option of its own does not."""
+FORMER_OPTIONS = ("rotate_values", "clip")
 
-DEFAULT_RECIPE = "best"
+Recipe = Literal["best", "paper"]
+
+DEFAULT_RECIPE: Recipe = "best"
 
 
 class KiviConfigError(ValueError):
@@ -59,61 +82,78 @@ class KiviConfig:
 
     Attributes:
         dtype: a key of `DTYPES`.
-        group_size: numbers that share one scale and zero: tokens for keys,
-            channels for values (KIVI's G).
+        recipe: `"best"`, or `"paper"`: KIVI as published.
+        group_size: tokens of a channel of K that share a range (KIVI's G); of a paper page
+            also channels of a token of V.
+        sink_tokens: first tokens of a sequence that always stay at full precision,
+            and out of the ranges and means of their page.
         residual_length: tokens before the current block that stay at full
             precision (KIVI's R), besides the current block itself.
         prefill: `"exact"`: the tokens of one prefill step see each other at full
             precision, as in the KIVI paper; `"cached"`: every position sees what
             it would see at decode, whatever the chunks.
-        sink_tokens: first tokens of a sequence that always stay at full precision,
-            and out of the ranges of their groups.
-        rotate_values: values are quantized after a Hadamard rotation of their
-            channels, which the attention's output undoes.
-        clip: ranges minimize the squared error instead of spanning their group.
-
-    The defaults here are KIVI as published; users get a `recipe` (`from_options`).
 
     """
 
     dtype: str
-    group_size: int = 32
+    recipe: Recipe
+    group_size: int
+    sink_tokens: int
     residual_length: int = 0
     prefill: PrefillMode = "exact"
-    sink_tokens: int = 0
-    rotate_values: bool = False
-    clip: bool = False
 
     def __post_init__(self) -> None:
+        if self.dtype in RENAMED_DTYPES:
+            raise KiviConfigError(
+                f"--kv-cache-dtype {self.dtype} is no more; use {RENAMED_DTYPES[self.dtype]}, "
+                "which takes fewer bytes and loses less"
+            )
         _one_of("--kv-cache-dtype", self.dtype, tuple(DTYPES))
-        _one_of("kivi.group_size", self.group_size, GROUP_SIZES)
+        _one_of("kivi.recipe", self.recipe, get_args(Recipe))
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
         _one_of("kivi.sink_tokens", self.sink_tokens, SINK_TOKENS)
-        _one_of("kivi.rotate_values", self.rotate_values, (False, True))
-        _one_of("kivi.clip", self.clip, (False, True))
-        if self.clip and not self.sink_tokens:
+        if self.recipe == "paper":
+            self._check_paper()
+        else:
+            self._check_best()
+
+    def _check_paper(self) -> None:
+        if not DTYPES[self.dtype].published:
+            published = [name for name in QUANTIZED_DTYPES if DTYPES[name].published]
             raise KiviConfigError(
-                "kivi.clip needs kivi.sink_tokens: a range of least squared error gives up the "
-                "first token's outliers, on which attention rests; set kivi.sink_tokens to 4, or "
-                "kivi.clip to false"
+                f"kivi.recipe 'paper' is KIVI as published, which has no {self.dtype}; leave "
+                f"kivi.recipe out, or use --kv-cache-dtype {' or '.join(published)}"
             )
-        for name in ("rotate_values", "clip"):
-            if self.k_bits == RAW_BITS and getattr(self, name):
-                raise KiviConfigError(
-                    f"kivi.{name} changes how numbers are quantized, and {self.dtype} does not "
-                    "quantize; leave it out, or use another --kv-cache-dtype"
-                )
+        _one_of("kivi.group_size under recipe 'paper'", self.group_size, PAPER_GROUP_SIZES)
+
+    def _check_best(self) -> None:
+        own = DTYPES[self.dtype]
+        if self.group_size != own.group_size or type(self.group_size) is not int:
+            sizes = ", ".join(f"{name} {DTYPES[name].group_size}" for name in QUANTIZED_DTYPES)
+            paper = f"; recipe 'paper' takes {', '.join(map(str, PAPER_GROUP_SIZES))}"
+            raise KiviConfigError(
+                f"kivi.group_size is {self.group_size!r}, but under recipe 'best' a dtype has its "
+                f"own ({sizes}): leave it out or make it {own.group_size}"
+                + (paper if own.published else "")
+            )
+        if not self.sink_tokens and self.k_bits != RAW_BITS:
+            other = ", or kivi.recipe to 'paper'" if own.published else ""
+            raise KiviConfigError(
+                "kivi.sink_tokens is 0, but recipe 'best' needs them: ranges of least squared "
+                "error give up the first token's outliers, on which attention rests; set "
+                f"kivi.sink_tokens to 4{other}"
+            )
 
     @property
     def k_bits(self) -> int:
         """Bits per key number, or `RAW_BITS`."""
-        return DTYPES[self.dtype][0]
+        return DTYPES[self.dtype].k_bits
 
     @property
     def v_bits(self) -> int:
         """Bits per value number, or `RAW_BITS`."""
-        return DTYPES[self.dtype][1]
+        return DTYPES[self.dtype].v_bits
 
     @classmethod
     def from_options(cls, dtype: str, options: Any) -> KiviConfig:
@@ -127,26 +167,25 @@ class KiviConfig:
         if not isinstance(options, dict):
             raise KiviConfigError(
                 f"the 'kivi' entry of --additional-config must be an object, got {options!r}; "
-                'for example: --additional-config \'{"kivi": {"group_size": 32}}\''
+                'for example: --additional-config \'{"kivi": {"residual_length": 32}}\''
             )
-        known = ["recipe", *(f.name for f in dataclasses.fields(cls) if f.name != "dtype")]
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "dtype"]
         for name in options:
             if name not in known:
+                former = "recipe 'best' includes it, recipe 'paper' does not; "
                 raise KiviConfigError(
                     f"unknown option {name!r} in the 'kivi' entry of --additional-config; "
-                    f"the options are: {', '.join(known)}"
+                    f"{former if name in FORMER_OPTIONS else ''}the options are: {', '.join(known)}"
                 )
-        options = dict(options)
-        recipe = options.pop("recipe", DEFAULT_RECIPE)
-        _one_of("kivi.recipe", recipe, tuple(RECIPES))
-        if DTYPES.get(dtype) == (RAW_BITS, RAW_BITS):  # nothing is quantized
-            recipe = "paper"
-        return cls(dtype, **{**RECIPES[recipe], **options})
+        defaults = {"recipe": DEFAULT_RECIPE, "group_size": PAPER_GROUP_SIZES[0], "sink_tokens": 0}
+        if dtype in QUANTIZED_DTYPES and options.get("recipe", DEFAULT_RECIPE) == "best":
+            defaults |= {"group_size": DTYPES[dtype].group_size, "sink_tokens": 4}
+        return cls(dtype, **{**defaults, **options})
 
 
 def is_kivi(cache_dtype: object) -> bool:
     """Whether a `--kv-cache-dtype` value is one of ours."""
-    return isinstance(cache_dtype, str) and cache_dtype in DTYPES
+    return isinstance(cache_dtype, str) and cache_dtype in ACCEPTED_DTYPES
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:

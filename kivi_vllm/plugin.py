@@ -9,7 +9,7 @@ def register() -> None:
     vLLM calls it before it parses arguments, in `LLM()`, in the engine core and
     in every worker; a second call changes nothing. With a vLLM version that is
     not supported it warns and leaves vLLM as it is, so that everything else
-    goes on working; `--kv-cache-dtype kivi2` is then refused by vLLM itself.
+    goes on working; `--kv-cache-dtype kivi_k3v2` is then refused by vLLM itself.
     """
     from vllm.logger import init_logger
 

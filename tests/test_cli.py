@@ -15,12 +15,12 @@ from kivi_vllm.cli import doctor
 from kivi_vllm.cli.default_model import cache_folder
 from kivi_vllm.cli.demo import Demo
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.cli.main import app
+from kivi_vllm.cli.main import app, main
 from kivi_vllm.cli.process import members, running, stop
 from kivi_vllm.cli.server import cause, free_port, kv_tokens, latest
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
+DTYPES = ("kivi2", "kivi_k3v2", "kivi3", "kivi_k4v3", "kivi4")
 
 # Speaks as much of vLLM's log and protocol as the demo uses. Like vLLM it has a child of its own;
 # `mode` makes it die at start or never become healthy. With "plan" as its first argument it is the
@@ -77,7 +77,7 @@ from kivi_vllm.cli.main import main
 from kivi_vllm.cli.demo import Demo
 mode, script, model, pids = sys.argv[1:]
 def command(model, dtype, port, options):
-    assert dtype == "kivi2" and "--enforce-eager" in options
+    assert dtype == "kivi_k3v2" and "--enforce-eager" in options
     return [sys.executable, script, "serve", mode, str(port), pids]
 def plan(model, memory_bytes, max_model_len):
     assert (memory_bytes, max_model_len) == (256 << 20, 4096)
@@ -141,7 +141,7 @@ def test_demo_prints_the_result_as_its_last_line(fake: FakeDemo) -> None:
     assert json.loads(out.splitlines()[-1]) == {
         "answer": "You asked: [why]?",
         "kv_tokens_bf16": 11648,
-        "kv_tokens_kivi2": 50937,
+        "kv_tokens_kivi_k3v2": 50937,
         "ratio": 4.37,
     }, err
     assert "how many tokens would 256 MiB of bf16 cache hold?" in err
@@ -159,7 +159,7 @@ def test_demo_says_why_the_server_died(fake: FakeDemo) -> None:
     assert "Traceback" not in err
     assert "ValueError: no such model" in err
     assert fake.living() == []
-    assert (fake.cache / "serve-kivi2.log").exists()
+    assert (fake.cache / "serve-kivi_k3v2.log").exists()
 
 
 def test_demo_says_why_there_is_no_figure_for_bf16(fake: FakeDemo) -> None:
@@ -231,6 +231,27 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="cannot be created") as caught:
         cache_folder()
     assert "KIVI_VLLM_CACHE" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("kivi_k4v2", "error: --kv-cache-dtype kivi_k4v2 is no more\nremedy: use kivi_k4v3\n"),
+        (
+            "kivi5",
+            "error: --kv-cache-dtype kivi5 is unknown\n"
+            "remedy: use one of: kivi2, kivi_k3v2, kivi3, kivi_k4v3, kivi4\n",
+        ),
+    ],
+)
+def test_demo_of_a_dtype_that_is_not_there(
+    dtype: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kivi-vllm", "demo", "--kv-cache-dtype", dtype])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == message
 
 
 # doctor

@@ -7,16 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.config import QUANTIZED_DTYPES
 
 RESIDUAL = B // 2
 """Tokens past the last whole block at decode, the step's own included: the average."""
 
-KIVI_DTYPES = {
-    "kivi2": ("kivi2", "best"),
-    "kivi2_paper": ("kivi2", "paper"),
-    "kivi_k4v2": ("kivi_k4v2", "best"),
-    "kivi4": ("kivi4", "best"),
-}
+KIVI_DTYPES = {name: (name, "best") for name in QUANTIZED_DTYPES}
+KIVI_DTYPES["kivi2_paper"] = ("kivi2", "paper")
 """Our names of the project's caches to their `--kv-cache-dtype` and recipe."""
 
 VLLM_DTYPES = {"bf16": "auto", "fp8": "fp8"}

@@ -19,6 +19,7 @@ from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.codec import decode_pages
 from kivi_vllm.ops.contract import Operators
 from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.residual import ring_entry, ring_slot
 from kivi_vllm.ops.step import AttentionParams, Batch, LayerCache, Raw, Row, Step
 
 
@@ -135,12 +136,12 @@ class KiviPool(Pool):
         dtype, recipe = KIVI_DTYPES[name]
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
         self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)
-        self.ring_pages = 1 + -(-B // self.fmt.raw_tokens)
+        self.ring_pages = ring_entry(B, self.fmt.raw_tokens)
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
         raw_pages = self.ring_pages + (self.fmt.sink_tokens > 0)
         self.nbytes = sets * batch * (blocks + raw_pages) * self.block_bytes
         # A block's pages are different ones; in the long run they come again.
-        entries = torch.arange((blocks + 2) * B // self.fmt.raw_tokens + 1) % self.ring_pages
+        entries = torch.arange((blocks + 2) * self.ring_pages) % self.ring_pages
         ring = shuffled(sets, batch, self.ring_pages, seed=2)[..., entries].contiguous()
         self.ring_tables = ring.to(place.device)
         self.sink_tables = shuffled(sets, batch, 1, seed=3).to(place.device)
@@ -158,8 +159,8 @@ class KiviPool(Pool):
         heads = self.shape.num_kv_heads
         packed = self.sets * self.batch * self.blocks * self.block_bytes
         self.pages = self.place.allocate(packed).view(-1, heads, self.fmt.page_bytes)
-        per_page = (heads, self.fmt.raw_tokens, 2 * self.shape.head_size)
-        raw = self.place.allocate(self.nbytes - packed).view(torch.bfloat16).view(-1, *per_page)
+        raw = self.place.allocate(self.nbytes - packed).view(-1, heads, self.fmt.page_bytes)
+        raw = self.fmt.as_raw(raw)
         self.ring, self.sinks = raw.tensor_split([self.sets * self.batch * self.ring_pages])
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -231,7 +232,7 @@ class KiviPool(Pool):
         per_page, at = self.fmt.raw_tokens, blocks * B
         end = at + raw_tokens
         while at < end:
-            page, slot = divmod(at, per_page)
+            page, slot = ring_entry(at, per_page), ring_slot(at, per_page)
             count = min(per_page - slot, end - at)
             starts = rings[:, page, None] + slot * token + heads
             ranges += [(start, count * token) for start in starts.flatten().tolist()]
@@ -248,8 +249,8 @@ class KiviPool(Pool):
         packed, d = cached // B * B, self.shape.head_size
         at = torch.arange(packed, cached, device=work.device)
         per_page = self.fmt.raw_tokens
-        pages = self.ring_tables[0, row, at // per_page].long()
-        ring = self.ring[pages, :, at % per_page]  # [n, num_kv_heads, 2 * D]
+        pages = self.ring_tables[0, row, ring_entry(at, per_page)].long()
+        ring = self.ring[pages, :, ring_slot(at, per_page)]  # [n, num_kv_heads, 2 * D]
         raw_k = torch.cat([ring[..., :d], work.key[own]])
         raw_v = torch.cat([ring[..., d:], work.value[own]])
 

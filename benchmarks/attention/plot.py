@@ -15,11 +15,14 @@ LINES = {
     "bf16_ms": ("bf16, the fastest there", "#444444"),
     "fp8_ms": ("fp8, the fastest there", "#999999"),
     "turboquant_ms": ("TurboQuant, 4 bits", "#c58a2b"),
-    "kivi4_ms": ("kivi4", "#86b6dd"),
-    "kivi_k4v2_ms": ("kivi_k4v2", "#4f8fc4"),
-    "kivi2_ms": ("kivi2", "#0b4f8a"),
+    "kivi4_ms": ("kivi4", "#b9d5ec"),
+    "kivi_k4v3_ms": ("kivi_k4v3", "#86b6dd"),
+    "kivi_k4v2_ms": ("kivi_k4v2", "#7a5ca8"),
+    "kivi3_ms": ("kivi3", "#4f8fc4"),
+    "kivi_k3v2_ms": ("kivi_k3v2", "#0b4f8a"),
+    "kivi2_ms": ("kivi2", "#072f52"),
 }
-"""Fields of decode rows: their names in the legend, and colours."""
+"""Fields of decode rows, of older files too: their names in the legend, and colours."""
 
 
 def plot(

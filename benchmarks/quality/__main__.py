@@ -9,14 +9,21 @@ from benchmarks.common import machine
 from benchmarks.common.command import Json, Model, among, failures, folder_of, start
 from benchmarks.common.files import check_folder, write_json
 from benchmarks.quality import plot, report
-from benchmarks.quality.engine import DTYPES, ITEMSIZE, arguments, model_facts
+from benchmarks.quality.engine import ITEMSIZE, MODEL_DTYPES, arguments, model_facts
 from benchmarks.quality.passkey import KINDS
 from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.sections import SECTIONS, Workload, measure
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import note
+from kivi_vllm.config import DTYPES, QUANTIZED_DTYPES
 
-CACHES = ["auto", "fp8", "kivi4", "kivi_k4v2", "kivi2:recipe=paper", "kivi2", "transformers:kv2"]
+CACHES = [
+    "auto",
+    "fp8",
+    *reversed(QUANTIZED_DTYPES),
+    *(f"{name}:recipe=paper" for name in reversed(QUANTIZED_DTYPES) if DTYPES[name].published),
+    "transformers:kv2",
+]
 
 
 Names = list[str] | None
@@ -53,7 +60,7 @@ def quality(
         plot.check()
     if not 0 < fraction <= 100:
         raise UserError(f"--fraction {fraction}: must be above 0", "--fraction 0.125")
-    among("--dtype", [dtype], DTYPES)
+    among("--dtype", [dtype], MODEL_DTYPES)
     sections = among("--section", section or SECTIONS, SECTIONS)
     kinds = among("--fact", fact or list(KINDS)[:1], KINDS)
     rows = list(dict.fromkeys(CacheRow.parse(name) for name in cache or CACHES))

@@ -21,7 +21,7 @@ model: Any
 """In the child: the `models.Model` that computes its row."""
 
 ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
-DTYPES = ("auto", *ITEMSIZE)
+MODEL_DTYPES = ("auto", *ITEMSIZE)
 
 
 def model_facts(model: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
-from kivi_vllm.config import QUANTIZED_DTYPES, KiviConfig
-from kivi_vllm.ops.codes import Side, code_index
+from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE, KiviConfig
+from kivi_vllm.ops.codes import Side, code_index, slots, spare
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.residual import full_precision_from, ring_start
 
@@ -62,12 +62,14 @@ class Picture:
         fill: str = "#222",
         size: int = 12,
         bold: bool = False,
+        upright: bool = False,
     ) -> None:
         weight = ' font-weight="bold"' if bold else ""
+        turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if upright else ""
         text = text.replace("&", "&amp;").replace("<", "&lt;")
         self.parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" '
-            f'font-size="{size}"{weight}>{text}</text>'
+            f'font-size="{size}"{weight}{turned}>{text}</text>'
         )
 
     def heading(self, y: float, text: str) -> None:
@@ -82,7 +84,7 @@ class Picture:
 
 def page() -> str:
     """One block of one kv head: its size by dtype, its fields, and where a code lies."""
-    picture = Picture(980, 520, "The bytes of a page")
+    picture = Picture(980, 592, "The bytes of a page")
     left, width = 110, 800
     bf16 = 2 * 2 * HEAD_SIZE * B
 
@@ -105,31 +107,32 @@ def page() -> str:
         picture.text(x + 8, y + 15, label, anchor="start")
         y += 26
 
-    fmt = _format("kivi2")
+    fmt = _format(RECOMMENDED_DTYPE)
     y += 34
     size = f"{fmt.page_bytes:,} bytes"
-    picture.heading(y, f"The fields of a kivi2 page, group size {fmt.group_size}: {size}")
+    picture.heading(y, f"The fields of a {RECOMMENDED_DTYPE} page: {size}")
     y += 18
+    small = []
     for field in fmt.fields.values():
         x = left + field.offset / fmt.page_bytes * width
         w = field.nbytes / fmt.page_bytes * width
-        dark = field.name.endswith("codes")
         picture.box(x, y, w, 62, _colour(field.name))
-        ink = "white" if dark else "#222"
-        picture.text(x + w / 2, y + 20, field.name, fill=ink, bold=True, size=11)
         dtype = str(field.dtype).removeprefix("torch.").replace("float", "fp")
-        shape = "×".join(map(str, field.shape))
-        if dark:
-            picture.text(x + w / 2, y + 37, f"{dtype} [{shape.replace('×', ', ')}]", fill=ink)
-            picture.text(x + w / 2, y + 54, f"{field.nbytes:,} bytes", fill=ink, size=11)
-        else:
-            picture.text(x + w / 2, y + 37, dtype, size=10)
-            picture.text(x + w / 2, y + 53, shape, size=10)
+        what = f"{dtype} [{', '.join(map(str, field.shape))}]"
+        if not field.name.endswith("codes"):
+            picture.text(x + w / 2 + 4, y + 31, field.name, size=11, bold=True, upright=True)
+            small.append(f"{field.name} {what} at {field.offset:,}")
+            continue
+        picture.text(x + w / 2, y + 20, field.name, fill="white", bold=True, size=11)
+        picture.text(x + w / 2, y + 37, what, fill="white")
+        picture.text(x + w / 2, y + 54, f"{field.nbytes:,} bytes", fill="white", size=11)
         picture.text(x, y + 78, f"{field.offset:,}", size=10, anchor="start", fill="#555")
     picture.text(left + width, y + 78, f"{fmt.page_bytes:,}", size=10, anchor="end", fill="#555")
     picture.text(left - 10, y + 37, "K, then V", anchor="end")
     picture.text(left - 10, y + 78, "offset", anchor="end", size=10, fill="#555")
+    picture.text(left, y + 98, "; ".join(small), size=11, anchor="start")
 
+    y += 20
     y += 118
     picture.heading(y, "The first 64 bytes of each field of codes: one vector register")
     _vector(picture, y + 20, fmt, "k")
@@ -140,7 +143,9 @@ def page() -> str:
 def _vector(picture: Picture, y: float, fmt: PageFormat, side: Side) -> None:
     """16 lanes of 4 bytes, and the slots of the first byte."""
     bits, colour = (fmt.k_bits, KEYS) if side == "k" else (fmt.v_bits, VALUES)
-    index = code_index(side, bits, HEAD_SIZE)[:64]  # [byte, slot] -> token * D + channel
+    index = code_index(side, bits, HEAD_SIZE)[0, 0].flatten(
+        0, 1
+    )  # [byte, slot]: token * D + channel
     token, channel = index // HEAD_SIZE, index % HEAD_SIZE
     lanes, along = (token, channel) if side == "k" else (channel, token)
     lane_word, along_word = ("token", "channels") if side == "k" else ("channel", "tokens")
@@ -162,14 +167,17 @@ def _vector(picture: Picture, y: float, fmt: PageFormat, side: Side) -> None:
     x, w = right + 50, 74
     picture.line(left + cell / 4, y, x, y)
     picture.line(left + cell / 4, y + 26, x, y + 26)
-    slots = 8 // bits
-    for i in reversed(range(slots)):
-        at = x + (slots - 1 - i) * w
+    codes = slots(bits)
+    for i in reversed(range(codes)):
+        at = x + (codes - 1 - i) * w
         picture.box(at, y, w, 26, colour)
         picture.text(at + w / 2, y + 17, f"slot {i}", fill="white", size=11)
         picture.text(at + w / 2, y + 43, f"token {int(token[0, i])}", size=11)
         picture.text(at + w / 2, y + 58, f"channel {int(channel[0, i])}", size=11)
-    what = f"the first byte: {slots} codes of {bits} bits, lowest bits in slot 0"
+    what = f"the first byte: {codes} codes of {bits} bits, lowest bits in slot 0"
+    if spare(bits):
+        parts = f"their {codes} highest bits are parts of tokens {B // 4 * 3} to {B - 1}"
+        picture.text(x, y + 73, parts, anchor="start", size=11)
     picture.text(x, y - 5, what, anchor="start", size=11)
 
 
@@ -192,11 +200,11 @@ LENGTHS = (90, 128, 200, 256, 330)
 
 def sequence() -> str:
     """What the newest token of a sequence sees, and the pages that its next step needs."""
-    fmt = _format("kivi2", RESIDUAL)
+    fmt = _format(RECOMMENDED_DTYPE, RESIDUAL)
     left, scale, row, top = 150, 1.75, 112, 92
     picture = Picture(1080, top + 60 + row * len(LENGTHS), "A sequence over the steps")
     options = f"sink_tokens {fmt.sink_tokens}, residual_length {RESIDUAL}"
-    picture.heading(26, f"A sequence as it grows: kivi2, 16-bit model, {options}")
+    picture.heading(26, f"A sequence as it grows: {RECOMMENDED_DTYPE}, 16-bit model, {options}")
     x = float(left)
     for colour, label in (
         (KEYS, "quantized pages"),

@@ -134,7 +134,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         raws = (self.ring, *self.tails, *([self.sinks] if self.sinks else []))
         if self._bound is not kv_cache:  # views that live as long as what they show
             self._pages = kv_cache.flatten(2)
-            self._raws = [raw.kv_cache.view(self.fmt.raw_dtype) for raw in raws]
+            self._raws = [self.fmt.as_raw(raw.kv_cache.flatten(2)) for raw in raws]
             self._bound = kv_cache
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):  # one entry per micro-batch; there is one

@@ -69,7 +69,7 @@ class RawCache(AttentionLayerBase):
     """A cache of full-precision tokens beside an attention layer.
 
     vLLM finds it in the static forward context and binds `kv_cache`:
-    [num_blocks, num_kv_heads, raw_tokens, bytes] uint8.
+    [num_blocks, num_kv_heads, 128, bytes_per_token] uint8, as quantized pages are.
     """
 
     def __init__(self, name: str, spec: KVCacheSpec, config: KiviConfig) -> None:

@@ -9,7 +9,14 @@ import torch
 
 from kivi_vllm.attention import ray_nodes
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
-from kivi_vllm.config import BLOCK_SIZE, HEAD_SIZES, KiviConfig, KiviConfigError, is_kivi
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    HEAD_SIZES,
+    RECOMMENDED_DTYPE,
+    KiviConfig,
+    KiviConfigError,
+    is_kivi,
+)
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
 from kivi_vllm.toolchain import find_compiler, torch_finds
@@ -24,7 +31,7 @@ _OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
 
 
 def check(vllm_config: VllmConfig) -> None:
-    """Refuse an engine configuration that the KIVI cache cannot serve.
+    """Refuse an engine configuration that the KIVI cache cannot serve, or log what serves better.
 
     Args:
         vllm_config: complete, as the engine will get it. Configurations with
@@ -34,15 +41,14 @@ def check(vllm_config: VllmConfig) -> None:
         KiviConfigError: every reason, each with its remedy.
 
     """
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.kivi_vllm")
     dtype = vllm_config.cache_config.cache_dtype
     if not is_kivi(dtype):
         additional = vllm_config.additional_config
         if isinstance(additional, dict) and "kivi" in additional:
-            from vllm.logger import init_logger
-
-            init_logger("vllm.kivi_vllm").warning(
-                "the 'kivi' options have no effect with --kv-cache-dtype %s", dtype
-            )
+            logger.warning("the 'kivi' options have no effect with --kv-cache-dtype %s", dtype)
         return
     from vllm.platforms import current_platform
 
@@ -59,6 +65,13 @@ def check(vllm_config: VllmConfig) -> None:
         problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
         raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+    if config.k_bits == 2 and config.recipe == "best":
+        logger.info(
+            "%s has 2-bit keys: %s takes a little more memory and loses much less "
+            "(docs/quality.md)",
+            dtype,
+            RECOMMENDED_DTYPE,
+        )
 
 
 def _model(vllm_config: VllmConfig) -> Iterator[str]:
@@ -136,6 +149,8 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "speculation in a pipeline is not tested; leave out --speculative-config or "
             "--pipeline-parallel-size"
         )
+    if parallel.use_ubatching:  # a layer would read the first micro-batch's tables for both
+        yield "micro-batches are not supported; leave out --enable-dbo and --ubatch-size"
     if parallel.use_ray and not current_platform.ray_device_key:
         yield (
             f"vLLM has no Ray executor on {current_platform.device_name}; "
@@ -200,8 +215,6 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             f"--dtype {_name(model.dtype)} is not supported on {limits.devices}; "
             f"use --dtype {_name(limits.model_dtypes[0])}"
         )
-    if limits.decodes_first and vllm_config.parallel_config.enable_dbo:
-        yield "dual-batch overlap is not tested; leave out --enable-dbo"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""`kivi-vllm demo`: serve a small model with the 2-bit cache, ask it something, show the gain.
+"""`kivi-vllm demo`: serve a small model with a KIVI cache, ask it something, show the gain.
 
 One server is started. What a bf16 cache would hold comes from vLLM's own accounting of the model's
 config, which needs no weights and no server (`attention.hooks.capacity`), in a process beside it:
@@ -25,6 +25,7 @@ from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.process import running, stop, tail
 from kivi_vllm.cli.progress import note, step
 from kivi_vllm.cli.server import Server, free_port, serve_command, serve_environment
+from kivi_vllm.config import RECOMMENDED_DTYPE
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 
@@ -60,7 +61,7 @@ class Demo:
     model: Path | None = None
     question: str = QUESTION
     max_tokens: int = 64
-    kv_cache_dtype: str = "kivi2"
+    kv_cache_dtype: str = RECOMMENDED_DTYPE
     memory_mib: int = 256
     max_model_len: int = 4096
     timeout: float = 900.0
@@ -84,7 +85,7 @@ class Demo:
         result = {
             "answer": answer,
             "kv_tokens_bf16": bf16,
-            "kv_tokens_kivi2": tokens,
+            f"kv_tokens_{self.kv_cache_dtype}": tokens,
             "ratio": round(tokens / bf16, 2),
         }
         print(json.dumps(result), flush=True)

@@ -1,26 +1,31 @@
 """The command line `kivi-vllm`: demo, doctor, plan."""
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kivi_vllm.cli.demo import QUESTION, Demo
-from kivi_vllm.cli.errors import mistakes_shown
-from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE
+from kivi_vllm.cli.errors import UserError, mistakes_shown
+from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE, RENAMED_DTYPES
 
 app = typer.Typer(
-    help="The KIVI 2-bit KV cache for vLLM: vllm serve MODEL --kv-cache-dtype kivi2",
+    help=f"The KIVI KV cache for vLLM: vllm serve MODEL --kv-cache-dtype {RECOMMENDED_DTYPE}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-CacheDtype = Enum("CacheDtype", {name: name for name in QUANTIZED_DTYPES}, type=str)  # type: ignore[misc]
-RECOMMENDED = CacheDtype(RECOMMENDED_DTYPE)
+def _known(kv_cache_dtype: str) -> str:
+    """The dtype, if it is there (typer's own message would not name what took its place)."""
+    if kv_cache_dtype in QUANTIZED_DTYPES:
+        return kv_cache_dtype
+    former = kv_cache_dtype in RENAMED_DTYPES
+    good = RENAMED_DTYPES[kv_cache_dtype] if former else f"one of: {', '.join(QUANTIZED_DTYPES)}"
+    what = "is no more" if former else "is unknown"
+    raise UserError(f"--kv-cache-dtype {kv_cache_dtype} {what}", f"use {good}")
 
 
 @app.command()
@@ -31,8 +36,13 @@ def demo(
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 64,
     kv_cache_dtype: Annotated[
-        CacheDtype, typer.Option(help="Cache format to compare with bf16.")
-    ] = RECOMMENDED,
+        str,
+        typer.Option(
+            help="Cache format to compare with bf16.",
+            metavar="|".join(QUANTIZED_DTYPES),
+            callback=_known,
+        ),
+    ] = RECOMMENDED_DTYPE,
     memory_mib: Annotated[int, typer.Option(min=1, help="Memory of the KV cache, in MiB.")] = 256,
     max_model_len: Annotated[int, typer.Option(min=128, help="Longest sequence.")] = 4096,
     timeout: Annotated[
@@ -48,7 +58,7 @@ def demo(
         model=model,
         question=question,
         max_tokens=max_tokens,
-        kv_cache_dtype=kv_cache_dtype.value,
+        kv_cache_dtype=kv_cache_dtype,
         memory_mib=memory_mib,
         max_model_len=max_model_len,
         timeout=timeout,

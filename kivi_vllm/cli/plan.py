@@ -58,7 +58,7 @@ def plan_table(
     except (ValueError, TypeError):
         raise UserError(
             f"--additional-config {additional_config!r} is no JSON object",
-            """write it as in --additional-config '{"kivi": {"group_size": 64}}'""",
+            """write it as in --additional-config '{"kivi": {"residual_length": 32}}'""",
         ) from None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     table = Table(title=f"{model}: {memory} of KV cache")

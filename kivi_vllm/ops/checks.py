@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kivi_vllm.config import BLOCK_SIZE, GROUP_SIZES
+from kivi_vllm.config import BLOCK_SIZE, PAPER_GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
-from kivi_vllm.ops.residual import ring_start
+from kivi_vllm.ops.residual import ring_entry, ring_start
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Step
 
 if TYPE_CHECKING:
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """KiviDtype of csrc/abi.h."""
+
+FORMATS = {(*dtype[:3], True) for dtype in CACHE_DTYPES.values()} | {
+    (dtype.k_bits, dtype.v_bits, group_size, False)
+    for dtype in CACHE_DTYPES.values()
+    if dtype.published
+    for group_size in PAPER_GROUP_SIZES
+}
+"""Bits of keys and of values, group size, and whether pages are those of recipe "best"."""
 
 CHECKED_FORMS: dict[tuple, Any] = {}
 """Forms of tensors (shapes, strides and the like) that have passed, and what to know of such
@@ -34,10 +42,10 @@ def record_form(form: tuple, what: Any = None) -> None:
 def check_pages(cache: LayerCache, device: torch.device) -> None:
     """Raise ValueError unless the pages are of the cache's format, and the kernels have that."""
     fmt, pages = cache.fmt, cache.pages
-    if (fmt.k_bits, fmt.v_bits) not in CACHE_DTYPES.values() or fmt.group_size not in GROUP_SIZES:
+    if (fmt.k_bits, fmt.v_bits, fmt.group_size, fmt.two_level) not in FORMATS:
         raise ValueError(
             f"the kernels have no format of {fmt.k_bits} and {fmt.v_bits} bits with "
-            f"group_size {fmt.group_size}"
+            f"group_size {fmt.group_size} under recipe {'best' if fmt.two_level else 'paper'!r}"
         )
     if not (
         pages.device == device
@@ -161,7 +169,8 @@ def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
         a = b - (q1 - q0)
         first, blocks = a // BLOCK_SIZE, b // BLOCK_SIZE
         read, written = first * BLOCK_SIZE, max(a, ring_start(b, step.decode_len))
-        slots = {s // cache.fmt.raw_tokens for s in (*range(read, a), *range(written, b))}
+        kept_from = (*range(read, a), *range(written, b))
+        slots = {ring_entry(s, cache.fmt.raw_tokens) for s in kept_from}
         wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), range(blocks))]
         wanted += [("ring.table", cache.ring.table, len(cache.ring.cache), sorted(slots))]
         for i, tail in enumerate(cache.tails):

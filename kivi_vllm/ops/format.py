@@ -3,7 +3,26 @@
 A page holds `BLOCK_SIZE` = 128 tokens. vLLM sees it as `[num_blocks,
 num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
 `page_bytes` of one (block, kv head) are contiguous. They hold, in this order
-(G = group_size, D = head_size, b = bits, little endian throughout):
+(D = head_size, b = bits, G = group_size, little endian throughout), under recipe "best":
+
+| field   | type  | shape              | bytes    | meaning                                |
+|---------|-------|--------------------|----------|----------------------------------------|
+| k_low   | fp16  | [D]                | 2·D      | the channel's least zero               |
+| k_step  | fp16  | [D]                | 2·D      | its unit of scales and zeros           |
+| k_range | uint8 | [128/G, D]         | 128·D/G  | of G tokens: scale and zero in steps   |
+| k_codes | uint8 | [b, D/4, 16, 4]    | 16·D·b   | see `codes`                            |
+| v_mean  | fp16  | [D]                | 2·D      | what the channel's values share        |
+| v_scale | fp16  | [128]              | 256      | one per token                          |
+| v_codes | uint8 | [D/32, 8b, 16, 4]  | 16·D·b   | see `codes`                            |
+
+and nothing up to the next multiple of 128 bytes. So a token and kv head take
+D·(k_bits + v_bits)/8 + D·(6/128 + 1/G) + 2 bytes: 80 at D = 128 with 2 bits and G = 16, where
+bf16 takes 512. With u = a byte of k_range and r = `zero_step`(k_bits),
+
+    key   = code · (u mod 16)·k_step + (k_low + r·⌊u / 16⌋·k_step)
+    value = v_scale · (code - (2^b - 1)/2 + v_mean),  after `codec.rotate`:
+
+a sum of values over tokens is rotated back. Under recipe "paper" a page is KIVI's:
 
 | field   | type  | shape              | bytes    | meaning                         |
 |---------|-------|--------------------|----------|---------------------------------|
@@ -14,11 +33,7 @@ num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
 | v_zero  | fp16  | [D/G, 128]         | 256·D/G  |                                 |
 | v_codes | uint8 | [D/32, 8b, 16, 4]  | 16·D·b   | see `codes`                     |
 
-so `page_bytes = 16·D·(k_bits + v_bits) + 1024·D/G`: 96 bytes a token at
-D = 128, G = 32, 2 bits, where bf16 takes 512.
-
-**Rotated values.** With `rotate_values`, what v_scale, v_zero and v_codes stand for are
-the values after `codec.rotate`; a sum of values over tokens is rotated back.
+with key or value = code · scale + zero.
 
 **Sinks.** With `sink_tokens` = S, the codes of the first S tokens of a sequence's first
 block stand for nothing: those tokens are read at full precision from elsewhere.
@@ -41,6 +56,7 @@ import torch
 from kivi_vllm.config import (
     BLOCK_SIZE,
     HEAD_SIZES,
+    PAPER_GROUP_SIZES,
     RAW_BITS,
     SINK_TOKENS,
     KiviConfig,
@@ -76,12 +92,12 @@ class PageFormat:
     """Byte layout of one block of one kv head.
 
     Attributes:
-        k_bits, v_bits: 2, 4 or `RAW_BITS`.
-        group_size: G, dividing head_size and `BLOCK_SIZE`.
+        k_bits, v_bits: 2, 3, 4 or `RAW_BITS`.
+        group_size: G, dividing `BLOCK_SIZE`, and of a paper page the head size.
         head_size: D, of keys and of values.
         raw_dtype: the model's dtype.
-        sink_tokens, rotate_values: see above.
-        clip: how scales and zeros are chosen; does not change what they mean.
+        two_level: whether the page is that of recipe "best".
+        sink_tokens: see above.
 
     Raises:
         KiviConfigError: a head size or dtype that is not supported, a group size
@@ -94,9 +110,8 @@ class PageFormat:
     group_size: int
     head_size: int
     raw_dtype: torch.dtype
+    two_level: bool
     sink_tokens: int = 0
-    rotate_values: bool = False
-    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.head_size not in HEAD_SIZES:
@@ -105,16 +120,16 @@ class PageFormat:
                 f"{', '.join(map(str, HEAD_SIZES))}); serve this model with "
                 "--kv-cache-dtype auto or fp8"
             )
-        if self.head_size % self.group_size:
-            good = [g for g in (32, 64, 128) if self.head_size % g == 0]
+        if not self.two_level and self.head_size % self.group_size:
+            good = [g for g in PAPER_GROUP_SIZES if self.head_size % g == 0]
             raise KiviConfigError(
                 f"kivi.group_size {self.group_size} does not divide this model's head size "
                 f"{self.head_size}; use {' or '.join(map(str, good))}"
             )
         if self.raw_dtype not in RAW_DTYPES:
             raise KiviConfigError(
-                f"the KIVI cache needs a bfloat16, float16 or float32 model, not "
-                f"{self.raw_dtype}; set --dtype"
+                "the KIVI cache needs a bfloat16, float16 or float32 model, not "
+                f"{str(self.raw_dtype).removeprefix('torch.')}; set --dtype to one of them"
             )
         if self.sink_tokens > self.raw_tokens:
             raise KiviConfigError(
@@ -139,9 +154,8 @@ class PageFormat:
             config.group_size,
             head_size,
             raw_dtype,
+            config.recipe == "best",
             config.sink_tokens,
-            config.rotate_values,
-            config.clip,
         )
 
     @property
@@ -156,6 +170,16 @@ class PageFormat:
         spec: list[tuple[str, torch.dtype, tuple[int, ...]]]
         if self.is_raw:
             spec = [(name, self.raw_dtype, (BLOCK_SIZE, d)) for name in ("k_codes", "v_codes")]
+        elif self.two_level:
+            spec = [
+                ("k_low", torch.float16, (d,)),
+                ("k_step", torch.float16, (d,)),
+                ("k_range", torch.uint8, (BLOCK_SIZE // g, d)),
+                ("k_codes", torch.uint8, key_shape(self.k_bits, d)),
+                ("v_mean", torch.float16, (d,)),
+                ("v_scale", torch.float16, (BLOCK_SIZE,)),
+                ("v_codes", torch.uint8, value_shape(self.v_bits, d)),
+            ]
         else:
             spec = [
                 ("k_scale", torch.float16, (BLOCK_SIZE // g, d)),
@@ -174,8 +198,9 @@ class PageFormat:
 
     @cached_property
     def page_bytes(self) -> int:
-        """Bytes of one block of one kv head."""
-        return sum(f.nbytes for f in self.fields.values())
+        """Bytes of one block of one kv head: a multiple of its tokens."""
+        last = list(self.fields.values())[-1]
+        return -(-(last.offset + last.nbytes) // BLOCK_SIZE) * BLOCK_SIZE
 
     @property
     def bytes_per_token(self) -> int:
@@ -186,10 +211,15 @@ class PageFormat:
     def raw_tokens(self) -> int:
         """Full-precision tokens (K and V) that one page's bytes hold.
 
-        24, 32 and 40 tokens fill a page exactly for `kivi2`, `kivi_k4v2` and
-        `kivi4` at G = 32 and 16 bits, at every head size. Pages of `kivi_raw`
-        could hold 128, but take 32 like their quantized kin, so that the
-        diagnostic runs through the same number of pages.
+        20, 23, 27, 31 and 35 tokens for `kivi2`, `kivi_k3v2`, `kivi3`, `kivi_k4v3` and `kivi4` of
+        16-bit models with head sizes of 64 and 128. Pages of `kivi_raw` could hold 128, but take
+        32 like their quantized kin, so that the diagnostic runs through as many pages.
         """
         tokens = self.page_bytes // (2 * self.head_size * self.raw_dtype.itemsize)
         return min(tokens, 32) if self.is_raw else tokens
+
+    def as_raw(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages [..., page_bytes] uint8 -> [..., raw_tokens, 2 * D] of `raw_dtype`, K before V."""
+        token_bytes = 2 * self.head_size * self.raw_dtype.itemsize
+        tokens = pages[..., : self.raw_tokens * token_bytes].unflatten(-1, (-1, token_bytes))
+        return tokens.view(self.raw_dtype)

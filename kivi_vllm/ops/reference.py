@@ -22,7 +22,7 @@ import torch
 from kivi_vllm.config import BLOCK_SIZE as B
 from kivi_vllm.ops.codec import decode_pages, encode_pages
 from kivi_vllm.ops.contract import Limits
-from kivi_vllm.ops.residual import full_precision_from, ring_start
+from kivi_vllm.ops.residual import full_precision_from, ring_entry, ring_slot, ring_start
 from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw, Row, Step
 
 limits = Limits("CPUs")
@@ -104,7 +104,8 @@ def _ring_slots(
     """Ring page id and slot of each position in [start, end)."""
     table = cache.ring.table
     at = torch.arange(start, end, device=table.device)
-    return table[row.index, at // cache.fmt.raw_tokens].long(), at % cache.fmt.raw_tokens
+    entries, slots = (of(at, cache.fmt.raw_tokens) for of in (ring_entry, ring_slot))
+    return table[row.index, entries].long(), slots
 
 
 def _raw_since(

@@ -22,3 +22,16 @@ def ring_start(end: int, decode_len: int) -> int:
     All but one of the step's last `decode_len` tokens may be drafts that are rejected.
     """
     return max(0, end - (decode_len - 1)) // B * B
+
+
+def ring_entry(position: int, page_tokens: int) -> int:
+    """Entry of the ring's table for a position: every block begins in a page of its own.
+
+    Like `ring_slot`, for tensors of positions too.
+    """
+    return position // B * -(-B // page_tokens) + position % B // page_tokens
+
+
+def ring_slot(position: int, page_tokens: int) -> int:
+    """Token of the ring's page at which a position lies."""
+    return position % B % page_tokens

@@ -198,9 +198,8 @@ class LayerCache:
     Attributes:
         fmt: the page format.
         pages: [num_blocks, num_kv_heads, page_bytes] uint8.
-        ring: the tokens of each request's current block; position s is token
-            `s % fmt.raw_tokens` of the page at entry `s // fmt.raw_tokens`. Entries of
-            tokens that no step needs any more hold anything.
+        ring: the tokens of each request's current block, found by `residual.ring_entry` and
+            `ring_slot`. Entries of tokens that no step needs any more hold anything.
         tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
             table finds (a part of) the last R tokens of block j. Those of a block
             whose entry is 0, vLLM's null page, are not kept.

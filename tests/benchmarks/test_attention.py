@@ -80,15 +80,36 @@ def test_mistakes_show_before_anything_is_timed(arguments: list[str], words: lis
         assert word in done.stderr
 
 
-def test_builds_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
-    (tmp_path / "a.so").touch()
-    for names, word in (
-        (["a.so", "b.so"], "is not a file"),
-        (["a.so"], "nothing to be compared"),
-        (["a.so", "a.so"], "same name"),
+def test_checkouts_are_refused_before_they_are_measured(tmp_path: Path) -> None:
+    for contenders, word in (
+        ([f"{tmp_path}:kivi2", f"{ROOT}:kivi2"], "is no checkout"),
+        ([f"{ROOT}:kivi2"], "nothing to be compared"),
+        ([f"{ROOT}:kivi2", f"{ROOT}:kivi2"], "are the same"),
     ):
-        done = run("benchmarks.attention.builds", *(str(tmp_path / name) for name in names))
+        done = run("benchmarks.attention.builds", *contenders)
         assert done.returncode == 2 and word in done.stderr
+
+
+@pytest.mark.slow
+def test_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
+    contenders = [f"{ROOT}:kivi_k3v2", f"{ROOT}:kivi2_paper"]
+    options = ["--shape", "llama3-8b", "--context", "512", "--seconds", "0.1"]
+    path = tmp_path / "builds.json"
+    done = run("benchmarks.attention.builds", *contenders, *options, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert [row["0_name"], row["1_name"]] == contenders and row["0_ratio"] == 1
+    assert row["rounds"] >= 9 and row["1_ratio"] == pytest.approx(
+        row["1_ms"] / row["0_ms"], rel=0.5
+    )
+
+
+@pytest.mark.slow
+def test_a_checkout_that_fails_is_named_by_its_error() -> None:
+    done = run(
+        "benchmarks.attention.builds", f"{ROOT}:kivi_raw", f"{ROOT}:kivi2", "--shape", "tiny"
+    )
+    assert done.returncode == 1 and "KeyError: 'kivi_raw'" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["attention-cpu-1-thread", "attention-cpu-avx2-2-threads"])

@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = dict(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(cache=["auto", "kivi3"]), "no cache dtype 'kivi3'"),
+        (dict(cache=["auto", "kivi5"]), "no cache dtype 'kivi5'"),
         (dict(cache=["simulated:kivi2"]), "cannot be the reference"),
         (dict(text=["nothing.txt"]), "--text nothing.txt cannot be read"),
         (dict(section=["perplexety"]), "--section perplexety"),
@@ -129,7 +129,7 @@ def _result(name: str, size: float, kl: float) -> dict[str, Any]:
 
 
 def _document(*results: dict[str, Any]) -> dict[str, Any]:
-    header = {"model": {"name": "m"}, "dtype": "float32"}
+    header = {"model": {"name": "m", "dtype": "float32"}, "dtype": "float32"}
     names = ("caches", *SECTIONS)
     return {"header": header, **{n: [one for part in results for one in part[n]] for n in names}}
 
@@ -173,10 +173,16 @@ def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "q.json"
     write_json(path, _document(*RESULTS))
-    plot.plot(path, tmp_path / "p")
+    before = tmp_path / "b.json"
+    write_json(before, _document(_result("auto", 46080, 0.0), _result("kivi_k4v2", 5760, 0.01)))
+    plot.plot(path, tmp_path / "p", before)
     names = {f"p-pydoc-{what}.{ending}" for what in ("kl", "size") for ending in ("png", "svg")}
-    assert {one.name for one in tmp_path.iterdir()} == {"q.json", *names}
+    assert {one.name for one in tmp_path.iterdir()} == {"q.json", "b.json", *names}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+    svg = (tmp_path / "p-pydoc-size.svg").read_text()
+    assert all(f"<!-- {name} -->" in svg for name in ("kivi2", "kivi_k4v2", "auto (16 bits): KL 0"))
+    plot.plot(path, tmp_path / "p")
+    assert "kivi_k4v2" not in (tmp_path / "p-pydoc-size.svg").read_text()
     with pytest.raises(UserError, match="no two rows"):
         write_json(path, _document(RESULTS[0]))
         plot.plot(path, tmp_path / "p")

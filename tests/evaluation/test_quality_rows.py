@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.quality import rows
+from benchmarks.quality.__main__ import CACHES
 from benchmarks.quality.engine import arguments
 from benchmarks.quality.rows import HISTORY_CHUNK, CacheRow
 from kivi_vllm.cli.errors import UserError
+from kivi_vllm.config import QUANTIZED_DTYPES
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,12 @@ from kivi_vllm.cli.errors import UserError
             {"residual_length": 32, "prefill": "cached"},
             "vllm",
         ),
-        ("simulated:kivi4:group_size=64", "kivi4", {"group_size": 64}, "simulated"),
+        (
+            "simulated:kivi4:recipe=paper,group_size=64",
+            "kivi4",
+            {"recipe": "paper", "group_size": 64},
+            "simulated",
+        ),
         ("transformers:kv2:backend=hqq", "kv2", {"backend": "hqq"}, "transformers"),
     ],
 )
@@ -30,12 +37,22 @@ def test_rows_are_read(text: str, dtype: str, options: dict, kind: str) -> None:
     assert (row.name, row.dtype, row.options, row.kind) == (text.strip(), dtype, options, kind)
 
 
+def test_the_default_rows_have_every_dtype_and_recipe() -> None:
+    rows = [CacheRow.parse(name) for name in CACHES]
+    assert rows[0].dtype == "auto" and rows[-1].kind == "transformers"
+    ours = {(row.dtype, row.options.get("recipe", "best")) for row in rows if row.is_kivi}
+    best = {(name, "best") for name in QUANTIZED_DTYPES}
+    assert ours == best | {("kivi2", "paper"), ("kivi4", "paper")}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "no cache dtype ''"),
-        ("kivi3", "no cache dtype 'kivi3'"),
+        ("kivi5", "no cache dtype 'kivi5'"),
         ("auto:group_size=32", "auto has no options"),
+        ("kivi_k4v2", "no more; use kivi_k4v3"),
+        ("kivi_k3v2:recipe=paper", "has no kivi_k3v2"),
         ("kivi2:residual_length=33", "kivi.residual_length is 33"),
         ("kivi2:residual_length=32.0", "kivi.residual_length is 32.0"),
         ("kivi2:group=32", "unknown option 'group'"),
@@ -54,8 +71,8 @@ def test_mistakes_show_at_once(text: str, message: str) -> None:
 
 
 def test_values_have_types() -> None:
-    row = CacheRow.parse("kivi2:group_size=64,prefill=exact")
-    assert row.options == {"group_size": 64, "prefill": "exact"}
+    row = CacheRow.parse("kivi2:recipe=paper,group_size=64,prefill=exact")
+    assert row.options == {"recipe": "paper", "group_size": 64, "prefill": "exact"}
     assert type(row.options["group_size"]) is int
 
 

@@ -9,7 +9,8 @@ import torch
 from benchmarks.quality import models, simulation
 from benchmarks.quality.rows import CacheRow
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+from kivi_vllm.config import BLOCK_SIZE, QUANTIZED_DTYPES, KiviConfig
+from kivi_vllm.ops.format import PageFormat
 from tests.engine import random_prompt, tiny_model
 from tests.unit import kivi_numpy
 
@@ -17,17 +18,27 @@ HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 32, 300
 
 
 def _expected(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, residual: int, bits: tuple[int, int]
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, config: KiviConfig, residual: int | None = None
 ) -> np.ndarray:
-    """Each position alone, float64; q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D]."""
+    """Each position alone, float64; q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D].
+
+    Pages are those of `kivi_numpy`; `residual` is the configuration's where it is not given.
+    """
+    residual = config.residual_length if residual is None else residual
+    fmt = PageFormat.of(config, SIZE, torch.float32)
     kd, vd = k.copy(), v.copy()
-    for head in range(KV_HEADS):
+    for head in range(KV_HEADS) if not fmt.is_raw else ():
         for at in range(0, TOKENS // BLOCK_SIZE * BLOCK_SIZE, BLOCK_SIZE):
             block = np.s_[head, at : at + BLOCK_SIZE]
             page = kivi_numpy.encode_page(
-                k[block].astype(np.float32), v[block].astype(np.float32), *bits, 32
+                k[block].astype(np.float32),
+                v[block].astype(np.float32),
+                fmt,
+                0 if at else config.sink_tokens,
             )
-            kd[block], vd[block] = kivi_numpy.decode_page(page, *bits, 32, SIZE)
+            kd[block], vd[block] = kivi_numpy.decode_page(page, fmt)
+    sinks = np.s_[:, : config.sink_tokens]
+    kd[sinks], vd[sinks] = k[sinks], v[sinks]
     out = np.empty((TOKENS, HEADS, SIZE))
     for t in range(TOKENS):
         first_raw = max(0, BLOCK_SIZE * (t // BLOCK_SIZE) - residual)
@@ -43,32 +54,31 @@ def _expected(
 
 
 @pytest.mark.parametrize("residual", [0, 32, 128])
-@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi_raw"])
-def test_every_position_sees_what_the_rule_says(dtype: str, residual: int) -> None:
-    config = KiviConfig(dtype, residual_length=residual)
+@pytest.mark.parametrize(
+    "name", [*QUANTIZED_DTYPES, "kivi2:recipe=paper", "kivi4:recipe=paper", "kivi_raw"]
+)
+def test_every_position_sees_what_the_rule_says(name: str, residual: int) -> None:
+    row = CacheRow.parse(name)
+    config = KiviConfig.from_options(row.dtype, {**row.options, "residual_length": residual})
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, TOKENS, SIZE, generator=generator)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     out, _ = simulation.attention(config)(None, q, k, v, None, scaling=0.2)
-    bits = (config.k_bits, config.v_bits)
     arrays = [x[0].double().numpy() for x in (q, k, v)]
-    if dtype == "kivi_raw":
-        residual, bits = TOKENS, (2, 2)  # nothing is seen dequantized
-    expected = _expected(*arrays, residual, bits)
+    expected = _expected(*arrays, config)
     np.testing.assert_allclose(out[0].numpy(), expected, atol=2e-5)
-    if dtype != "kivi_raw":
-        wrong = _expected(*arrays, 128 - residual, bits)
-        assert np.abs(wrong - expected).max() > 0.01, "the residual makes a difference"
+    if row.dtype != "kivi_raw":
+        wrong = _expected(*arrays, config, residual=128 - residual)
+        least = {2: 0.01, 3: 0.005, 4: 0.002}[config.v_bits]
+        assert np.abs(wrong - expected).max() > least, "the residual makes a difference"
 
 
-def test_first_tokens_can_stay_as_they_are() -> None:
-    if "sink_tokens" not in KiviConfig.__dataclass_fields__:
-        pytest.skip("no such option")
+def test_first_tokens_stay_as_they_are() -> None:
     k, v = torch.randn(2, 1, 1, 200, SIZE, generator=torch.Generator().manual_seed(1))
     q = torch.zeros(1, 1, 200, SIZE)  # the mean of what is seen
-    config = KiviConfig("kivi2", sink_tokens=4)
+    config = KiviConfig.from_options("kivi2", {})
     out, _ = simulation.attention(config)(None, q, k, v, None)
     _, vd = simulation.as_cached(k[0, :, :128], v[0, :, :128], config)
     seen = torch.cat([v[0, 0, :4], vd[0, 4:128], v[0, 0, 128:151]])
@@ -77,7 +87,7 @@ def test_first_tokens_can_stay_as_they_are() -> None:
 
 def test_soft_cap() -> None:
     q, k, v = torch.randn(3, 1, 1, 8, SIZE, generator=torch.Generator().manual_seed(2))
-    out, _ = simulation.attention(KiviConfig("kivi2"))(
+    out, _ = simulation.attention(KiviConfig.from_options("kivi2", {}))(
         None, q, k, v, None, scaling=3.0, softcap=2.0
     )
     scores = 2.0 * torch.tanh(q[0, 0] @ k[0, 0].T * 3.0 / 2.0)

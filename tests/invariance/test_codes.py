@@ -19,7 +19,7 @@ from tests.engine import Answer, engine, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler
 
 PROMPT = random_prompt(700, seed=7)
-DTYPES = ("kivi2", "kivi4", "kivi_k4v2")
+DTYPES = ("kivi_k3v2", "kivi2", "kivi3", "kivi_k4v3", "kivi4")
 
 
 @pytest.fixture

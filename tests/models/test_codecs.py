@@ -35,10 +35,12 @@ CODECS = [
     Codec("kivi2", 32, (1.0, 1.8)),
     Codec("kivi2", 64, (1.0, 1.8)),
     Codec("kivi2", 128, (1.0, 1.8)),
-    Codec("kivi_k4v2", 32, (0.6, 1.0)),
     Codec("kivi4", 32, (0.25, 0.5)),
-    Codec("kivi2", 32, (0.9, 1.6), "best"),
-    Codec("kivi4", 32, (0.2, 0.45), "best"),
+    Codec("kivi2", 16, (0.7, 1.4), "best"),
+    Codec("kivi_k3v2", 32, (0.5, 1.1), "best"),
+    Codec("kivi3", 32, (0.45, 0.95), "best"),
+    Codec("kivi_k4v3", 32, (0.35, 0.7), "best"),
+    Codec("kivi4", 32, (0.25, 0.5), "best"),
 ]
 
 
@@ -48,7 +50,7 @@ def unquantized() -> list[float]:
         return prompt_logprobs(llm, _LONG)
 
 
-@pytest.mark.parametrize("codec", some(CODECS, [0, 3, 6]), ids=str)
+@pytest.mark.parametrize("codec", some(CODECS, [0, 3, 5]), ids=str)
 def test_codec(codec: Codec, unquantized: list[float]) -> None:
     expected = own_attention(_model(), _SHORT)
     options = dict(group_size=codec.group_size, prefill="cached", recipe=codec.recipe)

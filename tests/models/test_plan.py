@@ -26,7 +26,7 @@ WINDOWED: dict[str, Any] = dict(
         ("llama", {}, "kivi2", 0),
         ("llama", {}, "kivi4", 32),
         ("gemma2", WINDOWED, "auto", 0),
-        ("gemma2", WINDOWED, "kivi_k4v2", 0),
+        ("gemma2", WINDOWED, "kivi_k4v3", 0),
     ],
     ids=lambda value: str(value) if not isinstance(value, dict) else "",
 )
@@ -69,4 +69,4 @@ def test_no_memory(text: str) -> None:
 
 def test_options_that_are_no_object() -> None:
     with pytest.raises(UserError, match="is no JSON object"):
-        plan.plan_table("model", "1GiB", None, "group_size=64")
+        plan.plan_table("model", "1GiB", None, "residual_length=32")

@@ -58,25 +58,30 @@ def test_serve() -> None:
         # The option is found first; the memory needs it.
         [
             *("--kv-cache-dtype", "kivi2", "--kv-cache-memory-bytes", "65536"),
-            *("--additional-config", '{"kivi": {"group_size": 33}}'),
+            *("--additional-config", '{"kivi": {"sink_tokens": 3}}'),
         ],
-        ["--kv-cache-dtype", "kivi3"],
+        ["--kv-cache-dtype", "kivi_k4v2"],
+        ["--kv-cache-dtype", "kivi_k2v3"],
     ]
     done, output = _run("-c", FORKS, json.dumps([["serve", model, *c] for c in commands]))
     *outputs, rest = re.split(r"^STATUS (\d+)\n", output, flags=re.MULTILINE)
     assert (done, rest, len(outputs)) == (0, "", 2 * len(commands)), output
-    setting, option, dtype = zip(map(int, outputs[1::2]), outputs[::2], strict=True)
+    setting, option, former, dtype = zip(map(int, outputs[1::2]), outputs[::2], strict=True)
 
     assert _error(*setting) == (
         "error: --kv-cache-dtype kivi2: --block-size 64 is not supported: pages hold 128 tokens; "
         "leave --block-size out"
     )
-    assert _error(*option) == "error: kivi.group_size is 33, but must be one of: 32, 64, 128"
+    assert _error(*option) == "error: kivi.sink_tokens is 3, but must be one of: 0, 4, 8, 16"
+    assert _error(*former) == (
+        "error: --kv-cache-dtype kivi_k4v2 is no more; use kivi_k4v3, which takes fewer bytes and "
+        "loses less"
+    )
     status, output = dtype
     assert status == 2
     assert "Traceback" not in output
     line = output.splitlines()[-1]
-    assert "invalid choice: 'kivi3'" in line
+    assert "invalid choice: 'kivi_k2v3'" in line
     assert all(name in line for name in DTYPES)
 
 

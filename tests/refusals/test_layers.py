@@ -94,7 +94,7 @@ def test_layers_of_different_page_sizes() -> None:
     from kivi_vllm.attention.groups.ring import ring_spec
     from kivi_vllm.ops.format import PageFormat
 
-    spec = ring_spec(2, PageFormat(2, 2, 32, 64, torch.bfloat16), num_drafts=0)
+    spec = ring_spec(2, PageFormat(2, 2, 16, 64, torch.bfloat16, two_level=True), num_drafts=0)
     for change in (dict(block_size=256), dict(page_size_padded=2 * spec.page_size_bytes)):
         with pytest.raises(KiviConfigError, match="the same number and size of kv heads"):
             replace(spec, **change)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.refusals.configs import config_only, engine_config, refusal
 
@@ -13,8 +14,16 @@ from tests.refusals.configs import config_only, engine_config, refusal
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 48}, "kivi.group_size is 48, but must be one of: 32, 64, 128"),
-        ({"group_size": "32"}, "kivi.group_size is '32', but must be one of: 32, 64, 128"),
+        (
+            {"group_size": 32},
+            "kivi.group_size is 32, but under recipe 'best' a dtype has its own (kivi2 16, "
+            "kivi_k3v2 32, kivi3 32, kivi_k4v3 32, kivi4 32): leave it out or make it 16; recipe "
+            "'paper' takes 32, 64, 128",
+        ),
+        (
+            {"recipe": "paper", "group_size": "32"},
+            "kivi.group_size under recipe 'paper' is '32', but must be one of: 32, 64, 128",
+        ),
         (
             {"residual_length": 96},
             "kivi.residual_length is 96, but must be one of: 0, 32, 64, 128",
@@ -24,15 +33,13 @@ from tests.refusals.configs import config_only, engine_config, refusal
             "kivi.residual_length is False, but must be one of: 0, 32, 64, 128",
         ),
         ({"prefill": "fast"}, "kivi.prefill is 'fast', but must be one of: exact, cached"),
-        ({"recipe": "great"}, "kivi.recipe is 'great', but must be one of: paper, best"),
+        ({"recipe": "great"}, "kivi.recipe is 'great', but must be one of: best, paper"),
         ({"sink_tokens": 5}, "kivi.sink_tokens is 5, but must be one of: 0, 4, 8, 16"),
-        ({"rotate_values": 1}, "kivi.rotate_values is 1, but must be one of: False, True"),
-        ({"clip": "yes"}, "kivi.clip is 'yes', but must be one of: False, True"),
         (
             {"sink_tokens": 0},
-            "kivi.clip needs kivi.sink_tokens: a range of least squared error gives up the first "
-            "token's outliers, on which attention rests; set kivi.sink_tokens to 4, or kivi.clip "
-            "to false",
+            "kivi.sink_tokens is 0, but recipe 'best' needs them: ranges of least squared error "
+            "give up the first token's outliers, on which attention rests; set kivi.sink_tokens to "
+            "4, or kivi.recipe to 'paper'",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -41,27 +48,56 @@ def test_wrong_value(options: dict[str, Any], message: str) -> None:
     assert refusal(additional_config={"kivi": options}) == message
 
 
+KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill"
+
+
 def test_unknown_option() -> None:
     message = refusal(additional_config={"kivi": {"bits": 2}})
     assert "unknown option 'bits'" in message
     assert "--additional-config" in message
-    known = "recipe, group_size, residual_length, prefill, sink_tokens, rotate_values, clip"
-    assert message.endswith(known)
+    assert message.endswith(f"the options are: {KNOWN}")
 
 
-def test_recipes_are_for_what_is_quantized() -> None:
-    message = refusal(kv_cache_dtype="kivi_raw", additional_config={"kivi": {"clip": True}})
-    assert "kivi.clip" in message
-    options = {"kivi": {"rotate_values": True}}
-    message = refusal(kv_cache_dtype="kivi_raw", additional_config=options)
-    assert "kivi.rotate_values changes how numbers are quantized, and kivi_raw does not" in message
+@pytest.mark.parametrize("name", ["rotate_values", "clip"])
+def test_options_that_the_recipe_decides_now(name: str) -> None:
+    message = refusal(additional_config={"kivi": {name: False}})
+    assert message == (
+        f"unknown option {name!r} in the 'kivi' entry of --additional-config; recipe 'best' "
+        f"includes it, recipe 'paper' does not; the options are: {KNOWN}"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["kivi_k3v2", "kivi3", "kivi_k4v3"])
+def test_recipe_paper_of_what_was_not_published(dtype: str) -> None:
+    options = {"kivi": {"recipe": "paper"}}
+    assert refusal(kv_cache_dtype=dtype, additional_config=options) == (
+        f"kivi.recipe 'paper' is KIVI as published, which has no {dtype}; leave kivi.recipe out, "
+        "or use --kv-cache-dtype kivi2 or kivi4"
+    )
+
+
+def test_dtype_that_was() -> None:
+    assert refusal(kv_cache_dtype="kivi_k4v2") == (
+        "--kv-cache-dtype kivi_k4v2 is no more; use kivi_k4v3, which takes fewer bytes and loses "
+        "less"
+    )
+
+
+def test_model_in_float64() -> None:
+    """As an argument it is refused; a checkpoint's is another one from the start, says vLLM."""
+    assert refusal(dtype=torch.float64) == (
+        "the KIVI cache needs a bfloat16, float16 or float32 model, not float64; set --dtype to "
+        "one of them"
+    )
+    config = engine_config(config_only(dtype="float64"), dtype="auto")
+    assert config.model_config.dtype == torch.bfloat16
 
 
 def test_sinks_that_a_page_cannot_hold() -> None:
     options = {"kivi": {"sink_tokens": 16}}
     message = refusal(config_only(head_dim=64), dtype="float32", additional_config=options)
     assert message == (
-        "kivi.sink_tokens is 16, but a page holds 12 tokens of float32; use 8 at most"
+        "kivi.sink_tokens is 16, but a page holds 10 tokens of float32; use 8 at most"
     )
 
 
@@ -69,7 +105,7 @@ def test_sinks_that_a_page_cannot_hold() -> None:
 def test_options_that_are_no_object(options: Any) -> None:
     message = refusal(additional_config={"kivi": options})
     assert f"must be an object, got {options!r}" in message
-    assert '--additional-config \'{"kivi": {"group_size": 32}}\'' in message
+    assert '--additional-config \'{"kivi": {"residual_length": 32}}\'' in message
 
 
 @pytest.mark.parametrize(
@@ -79,9 +115,8 @@ def test_options_that_are_no_object(options: Any) -> None:
 def test_group_size_that_does_not_divide_the_head_size(
     head_size: int, group_size: int, remedy: str
 ) -> None:
-    message = refusal(
-        config_only(head_dim=head_size), additional_config={"kivi": {"group_size": group_size}}
-    )
+    options = {"kivi": {"recipe": "paper", "group_size": group_size}}
+    message = refusal(config_only(head_dim=head_size), additional_config=options)
     assert f"kivi.group_size {group_size} does not divide" in message
     assert f"head size {head_size}" in message
     assert message.endswith(remedy)
@@ -91,13 +126,12 @@ def test_group_size_that_does_not_divide_the_head_size(
     "options",
     [
         {},
-        {"group_size": 64},
+        {"group_size": 16},
         {"residual_length": 128},
         {"prefill": "cached"},
         {"recipe": "paper"},
         {"recipe": "best", "sink_tokens": 8},
-        {"recipe": "paper", "rotate_values": True},
-        {"clip": False, "sink_tokens": 0},
+        {"recipe": "paper", "group_size": 64, "sink_tokens": 4},
     ],
     ids=str,
 )
@@ -106,17 +140,52 @@ def test_good_options_are_taken(options: dict[str, Any]) -> None:
     assert config.cache_config.cache_dtype == "kivi2"
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What we log while vLLM's configuration is made."""
+    import vllm.logger
+
+    messages: list[str] = []
+
+    def say(message: str, *args: object) -> None:
+        messages.append(message % args)
+
+    def logger(name: str, original: Any = vllm.logger.init_logger) -> Any:
+        ours = name == "vllm.kivi_vllm"
+        return SimpleNamespace(info=say, warning=say) if ours else original(name)
+
+    monkeypatch.setattr(vllm.logger, "init_logger", logger)
+    return messages
+
+
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_options_without_the_dtype_are_only_warned_of(
-    dtype: str, caplog: pytest.LogCaptureFixture
+def test_options_without_the_dtype_are_only_warned_of(dtype: str, said: list[str]) -> None:
+    engine_config(kv_cache_dtype=dtype, additional_config={"kivi": {"group_size": 7}})
+    message = f"the 'kivi' options have no effect with --kv-cache-dtype {dtype}"
+    assert said == [message]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "lines"),
+    [
+        ("kivi2", {}, 1),
+        ("kivi2", {"recipe": "paper"}, 0),  # who asks for KIVI itself means it
+        ("kivi_k3v2", {}, 0),
+        ("kivi_raw", {}, 0),
+        ("auto", {}, 0),
+    ],
+    ids=str,
+)
+def test_the_least_bits_name_what_loses_less(
+    dtype: str, options: dict, lines: int, said: list[str]
 ) -> None:
-    logger = logging.getLogger("vllm.kivi_vllm")
-    logger.addHandler(caplog.handler)
-    try:
-        engine_config(kv_cache_dtype=dtype, additional_config={"kivi": {"group_size": 7}})
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert f"the 'kivi' options have no effect with --kv-cache-dtype {dtype}" in caplog.messages
+    additional = {"kivi": options} if options else {}
+    engine_config(kv_cache_dtype=dtype, additional_config=additional)
+    message = (
+        "kivi2 has 2-bit keys: kivi_k3v2 takes a little more memory and loses much less "
+        "(docs/quality.md)"
+    )
+    assert said == [message] * lines
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])

@@ -51,6 +51,10 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "first request of an eager pipeline, whatever the cache; leave out --enforce-eager",
         ),
         (
+            dict(ubatch_size=2, all2all_backend="deepep_low_latency"),
+            "micro-batches are not supported; leave out --enable-dbo and --ubatch-size",
+        ),
+        (
             dict(data_parallel_size=2),
             "data parallelism (2) is not tested; use --tensor-parallel-size instead",
         ),
@@ -256,10 +260,10 @@ def test_compilation_with_a_compiler_that_torch_does_not_look_for(
 
 
 def test_memory_too_small_for_one_sequence() -> None:
-    # 1024 tokens: 8 pages, 12 ring pages of 12 tokens (fp32), one of sinks, and the null block;
-    # 2 layers, 2 kv heads, 24 bytes a token.
-    message = refusal(kv_cache_memory_bytes=5 * 24 * 128 * 2 * 2)
-    assert message.startswith(f"{_PREFIX}one sequence of --max-model-len 1024 needs 0.3 MiB")
+    # 1024 tokens: 8 pages, 12 ring pages of 11 tokens (fp32), one of sinks, and the null block;
+    # 2 layers, 2 kv heads, 22 bytes a token.
+    message = refusal(kv_cache_memory_bytes=5 * 22 * 128 * 2 * 2)
+    assert message.startswith(f"{_PREFIX}one sequence of --max-model-len 1024 needs 0.2 MiB")
     assert "(22 blocks)" in message
     assert "there are 0.1 MiB (5 blocks)" in message
     assert message.endswith(
@@ -291,7 +295,7 @@ def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
             ),
             23,
         ),
-        # 3 more groups for the last 32 tokens of a block, 12 in a page each; 4 pages of each.
+        # 3 more groups for the last 32 tokens of a block, 11 in a page each; 4 pages of each.
         (dict(additional_config={"kivi": {"residual_length": 32}}), 34),
     ],
     ids=["draft tokens", "tails"],
@@ -309,7 +313,7 @@ def test_memory_of_the_deepest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
             config_only(num_hidden_layers=4),
             pipeline_parallel_size=3,
             enforce_eager=False,
-            kv_cache_memory_bytes=blocks * 2 * 24 * 128 * 2,
+            kv_cache_memory_bytes=blocks * 2 * 22 * 128 * 2,
         )
 
     with pytest.raises(KiviConfigError, match=r"\(22 blocks\).*\(21 blocks\)"):

@@ -18,9 +18,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-BEST: dict[str, Any] = {"sinks": 4, "rotate": True, "clip": True}
-"""Of a `Case`: the recipe "best"."""
-
 
 class Triton:
     """The Triton operators, for steps of the reference."""

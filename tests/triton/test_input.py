@@ -92,14 +92,14 @@ def test_page_ids_out_of_range(name: str, bad: int) -> None:
 
 
 def with_sinks(**other: Any) -> dict[str, Any]:
-    """Good input for the recipe "best", but for what `other` replaces of its sinks."""
+    """Good input with sinks, but for what `other` replaces of them."""
 
-    def best(cache: LayerCache) -> LayerCache:
-        fmt = replace(cache.fmt, sink_tokens=4, rotate_values=True, clip=True)
+    def kept(cache: LayerCache) -> LayerCache:
+        fmt = replace(cache.fmt, sink_tokens=4)
         sinks = Raw(cache.ring.cache.clone(), cache.ring.table.clone())
         return replace(cache, fmt=fmt, sinks=replace(sinks, **other))
 
-    return change("cache", best)
+    return change("cache", kept)
 
 
 def test_wrong_sinks_are_named() -> None:

@@ -26,18 +26,31 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel and what it takes on the device."""
+    """A compiled kernel and what it takes on the device.
+
+    Attributes:
+        name: of the kernel.
+        warps: of a program.
+        registers: of a thread.
+        spills: instructions that load or store what registers do not hold.
+        shared: bytes of shared memory of a program.
+        instructions: of the kernel.
+        loop: of them, those of the longest loop: of decode, what a warp does for a page.
+
+    """
 
     name: str
+    warps: int
     registers: int
     spills: int
     shared: int
     instructions: int
+    loop: int
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.registers} registers, {self.spills} spills, "
-            f"{self.shared} bytes shared, {self.instructions} instructions"
+            f"{self.name}: {self.warps} warps, {self.registers} registers, {self.spills} spills, "
+            f"{self.shared} bytes shared, {self.instructions} instructions, {self.loop} in a loop"
         )
 
 
@@ -77,10 +90,33 @@ def inspect(kernel: Any) -> Binary:
         usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
         code = _run(_tool("nvdisasm"), "-c", file.name)
     [registers] = re.findall(r"REG:(\d+)", usage)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", code, re.MULTILINE)
-    spills = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions)
-    shared = kernel.metadata.shared
-    return Binary(kernel.metadata.name, int(registers), spills, shared, len(instructions))
+    instructions, loop = _instructions(code)
+    of = kernel.metadata
+    return Binary(
+        name=of.name,
+        warps=of.num_warps,
+        registers=int(registers),
+        spills=sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions),
+        shared=of.shared,
+        instructions=len(instructions),
+        loop=loop,
+    )
+
+
+def _instructions(code: str) -> tuple[list[str], int]:
+    """The instructions of what `nvdisasm` prints, and how many the longest loop has."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            instructions.append(found[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in labels:
+                longest = max(longest, len(instructions) - labels[back[1]])
+    return instructions, longest
 
 
 @contextmanager

@@ -1,97 +1,176 @@
-"""KIVI's formula and the page layout once more, in NumPy, from their documentation alone.
+"""Both kinds of pages and attention once more, in NumPy, from docs/format.md alone.
 
-Nothing here imports `kivi_vllm`: the tests compare the two.
+Nothing here imports `kivi_vllm`: the tests compare the two. All sums are of whole numbers.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Halves = NDArray[np.float16]
+Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
 
 TOKENS = 128
 NAN_HALF = 0x7E00
+LARGEST = np.float32(65504)
 
 
-def to_half(x: Floats) -> NDArray[np.float16]:
+class Format(Protocol):
+    """What there is to know of a page."""
+
+    k_bits: int
+    v_bits: int
+    group_size: int
+    head_size: int
+    two_level: bool
+
+
+def to_half(x: Floats) -> Halves:
     """Nearest fp16; what lies beyond its range becomes ±65504. NaN stays."""
-    return np.clip(x, np.float32(-65504), np.float32(65504)).astype(np.float16)
+    return np.clip(x, -LARGEST, LARGEST).astype(np.float16)
 
 
-def fitted(group: Floats, bits: int, rounds: int) -> tuple[np.float32, np.float32] | None:
-    """Scale and zero of one group by least squares from its span; None if it has no useful one.
-
-    In Python's whole numbers, but for what the documentation says is rounded.
-    """
-    low, spread = group.min(), group.max() - group.min()
-    if not 1e-6 < spread < 65504:  # nor NaN
-        return None
-    top = 2**bits - 1
-    u = np.rint(np.minimum((group - low) * (np.float32(1023) / spread), np.float32(1023)))
-    # Thresholds of the weights 1 to 5.
-    w = [1 + sum((2 * int(y) - 1023) ** 2 > 2**17 * (2 * i + 1) for i in range(4)) for y in u]
-    slope, start = np.float32(np.float32(1023) / np.float32(top)), np.float32(0)
-    for _ in range(rounds):
-        steps = (u - start) * (np.float32(1) / slope)
-        c = [int(x) for x in np.rint(np.clip(steps, 0, np.float32(top)))]
-        n, c1, c2, u1, cu = (
-            sum(x * y for x, y in zip(w, terms, strict=True))
-            for terms in (
-                [1] * len(c),
-                c,
-                [x * x for x in c],
-                [int(y) for y in u],
-                [x * int(y) for x, y in zip(c, u, strict=True)],
-            )
-        )
-        if n * c2 == c1 * c1:
-            continue
-        slope = np.float32((n * cu - c1 * u1) / (n * c2 - c1 * c1))
-        start = np.float32((u1 * c2 - c1 * cu) / (n * c2 - c1 * c1))
-    step = np.float32(spread / np.float32(1023))
-    return slope * step, np.float32(float(low) + float(start) * float(step))
+def single(x: Any) -> Floats:
+    return np.asarray(x, np.float32)
 
 
-def quantize(
-    groups: Floats, bits: int, rounds: int = 0
-) -> tuple[Bytes, NDArray[np.float16], NDArray[np.float16]]:
-    """Groups, one a row: codes [n, G], scale [n] and zero [n]."""
-    top = np.float32(2**bits - 1)
+def whole(x: Floats) -> Ints:
+    """Of whole numbers; NaN, which nobody reads then, becomes 0."""
+    return np.nan_to_num(x).astype(np.int64)
+
+
+# -------------------------------------------------------------------- ranges
+
+
+def span(groups: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """Of groups along axis 1: least number, span, scale, each [n, D]."""
+    low, high = groups.min(1), groups.max(1)
+    spread = np.where(high == low, np.float32(0), high - low)  # two equal infinities too
+    return low, spread, spread / single(2**bits - 1)
+
+
+def quantize(groups: Floats, bits: int) -> tuple[Bytes, Halves, Halves]:
+    """Groups along axis 1 of [n, G, D]: codes [n, G, D], scale and zero [n, D], as published."""
     with np.errstate(all="ignore"):
-        low, high = groups.min(1), groups.max(1)
-        spread = high - low
-        spread[high == low] = 0  # two equal infinities too
-        step = spread / top
-        for i, group in enumerate(groups if rounds else ()):
-            step[i], low[i] = fitted(group, bits, rounds) or (step[i], low[i])
+        low, _, step = span(groups, bits)
         zero, scale = to_half(low), to_half(step)
-        steps = np.rint(
-            (groups - zero[:, None].astype(np.float32)) / scale[:, None].astype(np.float32)
-        )
-        steps[~(scale > 0)] = 0  # scale 0 or NaN
-        codes = np.minimum(np.maximum(steps, 0), top).astype(np.uint8)
-    return codes, scale, zero
+        steps = np.rint((groups - single(zero)[:, None]) / single(scale)[:, None])
+        steps = np.where(scale[:, None] > 0, steps, 0)  # scale 0 or NaN
+        return np.clip(steps, 0, 2**bits - 1).astype(np.uint8), scale, zero
 
 
-def hadamard(d: int, inverse: bool = False) -> Floats:
-    """[D, D], of runs of the largest power of two in D, times a power of two."""
-    n = d & -d
-    i = np.arange(n)
-    signs = np.vectorize(lambda x: 1 - 2 * (int(x).bit_count() % 2))(i[:, None] & i)
-    log_n = n.bit_length() - 1
-    factor = 2.0 ** -(log_n - log_n // 2 if inverse else log_n // 2)
-    return (np.kron(np.eye(d // n), signs) * factor).astype(np.float32)
+def fitted(groups: Floats, bits: int) -> tuple[Floats, Floats]:
+    """Scale and zero [n, D] of groups along axis 1, by least squares from their spans."""
+    low, spread, scale = span(groups, bits)
+    useful = (spread > 1e-6) & (spread < LARGEST)  # nor NaN
+    most = 2**bits - 1
+    u = whole(np.rint(np.clip((groups - low[:, None]) * (1023 / spread)[:, None], 0, 1023)))
+    u[np.broadcast_to(~useful[:, None], u.shape)] = 0
+    # Thresholds of the weights 1 to 5.
+    w = 1 + sum(((2 * u - 1023) ** 2 > 2**17 * (2 * i + 1)).astype(np.int64) for i in range(4))
+    slope, start = np.full_like(low, single(1023) / single(most)), np.zeros_like(low)
+    for _ in range(2):
+        steps = (single(u) - start[:, None]) * (1 / slope)[:, None]
+        c = whole(np.rint(np.clip(steps, 0, most)))
+        n, c1, c2, u1, cu = ((w * x).sum(1) for x in (np.ones_like(c), c, c * c, u, c * u))
+        several = n * c2 != c1 * c1
+        below = np.where(several, n * c2 - c1 * c1, 1)
+        slope = np.where(several, single((n * cu - c1 * u1) / below), slope)
+        start = np.where(several, single((u1 * c2 - c1 * cu) / below), start)
+    step = spread / single(1023)
+    zero = single(low.astype(float) + start.astype(float) * step.astype(float))
+    return np.where(useful, slope * step, scale), np.where(useful, zero, low)
 
 
-def rotated(v: Floats) -> Floats:
-    """v [n, D] rotated, in the order of sums of the fast transform."""
+def encode_keys(k: Floats, bits: int, g: int) -> tuple[Bytes, Halves, Halves, Bytes]:
+    """k [128, D]: codes [128, D], low and step [D], ranges [128 / g, D]."""
+    most, r = 2**bits - 1, {2: 1, 3: 4, 4: 8}[bits]
+    groups = k.reshape(TOKENS // g, g, -1)
+    with np.errstate(all="ignore"):
+        scale, zero = (np.clip(x, -LARGEST, LARGEST) for x in fitted(groups, bits))
+        lost = (np.isnan(scale) | np.isnan(zero)).any(0)
+        low = to_half(zero.min(0))
+        start = single(low)
+        step = np.maximum(scale.max(0) / single(15), (zero - start).max(0) / single(15 * r))
+        step = to_half(np.maximum(step, single(2.0**-24)))
+        unit = single(step)
+        u = np.clip(np.rint(scale / unit), 1, 15)
+        # The middle of the range, [codes 0 to most], stays where it was.
+        half = most / 2
+        middle = zero.astype(float) + scale.astype(float) * half - (u * unit).astype(float) * half
+        z = np.clip(np.rint(single(middle - start.astype(float)) / (unit * r)), 0, 15)
+        scale, zero = u * unit, start + z * (unit * r)
+        codes = np.rint(np.clip((groups - zero[:, None]) * (1 / scale)[:, None], 0, most))
+        codes = whole(np.where(lost, 0, codes)).astype(np.uint8)
+        ranges = whole(np.where(lost, 0, u + 16 * z)).astype(np.uint8)
+    low[lost], step[lost] = np.nan, 0
+    return codes.reshape(k.shape), low, step, ranges
+
+
+def cut(x: Floats) -> Ints:
+    """Nearest whole numbers, at most 2^20."""
+    return whole(np.rint(np.clip(x, -(2.0**20), 2.0**20)))
+
+
+def root(x: Floats) -> Floats:
+    return single(np.sqrt(x.astype(float)))
+
+
+def encode_values(v: Floats, bits: int, sinks: int) -> tuple[Bytes, Halves, Halves]:
+    """Rotated v [128, D]: codes [128, D], scale [128], mean [D]."""
+    most, d = 2**bits - 1, v.shape[1]
+    gauss = {2: 0.9957, 3: 0.5860, 4: 0.3352}[bits]
+    with np.errstate(all="ignore"):
+        size = np.abs(v).max(1)
+        finite, good = np.isfinite(size), np.isfinite(size) & (size > 2.0**-60)
+        size = np.where(good, size, np.float32(1))
+        u = whole(np.rint(np.clip(v * (1023 / size)[:, None], -1023, 1023)))
+        u[~good] = 0
+        power = single((u * u).sum(1))
+        scale = np.where(good, root(power) * single(gauss / d**0.5), single(1))
+
+        def placed(scale: Floats) -> Ints:
+            return cut(single(u) * (1024 / scale)[:, None])
+
+        direction = single(placed(scale)[sinks:].sum(0)) / single(1024 * (TOKENS - sinks))
+        taken = single((cut(direction * 8) ** 2).sum()) * single(gauss**2 / (64 * d))
+        smaller = root(np.minimum((1 - np.minimum(taken, single(15 / 16))) * single(1.5), 1))
+        first = scale = scale * smaller
+        mean = to_half(direction / smaller)
+        fine, coarse = (cut(single(mean) * parts) - parts // 2 * most for parts in (1024, 8))
+
+        def moments(scale: Floats) -> tuple[Floats, Floats]:
+            codes = whole(np.rint(np.clip(single(placed(scale) - fine) / 1024, 0, most)))
+            stands_for = 8 * codes + coarse
+            return single((u * stands_for).sum(1)), single((stands_for**2).sum(1))
+
+        for _ in range(2):
+            along, square = moments(scale)
+            scale = np.where((along > 0) & (square > 0), along * 8 / square, scale)
+            scale = np.minimum(np.maximum(scale, first / 4), first * 4)
+        along = moments(scale)[0] * scale
+        longer = np.clip(np.where(along > 0, power * 8 / along, single(1)), 1, single(1.5))
+        scale = to_half(scale * longer * (size / single(1023)))
+        scale[~good] = 0
+        codes = np.clip(v * (1 / single(scale))[:, None], -(2.0**20), 2.0**20)
+        codes = np.rint(np.clip(codes - (single(mean) - most / 2), 0, most))
+        codes = whole(np.where(scale[:, None] > 0, codes, 0)).astype(np.uint8)
+    scale[~finite] = np.nan
+    return codes, scale, mean
+
+
+def rotated(v: Floats, inverse: bool = False) -> Floats:
+    """v [n, D] rotated, or rotated back, in the order of sums of the fast transform."""
     d = v.shape[1]
     n = d & -d
+    log_n = n.bit_length() - 1
     h = 1
     with np.errstate(all="ignore"):
         while h < n:
@@ -99,38 +178,51 @@ def rotated(v: Floats) -> Floats:
             for c in range(d):
                 new[:, c] = v[:, c ^ h] - v[:, c] if c & h else v[:, c] + v[:, c ^ h]
             v, h = new, 2 * h
-        return v * np.float32(2.0 ** -((n.bit_length() - 1) // 2))
+        return v * np.float32(2.0 ** -(log_n - log_n // 2 if inverse else log_n // 2))
 
 
-def layout(k_bits: int, v_bits: int, g: int, d: int) -> dict[str, tuple[int, int]]:
+# --------------------------------------------------------------------- pages
+
+
+def layout(fmt: Format) -> dict[str, tuple[int, int]]:
     """Start and end byte of each field of a page."""
-    sizes = {
-        "k_scale": 256 * d // g,
-        "k_zero": 256 * d // g,
-        "k_codes": 16 * d * k_bits,
-        "v_scale": 256 * d // g,
-        "v_zero": 256 * d // g,
-        "v_codes": 16 * d * v_bits,
-    }
+    d, g = fmt.head_size, fmt.group_size
+    k_codes, v_codes = 16 * d * fmt.k_bits, 16 * d * fmt.v_bits
+    if fmt.two_level:
+        sizes = {"k_low": 2 * d, "k_step": 2 * d, "k_range": TOKENS // g * d, "k_codes": k_codes}
+        sizes |= {"v_mean": 2 * d, "v_scale": 2 * TOKENS, "v_codes": v_codes}
+    else:
+        ranges = 256 * d // g
+        sizes = {"k_scale": ranges, "k_zero": ranges, "k_codes": k_codes}
+        sizes |= {"v_scale": ranges, "v_zero": ranges, "v_codes": v_codes}
     ends = np.cumsum(list(sizes.values())).tolist()
     return {name: (end - n, end) for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
 
-def place(side: str, token: int, channel: int, bits: int, d: int) -> tuple[int, int]:
-    """Byte of the field and first bit in it of one code."""
+def place(side: str, token: int, channel: int, bits: int, d: int) -> list[tuple[int, int]]:
+    """Byte of the field and bit in it of each bit of one code, the lowest first."""
+    in_byte = 4 if bits == 2 else 2
     if side == "k":
-        in_byte = 8 // bits  # tokens, 16 apart
         n, slot, lane = token // 16 // in_byte, token // 16 % in_byte, token % 16
-        return ((n * d // 4 + channel // 4) * 16 + lane) * 4 + channel % 4, slot * bits
-    n, half, lane = channel // 32, channel % 32 // 16, channel % 16
-    group, quads = (token % 64 // 4, 16) if bits == 2 else (token // 4, 32)
-    slot = 2 * (token // 64) + half if bits == 2 else half
-    return ((n * quads + group) * 16 + lane) * 4 + token % 4, slot * bits
+        q, j, quads, last = channel // 4, channel % 4, d // 4, n == 3
+    else:
+        n, half, lane, j = channel // 32, channel % 32 // 16, channel % 16, token % 4
+        q, slot = (token % 64 // 4, 2 * (token // 64) + half) if bits == 2 else (token // 4, half)
+        quads, last = {2: 16, 3: 24, 4: 32}[bits], q >= 24
+    pitch = 8 // in_byte
+
+    def byte(n: int, q: int) -> int:
+        return ((n * quads + q) * 16 + lane) * 4 + j
+
+    if bits == 3 and last:  # each bit is the spare one of another code
+        others = [(m, q) if side == "k" else (n, 3 * (q - 24) + m) for m in range(3)]
+        return [(byte(*other), slot * pitch + 3) for other in others]
+    return [(byte(n, q), slot * pitch + m) for m in range(bits)]
 
 
 @functools.cache
 def places(side: str, bits: int, d: int) -> tuple[NDArray[np.int_], NDArray[np.uint8]]:
-    """`place` of every token and channel [128, D]."""
+    """`place` of every token and channel, bytes and bits [128, D, number of bits]."""
     all_of_them = [[place(side, s, c, bits, d) for c in range(d)] for s in range(TOKENS)]
     at = np.array(all_of_them)
     return at[..., 0], at[..., 1].astype(np.uint8)
@@ -138,84 +230,72 @@ def places(side: str, bits: int, d: int) -> tuple[NDArray[np.int_], NDArray[np.u
 
 def pack(codes: Bytes, bits: int, side: str) -> Bytes:
     """Codes [128, D] -> bytes."""
-    byte, shift = places(side, bits, codes.shape[1])
+    byte, bit = places(side, bits, codes.shape[1])
     out = np.zeros(codes.size * bits // 8, np.uint8)
-    np.bitwise_or.at(out, byte, codes << shift)
+    np.bitwise_or.at(out, byte, (codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1) << bit)
     return out
 
 
 def unpack(packed: Bytes, bits: int, side: str, d: int) -> Bytes:
     """Inverse of `pack`."""
-    byte, shift = places(side, bits, d)
-    return (packed[byte] >> shift) & np.uint8(2**bits - 1)
+    byte, bit = places(side, bits, d)
+    found = (packed[byte] >> bit & 1) << np.arange(bits, dtype=np.uint8)
+    return found.sum(-1, dtype=np.uint8)
 
 
-def encode_page(
-    k: Floats,
-    v: Floats,
-    k_bits: int,
-    v_bits: int,
-    g: int,
-    *,
-    sinks: int = 0,
-    rotate: bool = False,
-    rounds: int = 0,
-) -> Bytes:
+def encode_page(k: Floats, v: Floats, fmt: Format, sinks: int = 0) -> Bytes:
     """One block of one kv head, k and v [128, D] -> page bytes."""
-    d = k.shape[1]
-    k = k.copy()
-    for s in range(sinks):  # others stand in for them
-        k[s] = k[s + sinks]
-    v = rotated(v) if rotate else v
-    k_codes, v_codes = np.zeros((2, TOKENS, d), np.uint8)
-    k_scale, k_zero = np.zeros((2, TOKENS // g, d), np.float16)
-    v_scale, v_zero = np.zeros((2, TOKENS, d // g), np.float16)
-    for i in range(TOKENS // g):  # g tokens of every channel
-        part = slice(i * g, (i + 1) * g)
-        codes, k_scale[i], k_zero[i] = quantize(k[part].T, k_bits, rounds)
-        k_codes[part] = codes.T
-    for i in range(d // g):  # g channels of every token
-        part = slice(i * g, (i + 1) * g)
-        v_codes[:, part], v_scale[:, i], v_zero[:, i] = quantize(v[:, part], v_bits, rounds)
-    fields = {
-        "k_scale": k_scale,
-        "k_zero": k_zero,
-        "k_codes": pack(k_codes, k_bits, "k"),
-        "v_scale": v_scale.T,
-        "v_zero": v_zero.T,
-        "v_codes": pack(v_codes, v_bits, "v"),
-    }
-    at = layout(k_bits, v_bits, g, d)
+    g = fmt.group_size
+    k = np.concatenate([k[sinks : 2 * sinks], k[sinks:]])  # others stand in for the sinks
+    if fmt.two_level:
+        k_codes, low, step, ranges = encode_keys(k, fmt.k_bits, g)
+        v_codes, scale, mean = encode_values(rotated(v), fmt.v_bits, sinks)
+        fields = {"k_low": low, "k_step": step, "k_range": ranges}
+        fields |= {"v_mean": mean, "v_scale": scale}
+    else:
+        k_codes, k_scale, k_zero = quantize(k.reshape(TOKENS // g, g, -1), fmt.k_bits)
+        # g channels of every token are g tokens of every channel, with the axes exchanged.
+        v_codes, v_scale, v_zero = quantize(v.T.reshape(-1, g, TOKENS), fmt.v_bits)
+        v_codes = v_codes.reshape(-1, TOKENS).T
+        fields = {"k_scale": k_scale, "k_zero": k_zero, "v_scale": v_scale, "v_zero": v_zero}
+    fields["k_codes"] = pack(k_codes.reshape(k.shape), fmt.k_bits, "k")
+    fields["v_codes"] = pack(v_codes, fmt.v_bits, "v")
+    at = layout(fmt)
     page = np.full(max(end for _, end in at.values()), 0xEE, np.uint8)
     for name, (start, end) in at.items():
         page[start:end] = np.frombuffer(fields[name].tobytes(), np.uint8)
-    return page
+    return np.concatenate([page, np.zeros(-len(page) % TOKENS, np.uint8)])
 
 
-def decode_page(
-    page: Bytes, k_bits: int, v_bits: int, g: int, d: int, *, rotate: bool = False
-) -> tuple[Floats, Floats]:
+def decode_page(page: Bytes, fmt: Format) -> tuple[Floats, Floats]:
     """Page bytes -> k, v [128, D]."""
-    raw = {name: page[slice(*at)].tobytes() for name, at in layout(k_bits, v_bits, g, d).items()}
-    half = {n: np.frombuffer(b, np.float16).astype(np.float32) for n, b in raw.items()}
-    k_codes = unpack(np.frombuffer(raw["k_codes"], np.uint8), k_bits, "k", d)
-    v_codes = unpack(np.frombuffer(raw["v_codes"], np.uint8), v_bits, "v", d)
-    k, v = k_codes.astype(np.float32), v_codes.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        for s in range(TOKENS):
-            row = slice(s // g * d, (s // g + 1) * d)
-            k[s] = k[s] * half["k_scale"][row] + half["k_zero"][row]
-        for c in range(d):
-            col = slice(c // g * TOKENS, (c // g + 1) * TOKENS)
-            v[:, c] = v[:, c] * half["v_scale"][col] + half["v_zero"][col]
-        return k, np.einsum("sc,cd->sd", v, hadamard(d, inverse=True)) if rotate else v
+    g, d = fmt.group_size, fmt.head_size
+    raw = {name: page[slice(*at)] for name, at in layout(fmt).items()}
+    k, v = (
+        single(unpack(raw[f"{side}_codes"], bits, side, d))
+        for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits))
+    )
+
+    def half(name: str, width: int) -> Floats:
+        return single(np.frombuffer(raw[name].tobytes(), np.float16)).reshape(-1, width)
+
+    with np.errstate(all="ignore"):
+        if fmt.two_level:
+            ranges = raw["k_range"].reshape(-1, d).repeat(g, 0)
+            step = half("k_step", d)
+            zero = half("k_low", d) + (ranges >> 4) * (step * {2: 1, 3: 4, 4: 8}[fmt.k_bits])
+            v = v + (half("v_mean", d) - single((2**fmt.v_bits - 1) / 2))
+            return k * ((ranges & 15) * step) + zero, rotated(half("v_scale", 1) * v, True)
+        k_scale, k_zero = (half(f"k_{name}", d).repeat(g, 0) for name in ("scale", "zero"))
+        v_scale, v_zero = (half(f"v_{name}", TOKENS).repeat(g, 0).T for name in ("scale", "zero"))
+        return k * k_scale + k_zero, v * v_scale + v_zero
 
 
-def canonical(page: Bytes, k_bits: int, v_bits: int, g: int, d: int) -> Bytes:
+def canonical(page: Bytes, fmt: Format) -> Bytes:
     """The page with one NaN and one zero: the formula leaves their bits and sign open."""
     page = page.copy()
-    for name, (start, end) in layout(k_bits, v_bits, g, d).items():
-        if not name.endswith("codes"):
+    for name, (start, end) in layout(fmt).items():
+        if not name.endswith(("codes", "range")):
             half = page[start:end].view(np.float16)
             bits = page[start:end].view(np.uint16)
             bits[np.isnan(half)] = NAN_HALF

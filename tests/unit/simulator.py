@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kivi_vllm.config import DTYPES
+from kivi_vllm.config import KiviConfig, Recipe
 from kivi_vllm.ops import reference
-from kivi_vllm.ops.codec import FIT_ROUNDS
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
@@ -35,10 +34,10 @@ def first_raw(t: int, residual: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and its settings."""
+    """A layer and its settings; where `group` and `sinks` are None, the recipe's own."""
 
     dtype: str = "kivi2"
-    group: int = 32
+    recipe: Recipe = "best"
     residual: int = 0
     heads: tuple[int, int] = (4, 2)
     head_size: int = 64
@@ -50,25 +49,27 @@ class Case:
     alibi: bool = False
     window: int = 0
     tokens: int = 300
-    sinks: int = 0
-    rotate: bool = False
-    clip: bool = False
+    group: int | None = None
+    sinks: int | None = None
 
     def __str__(self) -> str:
-        """For example kivi2-G32-R0-H4x2-D64-T300."""
-        name = f"{self.dtype}-G{self.group}-R{self.residual}"
+        """For example kivi2-best-R0-H4x2-D64-T300."""
+        name = f"{self.dtype}-{self.recipe}-R{self.residual}"
         name += f"-H{self.heads[0]}x{self.heads[1]}-D{self.head_size}-T{self.tokens}"
         short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
         more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
         more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
-        more |= {"sinks": self.sinks, "rotate": self.rotate, "clip": self.clip}
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
+        given = {"G": self.group, "sinks": self.sinks}
+        words += [f"{k}{v}" for k, v in given.items() if v is not None]
         return "-".join([name + short, *words])
 
     @property
     def fmt(self) -> PageFormat:
-        bits, recipe = DTYPES[self.dtype], (self.sinks, self.rotate, self.clip)
-        return PageFormat(*bits, self.group, self.head_size, self.model, *recipe)
+        given = {"recipe": self.recipe, "group_size": self.group, "sink_tokens": self.sinks}
+        options = {name: value for name, value in given.items() if value is not None}
+        config = KiviConfig.from_options(self.dtype, options)
+        return PageFormat.of(config, self.head_size, self.model)
 
     @property
     def params(self) -> AttentionParams:
@@ -170,7 +171,7 @@ class Simulator:
         for block in range(request.computed // B, upto // B):
             if block >= newest or not self.sparse:
                 more(request.tails.setdefault(block, []), self.num_tails)
-        more(request.sinks, int(upto >= B and self.case.sinks > 0))
+        more(request.sinks, int(upto >= B and self.fmt.sink_tokens > 0))
 
     def _take(self, wanted: int) -> list[int]:
         """Pages that no request holds."""
@@ -192,11 +193,13 @@ class Simulator:
         still needs may be that of a new entry too, which the step writes last.
         """
         per_page, ring = self.fmt.raw_tokens, request.ring
-        live = B * (request.computed // B) // per_page
+        a_block = -(-B // per_page)
+        live = request.computed // B * a_block
         ring[:live] = [0] * min(live, len(ring))
-        after = B * (max(0, upto - self.case.drafts) // B) // per_page
+        after = max(0, upto - self.case.drafts) // B * a_block
         leaving = [page for page in ring[:after] if page]
-        new = range(max(after, len(ring)), -(-upto // per_page))
+        needed = upto // B * a_block + -(-(upto % B) // per_page)
+        new = range(max(after, len(ring)), needed)
         pages = leaving[: len(new)]
         pages += self._take(len(new) - len(pages))
         if new:
@@ -258,7 +261,7 @@ class Simulator:
 
     def _cache(self, order: list[Request]) -> LayerCache:
         pages = self.pool[:, 1]
-        raw = pages.unflatten(2, (self.fmt.raw_tokens, -1)).view(self.case.model)
+        raw = self.fmt.as_raw(pages)
         tails = []
         for i in range(self.num_tails):
             for r, row in zip(order, ids := [[0] * len(r.blocks) for r in order], strict=True):
@@ -267,7 +270,7 @@ class Simulator:
                         row[block] = held[i]
             tails.append(Raw(raw, self._table(ids)))
         ring = Raw(raw, self._table([r.ring for r in order]))
-        sinks = Raw(raw, self._table([r.sinks for r in order])) if self.case.sinks else None
+        sinks = Raw(raw, self._table([r.sinks for r in order])) if self.fmt.sink_tokens else None
         return LayerCache(self.fmt, pages, ring, tuple(tails), self.case.residual, sinks)
 
     # ---------------------------------------------------------------- truth
@@ -295,20 +298,13 @@ class Simulator:
 
 
 def quantized(
-    k: torch.Tensor, v: torch.Tensor, case: Case, sinks: int
+    k: torch.Tensor, v: torch.Tensor, fmt: PageFormat, sinks: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back."""
-    k_bits, v_bits = DTYPES[case.dtype]
     out = k.double().numpy().copy(), v.double().numpy().copy()
-    for h in range(case.heads[1] if k_bits else 0):
+    for h in range(0 if fmt.is_raw else k.shape[1]):
         heads = k[:, h].float().numpy(), v[:, h].float().numpy()
-        rounds = FIT_ROUNDS if case.clip else 0
-        page = kivi_numpy.encode_page(
-            *heads, k_bits, v_bits, case.group, sinks=sinks, rotate=case.rotate, rounds=rounds
-        )
-        lossy = kivi_numpy.decode_page(
-            page, k_bits, v_bits, case.group, case.head_size, rotate=case.rotate
-        )
+        lossy = kivi_numpy.decode_page(kivi_numpy.encode_page(*heads, fmt, sinks), fmt)
         for x, y in zip(out, lossy, strict=True):
             x[sinks:, h] = y[sinks:]
     return out
@@ -320,8 +316,8 @@ def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.n
     for s in range(0, max(seen), B):
         if s not in request.quantized:
             block = slice(s, s + B)
-            sinks = 0 if s else case.sinks
-            request.quantized[s] = quantized(request.k[block], request.v[block], case, sinks)
+            sinks = 0 if s else case.fmt.sink_tokens
+            request.quantized[s] = quantized(request.k[block], request.v[block], case.fmt, sinks)
     out = np.empty((b - a, case.heads[0], case.head_size))
     for f in set(seen):
         at = np.array([t for t in range(a, b) if seen[t - a] == f])

@@ -22,15 +22,15 @@ CASES = [
     Case(head_size=96, heads=MQA),
     Case(head_size=128, heads=(8, 2), model=BF16),
     Case(head_size=160, heads=MHA, residual=32),
-    Case(head_size=192, heads=MQA, dtype="kivi4", group=64),
-    Case(head_size=256, heads=(4, 2), dtype="kivi_k4v2", group=128, exact=True),
-    # Bits and groups.
+    Case(head_size=192, heads=MQA, dtype="kivi4"),
+    Case(head_size=256, heads=(4, 2), dtype="kivi_k4v3", exact=True),
+    # Bits.
     Case(dtype="kivi4", residual=128),
-    Case(dtype="kivi_k4v2", model=BF16, residual=64),
+    Case(dtype="kivi_k4v3", model=BF16, residual=64),
+    Case(dtype="kivi_k3v2", model=BF16, head_size=128, heads=MHA),
+    Case(dtype="kivi3", model=FP16, residual=32),
     Case(dtype="kivi_raw", model=BF16, residual=64),
     Case(dtype="kivi_raw", residual=32, heads=MHA),
-    Case(group=64, model=FP16, residual=128, exact=True),
-    Case(group=128, head_size=128, residual=32, model=BF16),
     # Residuals, one page of them or several, full or not; and both prefill modes.
     *(
         Case(residual=r, exact=exact, model=model, tokens=517)
@@ -47,20 +47,20 @@ CASES = [
     # Drafts.
     Case(drafts=1, residual=64),
     Case(drafts=5, exact=True, dtype="kivi4"),
-    # Recipes.
-    *(
-        Case(sinks=s, rotate=rotate, clip=clip, model=BF16, residual=residual, head_size=d)
-        for s, rotate, clip, residual, d in (
-            (4, True, True, 0, 64),
-            (16, False, False, 32, 64),
-            (0, True, False, 0, 96),
-            (8, True, True, 128, 128),
-        )
-    ),
-    Case(sinks=8, rotate=True, clip=True, dtype="kivi4", exact=True, head_size=160, tokens=517),
-    *(Case(sinks=8, rotate=True, window=w, tokens=400) for w in (130, 250, 300)),
-    Case(sinks=8, alibi=True, soft_cap=20.0, dtype="kivi_k4v2", heads=MQA),
-    Case(sinks=4, clip=True, drafts=5, residual=32, heads=MHA),
+    # Sinks.
+    Case(sinks=16, residual=32, model=BF16),
+    Case(sinks=8, residual=128, model=BF16, head_size=128),
+    Case("kivi4", sinks=8, exact=True, head_size=160, tokens=517),
+    *(Case(sinks=8, window=w, tokens=400) for w in (130, 250, 300)),
+    Case("kivi_k3v2", sinks=8, alibi=True, soft_cap=20.0, heads=MQA),
+    Case(drafts=5, residual=32, heads=MHA),
+    # KIVI as published.
+    Case(recipe="paper"),
+    Case(recipe="paper", group=64, model=FP16, residual=128, exact=True),
+    Case(recipe="paper", group=128, head_size=128, residual=32, model=BF16),
+    Case("kivi4", "paper", group=128, head_size=256, heads=(4, 2), exact=True),
+    Case("kivi4", "paper", sinks=16, residual=32, model=BF16, tokens=517),
+    Case(recipe="paper", sinks=8, window=130, drafts=5, heads=MHA),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kivi_vllm.config import Recipe
 from kivi_vllm.ops import reference
 from tests.unit.simulator import Case, Simulator, first_raw, truth
 
@@ -18,20 +19,31 @@ from tests.unit.simulator import Case, Simulator, first_raw, truth
 
 @pytest.mark.parametrize("part", ["keys", "values"])
 @pytest.mark.parametrize("residual", [0, 32, 64, 128])
-@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi_raw"])
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [
+        *((name, "paper") for name in ("kivi2", "kivi4", "kivi_raw")),
+        *((name, "best") for name in ("kivi2", "kivi_k3v2", "kivi3", "kivi_k4v3", "kivi4")),
+    ],
+)
 def test_completed_blocks_are_lossy_and_the_residual_is_exact(
-    dtype: str, residual: int, part: str
+    dtype: str, recipe: Recipe, residual: int, part: str
 ) -> None:
     """Compared with full-precision attention, when only keys or only values can lose anything.
 
-    The others are constant in every group, and so survive quantization. Raw pages are the negative
-    control: they lose nothing.
+    The others survive quantization: they are constant in every group, or values of recipe "best"
+    that are, rotated, on two levels of their codes. Raw pages are the negative control: they lose
+    nothing.
     """
-    case = Case(dtype=dtype, residual=residual, tokens=400)
-    sim = Simulator(case)
+    case = Case(dtype=dtype, recipe=recipe, residual=residual, tokens=400)
+    sim = Simulator(case, tolerance=1.0)  # of outputs that may cancel out
     request = sim.add(400)
     survives = request.v if part == "keys" else request.k
-    if part == "keys":  # constant over channels
+    if part == "keys" and recipe == "best":
+        survives.zero_()
+        level = {2: 1.5, 3: 1.5, 4: 2.5}[case.fmt.v_bits]  # codes from their middle
+        survives[..., 0] = level / 2 * (1 - torch.arange(400) % 2 * 2)[:, None]
+    elif part == "keys":  # constant over channels
         survives[:] = survives[..., :1].abs().half().float() + 1  # that do not cancel out
     else:  # constant over tokens: every position weighs the same
         survives[:] = survives[:1].half().float()
@@ -51,7 +63,9 @@ def test_completed_blocks_are_lossy_and_the_residual_is_exact(
 @pytest.mark.parametrize("residual", [0, 32, 64, 128])
 def test_the_very_tokens_that_are_exact(residual: int) -> None:
     """Each query looks at one position alone, and gets its value bit for bit or as dequantized."""
-    case = Case(residual=residual, head_size=128, heads=(1, 1), scale=100.0, tokens=300)
+    case = Case(
+        recipe="paper", residual=residual, head_size=128, heads=(1, 1), scale=100.0, tokens=300
+    )
     for s in (0, 127, 255 - residual, 256 - residual, 256):
         sim = Simulator(case)
         request = sim.add(300)

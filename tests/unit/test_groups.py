@@ -19,10 +19,11 @@ from kivi_vllm.ops.residual import ring_start
 
 B = 128
 FORMATS = [
-    PageFormat(2, 2, 32, 64, torch.bfloat16),  # 24 tokens a page
-    PageFormat(2, 2, 32, 64, torch.float32),  # 12
-    PageFormat(4, 4, 32, 96, torch.float16),  # 40
-    PageFormat(4, 2, 32, 128, torch.bfloat16),  # 32: blocks begin with a page
+    PageFormat(2, 2, 32, 64, torch.bfloat16, two_level=False),  # 24 tokens a page
+    PageFormat(2, 2, 16, 64, torch.float32, two_level=True),  # 10
+    PageFormat(3, 2, 32, 64, torch.bfloat16, two_level=True),  # 23: pages are not filled
+    PageFormat(4, 4, 32, 96, torch.float16, two_level=True),  # 36
+    PageFormat(0, 0, 32, 128, torch.bfloat16, two_level=False),  # 32: blocks begin with a page
 ]
 
 
@@ -105,9 +106,10 @@ class Engine:
         del self.requests[name]
 
     def _slot(self, r: Running, s: int) -> tuple[int, int]:
-        page = r.table[s // self.spec.num_states]
+        per_page = self.spec.page_tokens
+        page = r.table[s // B * -(-B // per_page) + s % B // per_page]
         assert page, "vLLM's null page"
-        return page, s % self.spec.num_states
+        return page, s % B % per_page
 
     def _free(self) -> int:
         return self.pool.get_num_free_blocks()
@@ -143,7 +145,7 @@ def test_rings_hold_what_every_step_needs(fmt: PageFormat, drafts: int, depth: i
 
 def test_a_ring_is_as_large_as_its_block() -> None:
     spec = ring_spec(2, FORMATS[0], num_drafts=0)
-    assert (spec.num_states, spec.num_pages) == (24, 6)
+    assert (spec.page_tokens, spec.num_pages) == (24, 6)
     assert ring_spec(2, FORMATS[0], num_drafts=4).num_pages == 7
     engine = Engine(spec, 0, 0, seed=0)
     engine.requests["r"] = Running(0, 0)
@@ -166,7 +168,7 @@ def test_a_new_request_waits_until_all_can_run_for_a_block() -> None:
     # Full together at 2,176: six pages each, one of which is held, and one for the block of each.
     assert lacking(ring, "b", 2049) == 2 * (6 + 1) - 1
     # They take turns: while the one is full, the other is half full.
-    assert lacking(ring, "c", 2049 + 64) == 6 + 1 + 4 + 1 - 1
+    assert lacking(ring, "c", 2049 + 64) == 6 + 1 + 3 + 1 - 1
     assert lacking(ring, "a", 2050) == 0
 
 

@@ -18,10 +18,11 @@ STEEP, STEEP_TOLERANCE = Case(heads=MQA, scale=1.0, tokens=400, dtype="kivi4"), 
 MORE = [
     *(Case(heads=(n, 1), head_size=32, tokens=200) for n in (5, 6, 7, 8, 71, 130)),
     Case(heads=(10, 2), head_size=96, dtype="kivi4", tokens=280),
-    Case(heads=(12, 4), head_size=160, dtype="kivi_k4v2", model=BF16),
+    Case(heads=(12, 4), head_size=160, dtype="kivi_k4v3", model=BF16),
     Case(heads=(32, 8), head_size=128, model=BF16, tokens=200),
-    Case(heads=(32, 4), head_size=256, group=64, model=FP16, tokens=200),
-    Case(model=torch.float32, residual=128, dtype="kivi2", head_size=128, group=128),
+    Case(heads=(32, 4), head_size=256, dtype="kivi_k3v2", model=FP16, tokens=200),
+    Case(heads=(32, 4), head_size=256, recipe="paper", group=64, model=FP16, tokens=200),
+    Case(recipe="paper", residual=128, head_size=128, group=128),
     Case(dtype="kivi_raw", residual=128, model=FP16, window=130),
     Case(heads=MHA, scale=0.5, tokens=400),  # peaked
     STEEP,
@@ -147,7 +148,7 @@ def test_nan_alone_in_a_tile(isa: str) -> None:
 def test_huge_window_is_none() -> None:
     outputs = []
     for window in (0, 2**32 + 5, 2**63 - 1):
-        sim = simulator(Case(tokens=300), seed=3)
+        sim = simulator(Case(recipe="paper", tokens=300), seed=3)
         sim.case = replace(sim.case, window=window)
         sim.check = lambda request, a, b: None  # type: ignore[method-assign]
         sim.step({sim.add(300): 300})

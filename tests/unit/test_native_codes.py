@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kivi_vllm.config import QUANTIZED_DTYPES, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import library, operators
 from kivi_vllm.ops.format import PageFormat
@@ -54,10 +55,7 @@ def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageForm
     library.load().select(name)
     k, v = data.draw(blocks(fmt)), data.draw(blocks(fmt))
     ours, theirs = (
-        kivi_numpy.canonical(
-            stored(ops, fmt, k, v).numpy(), fmt.k_bits, fmt.v_bits, fmt.group_size, fmt.head_size
-        )
-        for ops in (operators, reference)
+        kivi_numpy.canonical(stored(ops, fmt, k, v).numpy(), fmt) for ops in (operators, reference)
     )
     library.load().select(None)
     assert torch.equal(torch.from_numpy(ours), torch.from_numpy(theirs))
@@ -66,7 +64,7 @@ def test_pages_equal_the_reference(name: str, data: st.DataObject, fmt: PageForm
 @pytest.mark.parametrize("bits", [2, 4])
 def test_ties_and_their_neighbours(isa: str, bits: int) -> None:
     """Numbers halfway between two codes, and those next to them in fp32."""
-    fmt = PageFormat(bits, bits, 32, 64, torch.float32)
+    fmt = PageFormat(bits, bits, 32, 64, torch.float32, two_level=False)
     top = 2**bits - 1
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -89,15 +87,18 @@ def test_ties_and_their_neighbours(isa: str, bits: int) -> None:
         assert torch.equal(field.float(), scale[::32])  # the ties are where they were meant to be
 
 
-@pytest.mark.parametrize("dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi_raw"])
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [
+        *((name, "best") for name in QUANTIZED_DTYPES),
+        *((name, "paper") for name in ("kivi2", "kivi4", "kivi_raw")),
+    ],
+)
 @pytest.mark.parametrize("residual", some([0, 32, 128], [1]))
-@pytest.mark.parametrize("best", [False, True], ids=["paper", "best"])
-def test_pools_equal_the_reference(isa: str, dtype: str, residual: int, best: bool) -> None:
+def test_pools_equal_the_reference(isa: str, dtype: str, residual: int, recipe: Recipe) -> None:
     """Pages, ring, tails and sinks of many requests, chunks and block boundaries."""
-    if best and dtype == "kivi_raw":
-        pytest.skip("nothing is quantized")
-    recipe: dict[str, Any] = {"sinks": 8, "rotate": True, "clip": True} if best else {}
-    case = Case(dtype=dtype, residual=residual, model=BF16, head_size=96, **recipe)
+    sinks = 8 if recipe == "best" else None
+    case = Case(dtype, recipe, residual, model=BF16, head_size=96, sinks=sinks)
     for ours, theirs in zip(pools(operators, case), of_the_reference(case), strict=True):
         assert torch.equal(ours, theirs)
 

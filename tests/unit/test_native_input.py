@@ -17,12 +17,12 @@ BF16 = torch.bfloat16
 
 def inputs() -> dict[str, Any]:
     """Good arguments of the three operators, by name."""
-    fmt = PageFormat(2, 2, 32, 64, BF16)
+    fmt = PageFormat(2, 2, 32, 64, BF16, two_level=False)
     pages = torch.zeros(8, 2, fmt.page_bytes, dtype=torch.uint8)
     raw = torch.zeros(8, 2, fmt.raw_tokens, 128, dtype=BF16)
     table = torch.arange(1, 7, dtype=torch.int32)[None]
     tail = Raw(raw.clone(), table.clone())
-    ring = Raw(raw, torch.arange(11, dtype=torch.int32)[None] % 7 + 1)
+    ring = Raw(raw, torch.arange(13, dtype=torch.int32)[None] % 7 + 1)
     return dict(
         step=Step([Row(0, 0, 3, 254, 257)], table),
         cache=LayerCache(fmt, pages, ring, (tail, tail), 32),
@@ -135,8 +135,14 @@ def test_rows_that_do_not_fit(row: Row) -> None:
 def test_numbers_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="residual_length is 256, but must be"):
         call(change("cache", lambda c: replace(c, residual_length=256)))
-    for bits, group in (((2, 4), 32), ((2, 2), 16)):
-        fmt = PageFormat(*bits, group, 64, BF16)
+    for bits, group, two_level in (
+        ((2, 4), 32, False),
+        ((3, 2), 32, False),
+        ((2, 2), 16, False),
+        ((2, 2), 32, True),
+        ((4, 2), 32, True),
+    ):
+        fmt = PageFormat(*bits, group, 64, BF16, two_level)
         with pytest.raises(ValueError, match=r"no format of . and . bits"):
             call(change("cache.fmt", lambda _, fmt=fmt: fmt))
 

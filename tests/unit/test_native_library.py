@@ -70,7 +70,7 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
         ),
         (
             [("soft_cap", "logits_cap")],
-            "it has KiviCall.logits_cap at byte 448 where KiviCall.soft_cap at 448 is expected",
+            "it has KiviCall.logits_cap at byte 440 where KiviCall.soft_cap at 440 is expected",
         ),
         (
             [
@@ -83,15 +83,15 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
         ),
         (
             [("double scale, soft_cap;", "float scale, soft_cap;")],
-            "it has KiviCall.soft_cap at byte 444 where KiviCall.soft_cap at 448 is expected",
+            "it has KiviCall.soft_cap at byte 436 where KiviCall.soft_cap at 440 is expected",
         ),
         (
             [("  int64_t sliding_window; ", "  int64_t sliding_window, more; ")],
-            "it has KiviCall at byte 480 where KiviCall at 472 is expected",
+            "it has KiviCall at byte 472 where KiviCall at 464 is expected",
         ),
         (
             [("FIELD(KiviCall, sliding_window)", "")],
-            "it has KiviRow at byte 40 where KiviCall.sliding_window at 464 is expected",
+            "it has KiviRow at byte 40 where KiviCall.sliding_window at 456 is expected",
         ),
     ],
     ids=["order", "name", "raw", "type", "size", "missing"],
@@ -123,7 +123,7 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "_run",
         lambda function, call, cache: (calls.append((call, cache)), run(function, call, cache)),
     )
-    case = Case("kivi_k4v2", 64, 32, (6, 2), 128, sinks=8, soft_cap=30.0, window=500)
+    case = Case("kivi_k4v3", "best", 32, (6, 2), 128, sinks=8, soft_cap=30.0, window=500)
     sim = simulator(case)
     sim.step({sim.add(150): 150})
     call, cache = calls[1]  # of store_blocks, attend and store_ring
@@ -151,8 +151,9 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "num_rows": 1,
         "decode_len": 1,
         "k_bits": 4,
-        "v_bits": 2,
-        "group_size": 64,
+        "v_bits": 3,
+        "group_size": 32,
+        "two_level": 1,
         "head_size": 128,
         "raw_tokens": cache.fmt.raw_tokens,
         "dtype": 2,
@@ -164,8 +165,6 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "num_tails": len(cache.tails),
         "residual_length": 32,
         "sink_tokens": 8,
-        "rotate_values": 0,
-        "clip": 0,
         "threads": torch.get_num_threads(),
         "out_dtype": 2,
         "num_heads": 6,

@@ -68,7 +68,7 @@ def accepted(name):
         return CacheConfig(cache_dtype=name).cache_dtype == name
     except ValueError:
         return False
-names = ["kivi2", "kivi4", "kivi_k4v2", "kivi3"]
+names = ["kivi2", "kivi_k3v2", "kivi_k4v2", "kivi5"]
 print(json.dumps({
     "version": vllm.__version__,
     "registry": hooks.of_this_version().__name__,

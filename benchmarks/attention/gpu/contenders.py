@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.attention.cases import KIVI_DTYPES
 from benchmarks.attention.gpu.pools import PagedPool, TurboQuantPool
 from benchmarks.attention.kivi import KiviPool
 from benchmarks.attention.timing import Call
@@ -228,9 +229,11 @@ CONTENDERS: dict[str, Contender] = {
     "flash_bf16": Contender("bf16", partial(flash, 16), 0.02, BOTH),
     "flash_fp8": Contender("fp8", partial(flash, 16), 0.2),
     "sdpa_bf16": Contender("bf16", sdpa, 0.02, BOTH, in_order=True),
-    "kivi4": Contender("kivi4", KiviPool.attention, OURS),
-    "kivi_k4v2": Contender("kivi_k4v2", KiviPool.attention, OURS),
-    "kivi2_paper": Contender("kivi2_paper", KiviPool.attention, OURS),
+    **{
+        name: Contender(name, KiviPool.attention, OURS)
+        for name in reversed(KIVI_DTYPES)
+        if name != "kivi2"
+    },
     "flash128_bf16": Contender("bf16", partial(flash, 128), 0.02, BOTH),
     "flash128_fp8": Contender("fp8", partial(flash, 128), 0.2),
     "triton_bf16": Contender("bf16", unified, 0.02),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +16,13 @@ if TYPE_CHECKING:
 
 
 def raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
-    """Pages of the same byte size as `page_spec`'s, of `fmt.raw_tokens` tokens each."""
+    """Pages as `page_spec`'s; their bytes are shown as `fmt.raw_tokens` tokens later."""
     return dict(
         block_size=BLOCK_SIZE,
         num_kv_heads=num_kv_heads,
         head_size=fmt.head_size,
         dtype=torch.uint8,
-        state_content_bytes=fmt.page_bytes // fmt.raw_tokens,
-        tokens_per_state=Fraction(BLOCK_SIZE, fmt.raw_tokens),
+        state_content_bytes=fmt.bytes_per_token,
         dcp_sharded=False,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from kivi_vllm.attention.groups.admission import Forecast
 from kivi_vllm.attention.groups.base import SparseManager, raw_fields
 from kivi_vllm.config import BLOCK_SIZE, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.residual import ring_start
+from kivi_vllm.ops.residual import ring_entry, ring_start
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -29,16 +28,17 @@ class RingSpec(CircularBufferSpec):
     """The ring of one layer: the pages of a request's current block.
 
     `block_size` is nominal, that of the pages, so that the least common multiple
-    over the groups, to which prefix hits are aligned, stays there; a page holds
-    `block_size / tokens_per_state` tokens.
+    over the groups, to which prefix hits are aligned, stays there.
 
     Attributes:
+        page_tokens: tokens of a page.
         num_drafts: draft tokens that one step may store for a request.
         num_others: pages that a request claims in other groups with its first whole
             block, and keeps.
 
     """
 
+    page_tokens: int
     num_drafts: int
     num_others: int = 0
 
@@ -53,24 +53,15 @@ class RingSpec(CircularBufferSpec):
             )
 
     @cached_property
-    def page_tokens(self) -> int:
-        """Tokens of a page; vLLM's `num_states` computes it anew each time."""
-        return self.num_states
-
-    @cached_property
     def num_pages(self) -> int:
         """Most pages that a request holds."""
         return max(len(self.needed_after(n)) for n in self.lengths)
 
     @property
     def lengths(self) -> range:
-        """A range of lengths that covers every way in which a block can lie in ring pages.
-
-        It begins at a multiple of its own length, beyond the drafts.
-        """
-        period = math.lcm(self.block_size, self.page_tokens)
-        first = (1 + cdiv(2 * self.num_drafts, period)) * period
-        return range(first, first + period)
+        """A block's worth of lengths, from a multiple of it on that is beyond the drafts."""
+        first = (1 + cdiv(2 * self.num_drafts, BLOCK_SIZE)) * BLOCK_SIZE
+        return range(first, first + BLOCK_SIZE)
 
     def needed_after(self, num_tokens: int) -> range:
         """Entries of the table that the steps after a step that ends at `num_tokens` need.
@@ -79,7 +70,12 @@ class RingSpec(CircularBufferSpec):
         two steps would be counted as accepted before it is known.
         """
         first = ring_start(num_tokens, 1 + 2 * self.num_drafts)
-        return range(first // self.page_tokens, cdiv(num_tokens, self.page_tokens))
+        last = self.entry(num_tokens - 1) + 1 if first < num_tokens else self.entry(first)
+        return range(self.entry(first), last)
+
+    def entry(self, position: int) -> int:
+        """Entry of the table for a position."""
+        return ring_entry(position, self.page_tokens)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What one request can take."""
@@ -87,7 +83,7 @@ class RingSpec(CircularBufferSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Length of a block table row: an entry for all pages that there ever were."""
-        return cdiv(max_len, self.page_tokens)
+        return self.entry(cdiv(max_len, BLOCK_SIZE) * BLOCK_SIZE)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Rings group with rings of the same size only."""
@@ -97,8 +93,8 @@ class RingSpec(CircularBufferSpec):
 class RingManager(SparseManager, CircularBufferManager):
     """Ring pages come as a block grows and go when it is complete.
 
-    A row of the block table has an entry for every `page_tokens` tokens of the whole
-    sequence; those of blocks that one step takes from its own tokens are null. A page
+    A row of the block table has an entry for every page that the sequence ever had, as many
+    for each block; those of blocks that one step takes from its own tokens are null. A page
     that only this step still reads moves on to a new entry: the step writes it after
     it has read it, so that no request ever holds more than one block needs.
     """
@@ -118,8 +114,8 @@ class RingManager(SparseManager, CircularBufferManager):
         self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Free the pages of blocks that have been completed and read for the last time."""
-        first = ring_start(processed_computed_tokens, 1) // self.kv_cache_spec.page_tokens
-        self._free_below(request_id, first)
+        first = ring_start(processed_computed_tokens, 1)
+        self._free_below(request_id, self.kv_cache_spec.entry(first))
 
     def _plan(self, request_id: str, num_tokens: int) -> tuple[list[int], list[int]]:
         """(entries whose page may move on, entries that want one) for `num_tokens` tokens."""
@@ -179,9 +175,9 @@ class RingManager(SparseManager, CircularBufferManager):
     @cached_property
     def _forecast(self) -> Forecast:
         spec = self.kv_cache_spec
-        # From the block of two steps before on: with asynchronous scheduling the result of
-        # the last one is not there yet.
-        rings = [spec.needed_after(n).stop - spec.needed_after(n - 2).start for n in spec.lengths]
+        # Those of two steps before, too, which move on to new entries before they are free: with
+        # asynchronous scheduling the result of the last step is not there yet.
+        rings = [max(len(spec.needed_after(m)) for m in (n - 2, n - 1, n)) for n in spec.lengths]
         return Forecast(rings, spec.num_others)
 
 
@@ -193,4 +189,6 @@ def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: i
     still reads the block's tokens from before them.
     """
     fields = raw_fields(num_kv_heads, fmt)
-    return RingSpec(**fields, num_drafts=num_drafts, num_others=num_others)
+    return RingSpec(
+        **fields, page_tokens=fmt.raw_tokens, num_drafts=num_drafts, num_others=num_others
+    )

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from kivi_vllm.config import DTYPES
+from kivi_vllm.config import ACCEPTED_DTYPES
 
 
 def register_dtypes() -> None:
@@ -16,9 +16,9 @@ def register_dtypes() -> None:
     from pydantic.dataclasses import rebuild_dataclass
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(DTYPES, torch.uint8))
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(ACCEPTED_DTYPES, torch.uint8))
     literal: Any = cache_config.CacheDType
-    missing = [name for name in DTYPES if name not in get_args(literal)]
+    missing = [name for name in ACCEPTED_DTYPES if name not in get_args(literal)]
     if not missing:
         return
     # argparse's choices, the selector and pydantic all read this one object.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kivi_vllm.config import DTYPES
+from kivi_vllm.config import ACCEPTED_DTYPES
 
 
 def register_dtypes() -> None:
@@ -23,7 +23,7 @@ def register_dtypes() -> None:
             # Octave backend asks that. See patches/README.md.
             return KVQuantMode.CUSTOM
 
-    for name in DTYPES:
+    for name in ACCEPTED_DTYPES:
         if get_kv_cache_dtype_handler(name) is None:
             register_kv_cache_dtype(name)(type("KiviDType", (Handler,), {"name": name}))
 

@@ -30,10 +30,10 @@ TENSOR_FIELDS = _fields("data token_stride head_stride")
 RAW, TENSOR = _packed(RAW_FIELDS), _packed(TENSOR_FIELDS)
 
 COMMON_FIELDS = _fields(
-    "rows num_rows per_position decode_len k_bits v_bits group_size head_size raw_tokens dtype "
-    "num_kv_heads pages page_block_stride page_head_stride num_blocks block_table "
+    "rows num_rows per_position decode_len k_bits v_bits group_size two_level head_size raw_tokens "
+    "dtype num_kv_heads pages page_block_stride page_head_stride num_blocks block_table "
     "block_table_stride block_table_width ring tails num_tails residual_length sinks sink_tokens "
-    "rotate_values clip key value threads",
+    "key value threads",
     **dict(ring=RAW, sinks=RAW, key=TENSOR, value=TENSOR),
 )
 """Of a KiviCall: what all three calls of a step need."""

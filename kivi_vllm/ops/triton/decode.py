@@ -126,8 +126,8 @@ def _decode(
                 for part in range(B // RAW_STEP):
                     token = part * RAW_STEP + tl.arange(0, RAW_STEP)
                     s = n * B + token
-                    k = (page + C.K[2]).to(raw.key.dtype) + token * C.D
-                    v = (page + C.V[2]).to(raw.key.dtype) + token * C.D
+                    k = (page + C.K[-1]).to(raw.key.dtype) + token * C.D
+                    v = (page + C.V[-1]).to(raw.key.dtype) + token * C.D
                     seen, valid = ~at_full_precision(s[:, None], seen_from[None], C), s >= 0
                     state = _add_raw(state, whole, k, v, valid, seen, s, t, slope, scale, C, RULES)
         else:
@@ -231,8 +231,10 @@ def _combine(
 
 
 def _num_warps(constants: PageConstants, columns: int) -> int:
-    """Two, or four where two would not have registers enough."""
-    return 2 if constants.DP * max(2, constants.K_BITS) * columns <= 2048 else 4
+    """Two, or four or eight where fewer would not have registers enough."""
+    if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
+        return 2
+    return 8 if constants.TWO_LEVEL and constants.DP > 128 else 4
 
 
 def decode(

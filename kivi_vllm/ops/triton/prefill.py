@@ -131,9 +131,9 @@ def _prefill(
                 state = _add(state, p, m, alpha, values_of(page, half, C).to(T))
             else:
                 at = (half * STEP + tl.arange(0, STEP))[:, None] * C.D + d
-                k = tl.load((page + C.K[2]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
+                k = tl.load((page + C.K[-1]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
                 p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
-                v = tl.load((page + C.V[2]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
+                v = tl.load((page + C.V[-1]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
                 state = _add(state, p, m, alpha, v)
         if C.RUN > 0:  # noqa: SIM102 - known when it is compiled
             if oldest < last_seen:  # there are pages

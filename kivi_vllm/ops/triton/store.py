@@ -1,8 +1,8 @@
 """Storing: completed blocks are quantized into pages, the step's last tokens go into the ring.
 
 Two launches a layer, before and after attention (`reference` says why). A program of
-`_store_blocks` makes one part of one block of one kv head: some groups of K, some of V,
-the tokens that one tail keeps, or the sinks.
+`_store_blocks` makes one part of one block of one kv head: some of K, some of V, the tokens that
+one tail keeps, or the sinks. Under recipe "best", K's parts are channels, and V is one part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.ops.step import DeviceStep, LayerCache
-from kivi_vllm.ops.triton.codec import codes, quantize, rotate
+from kivi_vllm.ops.triton.codec import (
+    codes,
+    encode_keys,
+    encode_values,
+    gaussian,
+    in_steps,
+    mean_of,
+    placed,
+    quantize,
+    rotate,
+)
 from kivi_vllm.ops.triton.codes import key_tokens, store_keys, store_values, tokens_of
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.tokens import (
@@ -20,6 +30,7 @@ from kivi_vllm.ops.triton.tokens import (
     find_row,
     raw_arguments,
     raw_bases,
+    ring_entry,
     row_of,
     sinks_page,
     tail_page,
@@ -27,42 +38,96 @@ from kivi_vllm.ops.triton.tokens import (
 
 
 @triton.jit
-def _store_k(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Part `part` of a page's K, at addresses `bases` [TOKENS]; run `run` of WIDTH channels."""
+def _half_field(page, FIELD: tl.constexpr):
+    return (page + FIELD).to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def _paper_k(page, bases, part, C: tl.constexpr, TOKENS: tl.constexpr):
+    """Part `part` of a page's K, at addresses `bases` [TOKENS]."""
     GROUPS: tl.constexpr = TOKENS // C.G
+    d = tl.arange(0, C.DP)
+    live = d < C.D
+    x = tl.load(bases[:, None] + d[None], mask=live[None], other=0).to(tl.float32)
+    x = tl.reshape(x, (GROUPS, C.G, C.DP))
+    scale, zero = quantize(x, 1, C.K_BITS)  # [GROUPS, DP]
+    at = (part * GROUPS + tl.arange(0, GROUPS))[:, None] * C.D + d[None]
+    tl.store(_half_field(page, C.K[0]) + at, scale, mask=live[None])
+    tl.store(_half_field(page, C.K[1]) + at, zero, mask=live[None])
+    c = tl.reshape(codes(x, scale[:, None], zero[:, None], C.K_BITS), (TOKENS, C.DP))
+    store_keys(page + C.K[-1], c, part, d, live, C.K_BITS, C.D)
+
+
+@triton.jit
+def _paper_v(page, bases, run, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Run `run` of the channels of a page's V, at addresses `bases` [128]; likewise."""
+    GROUPS: tl.constexpr = WIDTH // C.G
+    channel = run * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(bases[None] + channel[:, None]).to(tl.float32)
+    x = tl.reshape(x, (GROUPS, C.G, B))
+    scale, zero = quantize(x, 1, C.V_BITS)  # [GROUPS, 128]
+    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + tl.arange(0, B)[None]
+    tl.store(_half_field(page, C.V[0]) + at, scale)
+    tl.store(_half_field(page, C.V[1]) + at, zero)
+    c = tl.reshape(codes(x, scale[:, None], zero[:, None], C.V_BITS), (WIDTH, B))
+    store_values(page + C.V[-1], c, 0, run, C.V_BITS, C.D)
+
+
+@triton.jit
+def _best_k(page, bases, run, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Run `run` of the channels of a page's K, at addresses `bases` [128]."""
+    GROUPS: tl.constexpr = B // C.G
     d = run * WIDTH + tl.arange(0, WIDTH)
     live = d < C.D
     # `fit` has much to do for every group, so a thread should have few of them, not the eight
     # of as many neighbours: told that they are none, the compiler deals the channels out singly.
-    own = tl.max_contiguous(d, 1) if C.CLIP else d
+    own = tl.max_contiguous(d, 1)
     x = tl.load(bases[:, None] + own[None], mask=live[None], other=0).to(tl.float32)
-    x = tl.reshape(x, (GROUPS, C.G, WIDTH))
-    scale, zero = quantize(x, 1, C.K_BITS, C.CLIP)  # [GROUPS, WIDTH]
-    at = (part * GROUPS + tl.arange(0, GROUPS))[:, None] * C.D + d[None]
-    tl.store((page + C.K[0]).to(tl.pointer_type(tl.float16)) + at, scale, mask=live[None])
-    tl.store((page + C.K[1]).to(tl.pointer_type(tl.float16)) + at, zero, mask=live[None])
-    c = codes(x, scale[:, None], zero[:, None], C.K_BITS)
-    c = tl.reshape(c, (TOKENS, WIDTH))
-    store_keys(page + C.K[2], c, part, d, live, C.K_BITS, C.D)
+    c, low, step, ranges = encode_keys(tl.reshape(x, (GROUPS, C.G, WIDTH)), C.K_BITS)
+    tl.store(_half_field(page, C.K[0]) + d, low, mask=live)
+    tl.store(_half_field(page, C.K[1]) + d, step, mask=live)
+    at = tl.arange(0, GROUPS)[:, None] * C.D + d[None]
+    tl.store(page + C.K[2] + at, ranges.to(tl.uint8), mask=live[None])
+    c = tl.reshape(c, (B, WIDTH))
+    store_keys(page + C.K[-1], c, 0, d, live, C.K_BITS, C.D)
 
 
 @triton.jit
-def _store_v(page, bases, part, run, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Part `part` (`tokens_of`) of a page's V, at addresses `bases` [TOKENS]; likewise."""
-    GROUPS: tl.constexpr = WIDTH // C.G
-    channel = run * WIDTH + tl.arange(0, WIDTH)
-    x = tl.load(bases[None] + channel[:, None]).to(tl.float32)
-    if C.RUN > 0:
-        x = rotate(x, C.RUN, TOKENS, False)
-    x = tl.reshape(x, (GROUPS, C.G, TOKENS))
-    scale, zero = quantize(x, 1, C.V_BITS, C.CLIP)  # [GROUPS, TOKENS]
-    token = tokens_of(part, C.V_BITS, TOKENS)
-    at = (run * GROUPS + tl.arange(0, GROUPS))[:, None] * B + token[None]
-    tl.store((page + C.V[0]).to(tl.pointer_type(tl.float16)) + at, scale)
-    tl.store((page + C.V[1]).to(tl.pointer_type(tl.float16)) + at, zero)
-    c = codes(x, scale[:, None], zero[:, None], C.V_BITS)
-    c = tl.reshape(c, (WIDTH, TOKENS))
-    store_values(page + C.V[2], c, part, run, C.V_BITS)
+def _rotated(start, part, row, q0, a, head, raw, C: tl.constexpr, TOKENS: tl.constexpr):
+    """The tokens `tokens_of(part)` of the block from position `start` on: [DP, TOKENS], rotated."""
+    s = start + tokens_of(part, C.V_BITS, TOKENS)
+    bases = raw_bases(s, True, row, q0, a, head, raw, C, 0)[1]
+    d = tl.arange(0, C.DP)[:, None]
+    x = tl.load(bases[None] + d, mask=d < C.D, other=0).to(tl.float32)
+    return rotate(x, C.RUN, TOKENS, False)
+
+
+@triton.jit
+def _best_v(page, start, row, q0, a, head, raw, C: tl.constexpr, TOKENS: tl.constexpr):
+    """A page's V, TOKENS at a time: the mean of all comes first, then codes."""
+    PARTS: tl.constexpr = B // TOKENS
+    d = tl.arange(0, C.DP)
+    live = d < C.D
+    sinks = tl.where(start == 0, C.SINKS, 0)
+    total = tl.zeros((C.DP,), tl.float32)
+    for part in range(PARTS):
+        x = _rotated(start, part, row, q0, a, head, raw, C, TOKENS)
+        u, _, good, _ = in_steps(x)
+        counted = tokens_of(part, C.V_BITS, TOKENS) >= sinks
+        y = placed(u, gaussian(u, good, C.V_BITS, C.D)[1])
+        total += tl.sum(tl.where(counted[None], y, 0.0), 1)
+    mean, smaller = mean_of(total, -(sinks - B).to(tl.float32), C.V_BITS, C.D)
+    tl.store(_half_field(page, C.V[0]) + d, mean, mask=live)
+    for part in range(PARTS):
+        x = _rotated(start, part, row, q0, a, head, raw, C, TOKENS)
+        c, scale = encode_values(x, mean, smaller, live[:, None], C.V_BITS, C.D)
+        token = tokens_of(part, C.V_BITS, TOKENS)
+        tl.store(_half_field(page, C.V[1]) + token, scale)
+        store_values(page + C.V[-1], c, part, 0, C.V_BITS, C.D)
+    END: tl.constexpr = C.V[-1] + 16 * C.D * C.V_BITS
+    if END < C.BYTES:
+        at = END + tl.arange(0, B)
+        tl.store(page + at, tl.zeros((B,), tl.uint8), mask=at < C.BYTES)
 
 
 @triton.jit
@@ -118,20 +183,22 @@ def _store_blocks(
                 if C.SINKS > 0:  # no part in the ranges: the next ones stand in for them
                     s = tl.where(s < C.SINKS, s + C.SINKS, s)
                 k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
-                if C.PACKED:
-                    _store_k(page, k_at, part, run, C, K[0], K[1])
+                if C.TWO_LEVEL:
+                    _best_k(page, k_at, run, C, K[1])
+                elif C.PACKED:
+                    _paper_k(page, k_at, part, C, K[0])
                 else:
-                    to = (page + C.K[2]).to(raw.key.dtype) + part * K[0] * C.D
+                    to = (page + C.K[-1]).to(raw.key.dtype) + part * K[0] * C.D
                     _copy(to, C.D, k_at, K[0], C, K[0])
+            elif C.TWO_LEVEL:
+                _best_v(page, block * B, row, q0, a, head, raw, C, V[0])
             else:
-                part -= PARTS[0]
-                run, part = part // (B // V[0]), part % (B // V[0])
-                position = block * B + tokens_of(part, C.V_BITS, V[0])
+                position = block * B + tl.arange(0, B)
                 v_at = raw_bases(position, True, row, q0, a, head, raw, C, 0)[1]
                 if C.PACKED:
-                    _store_v(page, v_at, part, run, C, V[0], V[1])
+                    _paper_v(page, v_at, part - PARTS[0], C, V[1])
                 else:
-                    _copy((page + C.V[2]).to(raw.key.dtype), C.D, v_at, B, C, B)
+                    _copy((page + C.V[-1]).to(raw.key.dtype), C.D, v_at, B, C, B)
         elif part < PARTS[0] + PARTS[1] + PARTS[2]:
             if R > 0:
                 i = part - PARTS[0] - PARTS[1]
@@ -164,8 +231,8 @@ def _store_ring(
     s = a + i
     needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `residual.ring_start`
     if (s < b) & (s >= needed):
-        page = tl.load(raw.table + row * raw.table_row + s // C.RAW).to(tl.int64)
-        to = raw.ring + page * raw.page_stride + s % C.RAW * raw.token_stride
+        page = tl.load(raw.table + row * raw.table_row + ring_entry(s, C)).to(tl.int64)
+        to = raw.ring + page * raw.page_stride + s % B % C.RAW * raw.token_stride
         token = (q0 + i).to(tl.int64)
         h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
         mask = (h < num_heads) & (d < C.D)
@@ -178,13 +245,12 @@ def _store_ring(
 
 
 def _parts(c: PageConstants) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(tokens, channels) of K and of V that a program of `_store_blocks` takes."""
+    """(tokens, channels) of K and of V that a program of `_store_blocks` takes; V's at a time."""
     if not c.PACKED:
         return (32, c.DP), (B.value, c.DP)
-    k_tokens, v_width = max(c.G, key_tokens(c.K_BITS)), max(c.G, c.RUN)
-    if c.CLIP or c.RUN:  # more is done with every number: so many numbers fit the registers
-        return (k_tokens, min(c.DP, 4096 // k_tokens)), (min(B.value, 4096 // v_width), v_width)
-    return (k_tokens, c.DP), (B.value, v_width)
+    if c.TWO_LEVEL:  # more is done with every number: so many numbers fit the registers
+        return (B.value, 4096 // B.value), (4096 // c.DP, c.DP)
+    return (max(c.G, key_tokens(c.K_BITS)), c.DP), (B.value, c.G)
 
 
 def store_blocks(
@@ -196,7 +262,7 @@ def store_blocks(
     """
     fmt, constants = cache.fmt, page_constants(cache.fmt)
     k, v = _parts(constants)
-    parts = [B.value // tokens * -(-fmt.head_size // width) for tokens, width in (k, v)]
+    parts = [B.value // k[0] * -(-fmt.head_size // k[1]), -(-fmt.head_size // v[1])]
     parts.append(len(cache.tails))
     slots = step.num_tokens // B.value + step.num_reqs
     _store_blocks[(slots, cache.pages.shape[1], sum(parts) + (fmt.sink_tokens > 0))](

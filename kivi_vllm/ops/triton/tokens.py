@@ -134,6 +134,13 @@ def at_full_precision(s, seen_from, C: tl.constexpr):
 
 
 @triton.jit
+def ring_entry(s, C: tl.constexpr):
+    """`residual.ring_entry`."""
+    PAGES: tl.constexpr = (B + C.RAW - 1) // C.RAW
+    return s // B * PAGES + s % B // C.RAW
+
+
+@triton.jit
 def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr):
     """Addresses of K and V of the full-precision tokens at positions s [n].
 
@@ -142,10 +149,10 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
     """
     own = s >= a
     token = (q0 + s - a).to(tl.int64)
-    where = raw.table + row * raw.table_row + s // C.RAW
+    where = raw.table + row * raw.table_row + ring_entry(s, C)
     page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
     at = raw.ring + page * raw.page_stride + head * raw.head_stride
-    at += s % C.RAW * raw.token_stride
+    at += s % B % C.RAW * raw.token_stride
     start = a // B * B
     old = valid & (s < start)
     if C.SINKS > 0:  # from their page, if they are in no tail

@@ -61,53 +61,92 @@ static INLINE void to_fixed(LOAD at, int n, float factor, int16_t *out) {
 #endif
 }
 
-// The parts of round(a[i] * b[i] / 2^15), which must lie in [-32640, 32639], of a row; n a multiple
-// of 32.
-static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int8_t *high) {
-  int8_t *low = high + 64;
+// Store the high and low parts of 16-bit numbers, which must lie in [-32640, 32639].
 #if defined(__AVX512F__)
+static INLINE void store_parts(__m512i x, __m512i y, int8_t *high) {
   const __m512i mask = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
-  for (int i = 0; i < n; i += 64, high += kSpan, low += kSpan) {
-    const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
-    __m512i y = _mm512_setzero_si512();
-    if (i + 32 < n)
-      y = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i + 32), _mm512_loadu_si512(b + i + 32));
-    _mm512_storeu_si512(low,
-                        _mm512_packus_epi16(_mm512_and_si512(x, mask), _mm512_and_si512(y, mask)));
-    _mm512_storeu_si512(high,
-                        _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(x, half), 8),
-                                           _mm512_srai_epi16(_mm512_add_epi16(y, half), 8)));
+  _mm512_storeu_si512(high + 64,
+                      _mm512_packus_epi16(_mm512_and_si512(x, mask), _mm512_and_si512(y, mask)));
+  _mm512_storeu_si512(high, _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(x, half), 8),
+                                               _mm512_srai_epi16(_mm512_add_epi16(y, half), 8)));
+}
+#elif defined(__AVX2__)
+static INLINE void store_parts(__m256i x, __m256i y, int8_t *high) {
+  const __m256i mask = _mm256_set1_epi16(255), half = _mm256_set1_epi16(128);
+  _mm256_storeu_si256((__m256i *)(high + 64),
+                      _mm256_packus_epi16(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask)));
+  _mm256_storeu_si256((__m256i *)high,
+                      _mm256_packs_epi16(_mm256_srai_epi16(_mm256_add_epi16(x, half), 8),
+                                         _mm256_srai_epi16(_mm256_add_epi16(y, half), 8)));
+}
+#else
+static INLINE void store_parts(int x, int8_t *high) {
+  high[0] = (int8_t)((x + 128) >> 8);
+  high[64] = (int8_t)(x & 255);
+}
+#endif
+
+// The parts of round(a[i] * b[k][i] / 2^15) of a row, for N factors b[k], which are `n` numbers
+// apart as their parts are APART bytes; n a multiple of 32.
+template <int N = 1, int APART = 0>
+static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int8_t *high) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < n; i += 64, high += kSpan) {
+    const bool two = i + 32 < n;
+    const __m512i u = _mm512_loadu_si512(a + i);
+    const __m512i v = two ? _mm512_loadu_si512(a + i + 32) : _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int k = 0; k < N; k++) {
+      const int16_t *c = b + k * n + i;
+      const __m512i x = _mm512_mulhrs_epi16(u, _mm512_loadu_si512(c));
+      const __m512i y = two ? _mm512_mulhrs_epi16(v, _mm512_loadu_si512(c + 32)) : v;
+      store_parts(x, y, high + k * APART);
+    }
   }
 #elif defined(__AVX2__)
-  const __m256i mask = _mm256_set1_epi16(255), half = _mm256_set1_epi16(128);
   for (int i = 0; i < n; i += 32) {
-    const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(a + i)),
-                                          _mm256_loadu_si256((const __m256i *)(b + i)));
-    const __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(a + i + 16)),
-                                          _mm256_loadu_si256((const __m256i *)(b + i + 16)));
-    const int at = i / 64 * kSpan + i % 64;
-    _mm256_storeu_si256((__m256i *)(low + at), _mm256_packus_epi16(_mm256_and_si256(x, mask),
-                                                                  _mm256_and_si256(y, mask)));
-    _mm256_storeu_si256((__m256i *)(high + at), _mm256_packs_epi16(
-                                                       _mm256_srai_epi16(_mm256_add_epi16(x, half), 8),
-                                                       _mm256_srai_epi16(_mm256_add_epi16(y, half), 8)));
+    const __m256i u = _mm256_loadu_si256((const __m256i *)(a + i));
+    const __m256i v = _mm256_loadu_si256((const __m256i *)(a + i + 16));
+#pragma GCC unroll 2
+    for (int k = 0; k < N; k++) {
+      const int16_t *c = b + k * n + i;
+      const __m256i x = _mm256_mulhrs_epi16(u, _mm256_loadu_si256((const __m256i *)c));
+      const __m256i y = _mm256_mulhrs_epi16(v, _mm256_loadu_si256((const __m256i *)(c + 16)));
+      store_parts(x, y, high + i / 64 * kSpan + i % 64 + k * APART);
+    }
   }
 #else
-  for (int i = 0; i < n; i++) {
-    const int x = ((int)a[i] * b[i] + (1 << 14)) >> 15;
-    high[i / 64 * kSpan + i % 64] = (int8_t)((x + 128) >> 8);
-    low[i / 64 * kSpan + i % 64] = (int8_t)(x & 255);
+  for (int k = 0; k < N; k++)
+    for (int i = 0; i < n; i++)
+      store_parts(((int)a[i] * b[k * n + i] + (1 << 14)) >> 15,
+                  high + i / 64 * kSpan + i % 64 + k * APART);
+#endif
+}
+
+// The parts of x, of which all lie in [-32640, 32639]; n a multiple of 64.
+static INLINE void split(const int16_t *x, int n, int8_t *high) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < n; i += 64, high += kSpan)
+    store_parts(_mm512_loadu_si512(x + i), _mm512_loadu_si512(x + i + 32), high);
+#elif defined(__AVX2__)
+  for (int i = 0; i < n; i += 32) {
+    const int at = i / 64 * kSpan + i % 64;
+    store_parts(_mm256_loadu_si256((const __m256i *)(x + i)),
+                _mm256_loadu_si256((const __m256i *)(x + i + 16)), high + at);
   }
+#else
+  for (int i = 0; i < n; i++) store_parts(x[i], high + i / 64 * kSpan + i % 64);
 #endif
 }
 
 // ------------------------------------------------------------- dot products
 //
-// dot<R>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for a tile, high and
-// low joined. `runs` is the tile, a Codes::Keys or Values. (Codes of slot 1 are as Run::read gives
-// them: multiplied.)
+// dot<R, AHEAD, APART>: out[r][0..31] = sum over the numbers n of parts[r][n] * code[n][lane] for a
+// tile, high and low joined. `runs` is the tile, a Codes::Keys or Values. (Codes of slot 1 are as
+// Run::read gives them: multiplied.) The parts for slot 1 lie APART bytes after those for slot 0.
 
-// The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes.
+// The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes, as
+// many as make a page (kLines of its two sides).
 // (Fetching fewer lines at a time, between the other steps too, was slower.)
 struct Stream {
   const char *at;
@@ -134,7 +173,7 @@ static INLINE __m512i dp(__m512i sum, __m512i codes, const int8_t *part) {
 template <int R>
 constexpr int kSets = R <= 2 ? 2 : 1;
 
-template <int R, int AHEAD, class RUN>
+template <int R, int AHEAD, int APART, class RUN>
 static INLINE void dot_run(const RUN &run, const int8_t *parts, __m512i (*sums)[2 * R][2],
                            Stream &stream) {
   for (int base = 0; base < run.quads; base += kChunk, parts += kSpan) {
@@ -152,14 +191,14 @@ static INLINE void dot_run(const RUN &run, const int8_t *parts, __m512i (*sums)[
 #pragma GCC unroll 8
         for (int r = 0; r < 2 * R; r++) {
           set[r][0] = dp(set[r][0], c0, p + r * 64 + k * 16);
-          set[r][1] = dp(set[r][1], c1, p + r * 64 + k * 16);
+          set[r][1] = dp(set[r][1], c1, p + r * 64 + k * 16 + APART);
         }
       }
     }
   }
 }
 
-template <int R, int AHEAD, class RUNS>
+template <int R, int AHEAD, int APART, class RUNS>
 static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   __m512i sums[kSets<R>][2 * R][2];
 #pragma GCC unroll 2
@@ -167,7 +206,7 @@ static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Strea
 #pragma GCC unroll 8
     for (int r = 0; r < 2 * R; r++) sums[k][r][0] = sums[k][r][1] = _mm512_setzero_si512();
   runs([&](auto run) __attribute__((always_inline)) {
-    dot_run<R, AHEAD>(run, parts + quad_offset(run.first), sums, stream);
+    dot_run<R, AHEAD, APART>(run, parts + quad_offset(run.first), sums, stream);
   });
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
@@ -189,7 +228,7 @@ constexpr int kShort = 8;
 static_assert(kShort == kChunk);
 
 // R query rows and one half of the lanes: sums[r][slot] += 256 * high + low.
-template <int R, int AHEAD, class RUN>
+template <int R, int AHEAD, int APART, class RUN>
 static INLINE void dot_run(RUN run, const int8_t *parts, __m256i (*sums)[2], Stream &stream) {
   for (int base = 0; base < run.quads; base += kShort, run.vectors += kShort * 64) {
     const int8_t *p = parts + quad_offset(base);
@@ -204,11 +243,13 @@ static INLINE void dot_run(RUN run, const int8_t *parts, __m256i (*sums)[2], Str
         const __m256i c0 = (__m256i)slot[0], c1 = (__m256i)slot[1];
 #pragma GCC unroll 4
         for (int r = 0; r < 2 * R; r++) {
-          int four;
-          __builtin_memcpy(&four, p + r * 64 + k * 16, 4);
-          const __m256i b = _mm256_set1_epi32(four);
-          s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(c0, b));
-          s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(c1, b));
+          const auto four = [&](int apart) __attribute__((always_inline)) {
+            int x;
+            __builtin_memcpy(&x, p + r * 64 + k * 16 + apart, 4);
+            return _mm256_set1_epi32(x);
+          };
+          s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(c0, four(0)));
+          s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(c1, four(APART)));
         }
       }
 #pragma GCC unroll 2
@@ -221,13 +262,13 @@ static INLINE void dot_run(RUN run, const int8_t *parts, __m256i (*sums)[2], Str
   }
 }
 
-template <int R, int AHEAD, class RUNS>
+template <int R, int AHEAD, int APART, class RUNS>
 static INLINE void dot_rows(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   for (int lanes = 0; lanes < 2; lanes++) {
     __m256i sums[R][2] = {};
     runs([&](auto run) __attribute__((always_inline)) {
       run.vectors += 32 * lanes;
-      dot_run<R, AHEAD>(run, parts + quad_offset(run.first), sums, stream);
+      dot_run<R, AHEAD, APART>(run, parts + quad_offset(run.first), sums, stream);
     });
     for (int r = 0; r < R; r++)
       for (int i = 0; i < 2; i++)
@@ -236,15 +277,15 @@ static INLINE void dot_rows(RUNS runs, const int8_t *parts, int32_t (*out)[32], 
 }
 
 // Two rows together: more sums than that do not fit the registers.
-template <int R, int AHEAD, class RUNS>
+template <int R, int AHEAD, int APART, class RUNS>
 static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
-  if constexpr (R > 2) dot_rows<R - 2, 0>(runs, parts + 256, out + 2, stream);
-  dot_rows<R == 1 ? 1 : 2, AHEAD>(runs, parts, out, stream);
+  if constexpr (R > 2) dot_rows<R - 2, 0, APART>(runs, parts + 256, out + 2, stream);
+  dot_rows<R == 1 ? 1 : 2, AHEAD, APART>(runs, parts, out, stream);
 }
 
 #else
 
-template <int R, int AHEAD, class RUNS>
+template <int R, int AHEAD, int APART, class RUNS>
 static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &) {
   for (int r = 0; r < R; r++) {
     int32_t sums[2][2][16] = {};  // [high, low][slot][lane]
@@ -257,7 +298,7 @@ static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Strea
               vc slot[2];
               run.read((q * 16 + lane) * 4 + j, slot);
               sums[p][0][lane] += slot[0] * four[j];
-              sums[p][1][lane] += slot[1] * four[j];
+              sums[p][1][lane] += slot[1] * four[j + APART];
             }
         }
     });

@@ -39,7 +39,7 @@ static INLINE void unpack_codes(const RUN &run, int span, uint8_t (*out)[16][64]
   }
 }
 
-template <int R, int AHEAD, class RUNS>
+template <int R, int AHEAD, int APART, class RUNS>
 static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Stream &stream) {
   alignas(64) uint8_t unpacked[2][16][64];
   alignas(64) int32_t sums[2][16][16];
@@ -52,6 +52,7 @@ static INLINE void dot(RUNS runs, const int8_t *parts, int32_t (*out)[32], Strea
       tile_load_b(3, unpacked[0]);
       tile_multiply(0, 2, 3);
       tile_load_b(4, unpacked[1]);
+      if (APART) tile_load_a(2, parts + span * kSpan + APART);
       tile_multiply(1, 2, 4);
     }
   });

@@ -12,6 +12,8 @@ namespace KIVI_ISA {
 #include "codes.h"
 #include "dot.h"
 #include "prepare.h"
+#include "paper.h"
+#include "two_level.h"
 #include "source.h"
 #include "page.h"
 #include "raw.h"
@@ -85,10 +87,10 @@ static void attend(const KiviCall &c, const Unit &u, uint8_t *scratch) {
   }
   __builtin_memset(s.acc, 0, sizeof(float) * q.rows * d);
   if (u.block_lo < u.block_hi) {
-    with_codes(c, [&](auto k, auto v) {
-      attend_pages<decltype(k), decltype(v)>(c, u, q, s.page, state);
+    with_codes(c, [&](auto k, auto v, auto two_level) {
+      attend_pages<decltype(k), decltype(v), two_level.value>(c, u, q, s.page, state);
     });
-    if (c.rotate_values) rotate_back(s.acc, q.rows, (int)d);
+    if (c.two_level) rotate_back(s.acc, q.rows, (int)d);
   }
   if (q.window || q.slopes) {  // positions count
     attend_raw(c, u, 0, u.sink_lo, u.sink_hi, q, s.raw, state);

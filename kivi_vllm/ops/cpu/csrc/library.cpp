@@ -114,7 +114,7 @@ bool raw_within(const KiviRaw &raw, int64_t row, int64_t first, int64_t end) {
 // The ring's pages of positions [first, end).
 bool ring_within(const KiviCall &c, int64_t row, int64_t first, int64_t end) {
   return first >= end ||
-         raw_within(c.ring, row, first / c.raw_tokens, (end + c.raw_tokens - 1) / c.raw_tokens);
+         raw_within(c.ring, row, ring_entry(c, first), ring_entry(c, end - 1) + 1);
 }
 
 // The first of the row's tokens that a later step may need from the ring (residual.ring_start).
@@ -266,8 +266,8 @@ int kivi_store_ring(const KiviCall *call) {
     const KiviRow &row = c.rows[i];
     for (int64_t s = ring_written_from(c, row); s < row.b; s++) {
       const int64_t token = row.q0 + s - row.a;
-      const int64_t id = c.ring.table[row.index * c.ring.table_stride + s / c.raw_tokens];
-      uint8_t *to = c.ring.data + id * c.ring.block_stride + s % c.raw_tokens * c.ring.token_stride;
+      const int64_t id = c.ring.table[row.index * c.ring.table_stride + ring_entry(c, s)];
+      uint8_t *to = c.ring.data + id * c.ring.block_stride + ring_slot(c, s) * c.ring.token_stride;
       const uint8_t *k = c.key.data + token * c.key.token_stride;
       const uint8_t *v = c.value.data + token * c.value.token_stride;
       for (int64_t h = 0; h < c.num_kv_heads; h++) {

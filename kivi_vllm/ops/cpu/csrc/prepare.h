@@ -1,9 +1,8 @@
-// The state of a unit's query rows, and a page's scales made ready for them.
+// The state of a unit's query rows, and what a page's scales are made ready in.
 
-constexpr int kMaxHead = 256;
-constexpr int kKGroups = kBlock / 32;      // at most
+constexpr int kKGroups = kBlock / 16;      // at most
 constexpr int kVGroups = kMaxHead / 32;    // at most
-constexpr float kTop = 32600.0f;           // of scales in fixed point, see multiply_split
+constexpr float kTop = 32600.0f;           // of what is to be split in parts
 
 // The online softmax of the rows of a unit.
 struct State {
@@ -35,11 +34,22 @@ struct Queries {
   int64_t position(int row) const { return start + row / heads; }
 };
 
-// A page's scales, ready for any number of rows.
-struct Prepared {
-  alignas(64) float v_norm[kBlock];  // each token's largest scale
-  int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
+// Work space of a page.
+struct PageScratch {
+  // Of a page's scales, for any number of rows: see paper.h and two_level.h.
+  alignas(64) float v_norm[kBlock];
+  alignas(64) uint8_t k_zeros[kKGroups * kMaxHead];
+  int16_t k_step[kMaxHead], k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
   float k_factor[kKGroups];
+  // Of the rows.
+  alignas(64) int8_t parts[2][kMaxHead / 64 * kSpan];  // of q times a group's scales, then of p
+  alignas(64) float scores[kRows][kBlock], products[kRows][kBlock];  // products: with v_norm
+  int16_t p_fixed[kRows][kBlock];
+  float product_sum[kRows], product_unit[kRows], weight[kRows];  // see attend_page
+  float sums[kVGroups * kRows];
+  int32_t dots[kRows][32];
+  // Of the unit: see balance_queries.
+  float balance[kMaxHead], unbalance[kMaxHead];
 };
 
 // Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST together, until all are done.
@@ -52,9 +62,9 @@ static INLINE void for_groups(int groups, F f) {
   for (; g < groups; g++) f(g, Constant<1>());
 }
 
-// Scales of keys [groups][n], times `balance` [n], to fixed point, each group with its own unit.
-static INLINE void prepare_keys(const uint16_t *scale, const float *balance, int groups, int n,
-                                int16_t *fixed, float *factor) {
+// Scales [groups][n], times `balance` [n], to fixed point, each group with its own unit.
+static INLINE void to_fixed_each(const uint16_t *scale, const float *balance, int groups, int n,
+                                 int16_t *fixed, float *factor) {
   alignas(64) float x[kKGroups * kMaxHead];
   for_groups<4>(groups, [&](int g0, auto count) __attribute__((always_inline)) {
     constexpr int G = count.value;
@@ -78,70 +88,41 @@ static INLINE void prepare_keys(const uint16_t *scale, const float *balance, int
   });
 }
 
-// Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
-// into the probability: attention rests on tokens with small values (sinks), and the bits of the
-// others' probabilities would be lost if they were relative to a sink's.
-static INLINE void prepare_values(const uint16_t *scale, int groups, int16_t *fixed, float *norm) {
-  alignas(64) uint16_t most[kBlock] = {};
-  for (int g = 0; g < groups; g++)
-    for (int i = 0; i < kBlock; i++) {  // not negative, so as bits they order like integers
-      const uint16_t x = scale[g * kBlock + i];
-      most[i] = most[i] < x ? x : most[i];
+// sums[g][r] = dot(x[r], halves[g]) for G groups of n; rows of x are `stride` apart.
+template <int R, int G>
+static INLINE void dot_halves(const uint16_t *halves, const float *x, int stride, int n,
+                              float *sums) {
+  vf s[G * R];
+#pragma GCC unroll 32
+  for (int k = 0; k < G * R; k++) s[k] = vf{};
+  for (int i = 0; i < n; i += W) {
+    vf y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) y[r] = load(x + r * stride + i);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const vf z = load_half(halves + g * n + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) s[g * R + r] += z * y[r];
     }
-  alignas(64) float inverse[kBlock];
-  for (int i = 0; i < kBlock; i += W) {
-    const vf n = vmax(all(5.9604645e-8f), load_half(most + i));
-    store(norm + i, n);
-    store(inverse + i, reciprocal(n));
   }
-  for (int g = 0; g < groups; g++, scale += kBlock, fixed += kBlock)
-    to_fixed([&](int i) __attribute__((always_inline)) {
-      return load_half(scale + i) * load(inverse + i);
-    }, kBlock, kTop, fixed);
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) sum_each<R>(s + g * R, sums + g * kRows);
 }
 
-// Byte offsets of a page's fields, as in format.py.
-struct Layout {
-  int k_groups, v_groups, head_size;
-  int group_tiles;  // tiles of 32 tokens, or channels, in a group
-  int k_scale, k_zero, k_codes, v_scale, v_zero, v_codes;
-  explicit Layout(const KiviCall &c) {
-    const int d = (int)c.head_size, g = (int)c.group_size;
-    head_size = d;
-    k_groups = kBlock / g;
-    v_groups = d / g;
-    group_tiles = g / 32;
-    k_scale = 0;
-    k_zero = k_scale + 2 * k_groups * d;
-    k_codes = k_zero + 2 * k_groups * d;
-    v_scale = k_codes + code_bytes(c.k_bits, d);
-    v_zero = v_scale + 2 * v_groups * kBlock;
-    v_codes = v_zero + 2 * v_groups * kBlock;
-  }
-};
-
-static INLINE void prepare_page(const uint8_t *page, const float *balance, const Layout &at,
-                                Prepared &p) {
-  const auto halves = [&](int offset) { return (const uint16_t *)(page + offset); };
-  prepare_keys(halves(at.k_scale), balance, at.k_groups, at.head_size, p.k_fixed, p.k_factor);
-  prepare_values(halves(at.v_scale), at.v_groups, p.v_fixed, p.v_norm);
+// W dot products of a tile, from `i` on, times `unit`.
+template <class CODES>
+static INLINE vf scaled(const int32_t *dots, int i, float unit) {
+  return load_ints(dots + i) * (i < 16 ? unit : unit * (1.0f / CODES::slot1));
 }
 
 // Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
 // times 16 bits of query would be spent on the products of large scales with large queries, which
-// need not meet: so each scale is divided by its channel's largest on the request's first page, and
-// the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
-static void balance_queries(const uint8_t *page, const Layout &at, Queries &q, float *balance,
-                            float *scratch) {
-  const int d = at.head_size;
-  const uint16_t *scale = (const uint16_t *)(page + at.k_scale);
+// need not meet: so each scale is divided by its channel's largest on the request's first page
+// (`scratch`), and the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
+static void balance_queries(int d, Queries &q, float *balance, float *scratch) {
   vf m = {};
-  for (int i = 0; i < d; i += W) {
-    vf most = load_half(scale + i);
-    for (int g = 1; g < at.k_groups; g++) most = vmax(most, load_half(scale + g * d + i));
-    store(scratch + i, most);
-    m = vmax(m, most);
-  }
+  for (int i = 0; i < d; i += W) m = vmax(m, load(scratch + i));
   const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
   for (int i = 0; i < d; i += W) store(scratch + i, vmax(load(scratch + i), all(least)));
   for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));

@@ -42,9 +42,9 @@ static INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 static INLINE vf load_ints(const int32_t *p) { return to_float(*(const vi_mem *)p); }
 
 template <class T>
-static INLINE T min_of(T a, T b) { return b < a ? b : a; }
+static INLINE constexpr T min_of(T a, T b) { return b < a ? b : a; }
 template <class T>
-static INLINE T max_of(T a, T b) { return a < b ? b : a; }
+static INLINE constexpr T max_of(T a, T b) { return a < b ? b : a; }
 
 // If one of them is NaN, the second.
 static INLINE vf vmax(vf a, vf b) {

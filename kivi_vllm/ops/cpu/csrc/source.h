@@ -42,8 +42,8 @@ struct Source {
               c.key.token_stride, c.value.token_stride, row.b - s};
     }
     if (s >= block_start) {
-      const int64_t slot = s % c.raw_tokens;
-      const uint8_t *k = token(c.ring, row.index, s / c.raw_tokens, head, slot);
+      const int64_t slot = ring_slot(c, s);
+      const uint8_t *k = token(c.ring, row.index, ring_entry(c, s), head, slot);
       return {k, k + bytes, c.ring.token_stride, c.ring.token_stride,
               min_of(c.raw_tokens - slot, row.a - s)};
     }

@@ -5,8 +5,9 @@
 namespace kivi {
 
 constexpr int kBlock = 128;    // tokens of a page (BLOCK_SIZE)
+constexpr int kMaxHead = 256;  // channels of a head
 constexpr int kMaxRows = 128;  // query rows (tokens x heads) of a unit
-constexpr int kFitRounds = 2;  // FIT_ROUNDS of codec.py
+constexpr int kFitRounds = 2;  // FIT_ROUNDS of two_level.py
 constexpr int kKeys = 64;      // full-precision tokens of one step of the online softmax
 
 // A tile whose pages are shared out: `count` units from `first` on, of which `left` are not done.
@@ -48,6 +49,15 @@ static inline int64_t rows_of(const Unit &u) { return (u.end - u.start) * (u.g1 
 static inline int64_t partial_floats(const Unit &u, int64_t head_size) {
   return rows_of(u) * (head_size + 2);
 }
+
+// Bytes of a page whose fields end at `end`.
+static inline int padded_bytes(int end) { return (end + kBlock - 1) / kBlock * kBlock; }
+
+// Where a position lies in the ring: residual.ring_entry and ring_slot.
+static inline int64_t ring_entry(const KiviCall &c, int64_t s) {
+  return s / kBlock * ((kBlock + c.raw_tokens - 1) / c.raw_tokens) + s % kBlock / c.raw_tokens;
+}
+static inline int64_t ring_slot(const KiviCall &c, int64_t s) { return s % kBlock % c.raw_tokens; }
 
 // Whether pages hold tokens verbatim.
 static inline bool is_raw(const KiviCall &c) { return c.k_bits == KIVI_RAW_BITS; }

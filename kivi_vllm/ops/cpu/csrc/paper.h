@@ -1,0 +1,134 @@
+// A page of recipe "paper": fp16 scale and zero of every group of tokens of a channel of K, and of
+// every group of channels of a token of V.
+//
+// Keys: score(token) = sum_c q[c] (scale[c] code[c] + zero[c]), so the scales of a group are
+// multiplied into the query once for its tokens, the codes' part is an integer dot product, and
+// the zeros give one number per group. Values: out[c] = sum_t p[t] (scale[t] code[t] + zero[t]),
+// likewise with the probabilities in the query's place.
+
+// Byte offsets of a page's fields, as in format.py.
+struct PaperLayout {
+  int head_size, k_groups, v_groups;
+  int group_tiles;  // tiles of 32 tokens, or channels, in a group
+  int k_scale, k_zero, k_codes, v_scale, v_zero, v_codes;
+  explicit PaperLayout(const KiviCall &c) {
+    const int d = (int)c.head_size, g = (int)c.group_size;
+    head_size = d;
+    k_groups = kBlock / g;
+    v_groups = d / g;
+    group_tiles = g / 32;
+    k_scale = 0;
+    k_zero = k_scale + 2 * k_groups * d;
+    k_codes = k_zero + 2 * k_groups * d;
+    v_scale = k_codes + code_bytes(c.k_bits, d);
+    v_zero = v_scale + 2 * v_groups * kBlock;
+    v_codes = v_zero + 2 * v_groups * kBlock;
+  }
+};
+
+// Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
+// into the probability: attention rests on tokens with small values (sinks), and the bits of the
+// others' probabilities would be lost if they were relative to a sink's.
+static INLINE void prepare_values(const uint16_t *scale, int groups, int16_t *fixed, float *norm) {
+  alignas(64) uint16_t most[kBlock] = {};
+  for (int g = 0; g < groups; g++)
+    for (int i = 0; i < kBlock; i++) {  // not negative, so as bits they order like integers
+      const uint16_t x = scale[g * kBlock + i];
+      most[i] = most[i] < x ? x : most[i];
+    }
+  alignas(64) float inverse[kBlock];
+  for (int i = 0; i < kBlock; i += W) {
+    const vf n = vmax(all(5.9604645e-8f), load_half(most + i));
+    store(norm + i, n);
+    store(inverse + i, reciprocal(n));
+  }
+  for (int g = 0; g < groups; g++, scale += kBlock, fixed += kBlock)
+    to_fixed([&](int i) __attribute__((always_inline)) {
+      return load_half(scale + i) * load(inverse + i);
+    }, kBlock, kTop, fixed);
+}
+
+// As many groups together as there are registers for: one alone would wait for its own additions.
+template <int R>
+static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, int stride, int n,
+                             float *sums) {
+  constexpr int kMost = W == 16 && R <= 4 ? 4 : 2;
+  for_groups<kMost>(groups, [&](int g, auto count) __attribute__((always_inline)) {
+    dot_halves<R, count.value>((const uint16_t *)zeros + g * n, x, stride, n, sums + g * kRows);
+  });
+}
+
+template <class CODES>
+struct PaperKeys {
+  static constexpr int kLines = CODES::bits + 1;  // of a page, over its vectors of codes, times 4
+
+  // The largest scale of each channel.
+  static void largest_scales(const uint8_t *page, const PaperLayout &at, float *out) {
+    const uint16_t *scale = (const uint16_t *)(page + at.k_scale);
+    for (int i = 0; i < at.head_size; i += W) {
+      vf most = load_half(scale + i);
+      for (int g = 1; g < at.k_groups; g++)
+        most = vmax(most, load_half(scale + g * at.head_size + i));
+      store(out + i, most);
+    }
+  }
+
+  static void prepare(const uint8_t *page, const PaperLayout &at, PageScratch &s) {
+    to_fixed_each((const uint16_t *)(page + at.k_scale), s.balance, at.k_groups, at.head_size,
+                  s.k_fixed, s.k_factor);
+  }
+
+  // Scores of R rows, from row `r0` on.
+  template <int R, int AHEAD>
+  static void scores(const Queries &queries, int r0, const uint8_t *page, Stream &stream,
+                     const PaperLayout &at, PageScratch &s) {
+    const int d = at.head_size;
+    zero_sums<R>(page + at.k_zero, at.k_groups, queries.q + (int64_t)r0 * d, d, d, s.sums);
+    for (int g = 0, tile = 0; g < at.k_groups; g++) {
+      for (int r = 0; r < R; r++)
+        multiply_split(queries.fixed + (int64_t)(r0 + r) * d, s.k_fixed + g * d, d,
+                       s.parts[0] + 128 * r);
+      for (int end = tile + at.group_tiles; tile < end; tile++) {
+        dot<R, AHEAD, 0>(typename CODES::Keys(page + at.k_codes, d, tile), s.parts[0], s.dots,
+                         stream);
+        for (int r = 0; r < R; r++)
+          for (int i = 0; i < 32; i += W)
+            store(s.scores[r] + 32 * tile + i,
+                  scaled<CODES>(s.dots[r], i, queries.unit[r0 + r] * s.k_factor[g]) +
+                      s.sums[g * kRows + r]);
+      }
+    }
+  }
+};
+
+template <class CODES>
+struct PaperValues {
+  static constexpr int kLines = CODES::bits + 1;
+  static constexpr float kMostFixed = 32767.0f;  // of a probability, see multiply_split
+
+  static void prepare(const uint8_t *page, const PaperLayout &at, PageScratch &s) {
+    prepare_values((const uint16_t *)(page + at.v_scale), at.v_groups, s.v_fixed, s.v_norm);
+  }
+
+  // Add the page's values to the sums of R rows, from row `r0` on.
+  template <int R, int AHEAD>
+  static void add(int r0, const uint8_t *page, Stream &stream, const PaperLayout &at,
+                  PageScratch &s, State &state) {
+    zero_sums<R>(page + at.v_zero, at.v_groups, s.scores[0], kBlock, kBlock, s.sums);
+    for (int g = 0, tile = 0; g < at.v_groups; g++) {
+      for (int r = 0; r < R; r++)
+        multiply_split(s.p_fixed[r], s.v_fixed + g * kBlock, kBlock, s.parts[0] + 128 * r);
+      for (int end = tile + at.group_tiles; tile < end; tile++) {
+        dot<R, AHEAD, 0>(typename CODES::Values(page + at.v_codes, tile), s.parts[0], s.dots,
+                         stream);
+        for (int r = 0; r < R; r++) {
+          const float scale = s.weight[r] * s.product_unit[r] * (32768.0f / kTop);
+          const float zero = s.weight[r] * s.sums[g * kRows + r];
+          float *acc = state.acc + (int64_t)(r0 + r) * at.head_size + 32 * tile;
+          for (int i = 0; i < 32; i += W)
+            store(acc + i, scaled<CODES>(s.dots[r], i, scale) + (load(acc + i) + zero));
+        }
+      }
+    }
+  }
+};
