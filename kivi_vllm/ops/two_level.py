@@ -22,6 +22,9 @@ FIT_ROUNDS = 2
 LEVELS = 15
 """The largest scale and the largest zero of a group, in steps of its channel."""
 
+MOST_SCALE = 60000.0
+"""Of a key's range: rounded to steps, it still is a number in fp16, as kernels on GPUs take it."""
+
 MEAN_STEPS = 1024
 """Parts of a code in which `encode_values` places a value and the mean of its channel."""
 
@@ -100,7 +103,7 @@ def encode_keys(
     x = k.float().unflatten(-2, (-1, group_size))  # [..., groups, G, D]
     most, r = top(bits), zero_step(bits)
     scale, zero = (y.squeeze(-2) for y in fit(x, *span_of(x, bits, -2), bits, -2))
-    scale, zero = scale.clamp(max=FP16_MAX), zero.clamp(-FP16_MAX, FP16_MAX)
+    scale, zero = scale.clamp(max=MOST_SCALE), zero.clamp(-FP16_MAX, FP16_MAX)
     nan = (scale + zero).isnan().any(-2)
     low = zero.amin(-2).half()
     start = low.float().unsqueeze(-2)

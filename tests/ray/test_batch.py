@@ -57,7 +57,7 @@ def _one_engine() -> dict[str, str]:
     from vllm import SamplingParams
 
     settings = dict(SETTINGS, kv_cache_memory_bytes=MEMORY_MIB << 20, skip_tokenizer_init=False)
-    with engine(str(default_model()), "kivi2", additional_config=KIVI, **settings) as llm:
+    with engine(str(default_model()), "kivi_k3v2", additional_config=KIVI, **settings) as llm:
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
         found = llm.generate([row["prompt"] for row in ROWS], params, use_tqdm=False)
     return {row["id"]: one.outputs[0].text for row, one in zip(ROWS, found, strict=True)}

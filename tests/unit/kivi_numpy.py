@@ -94,7 +94,8 @@ def encode_keys(k: Floats, bits: int, g: int) -> tuple[Bytes, Halves, Halves, By
     most, r = 2**bits - 1, {2: 1, 3: 4, 4: 8}[bits]
     groups = k.reshape(TOKENS // g, g, -1)
     with np.errstate(all="ignore"):
-        scale, zero = (np.clip(x, -LARGEST, LARGEST) for x in fitted(groups, bits))
+        scale, zero = fitted(groups, bits)
+        scale, zero = np.minimum(scale, single(60000)), np.clip(zero, -LARGEST, LARGEST)
         lost = (np.isnan(scale) | np.isnan(zero)).any(0)
         low = to_half(zero.min(0))
         start = single(low)

@@ -153,7 +153,7 @@ def test_a_ring_is_as_large_as_its_block() -> None:
     for new in (2049, *[1] * 200):
         engine.step({"r": new})
         held.append(199 - engine.pool.get_num_free_blocks())
-    # 2,049 lies in the page from 2,040 on; six before the block's end at 2,176, one after it.
+    # 2,049 lies in the page from 2,048 on; six before the block's end at 2,176, one after it.
     assert held[0] == 1
     assert held[2176 - 2049] == 6
     assert held[2177 - 2049] == 1

@@ -18,6 +18,7 @@ FIT_STEPS: tl.constexpr = tl.constexpr(two_level.FIT_STEPS)
 FIT_ROUNDS: tl.constexpr = tl.constexpr(two_level.FIT_ROUNDS)
 LEVELS: tl.constexpr = tl.constexpr(two_level.LEVELS)
 LIMIT: tl.constexpr = tl.constexpr(two_level.LIMIT)
+MOST_SCALE: tl.constexpr = tl.constexpr(two_level.MOST_SCALE)
 MEAN_STEPS: tl.constexpr = tl.constexpr(two_level.MEAN_STEPS)
 MOMENT_STEPS: tl.constexpr = tl.constexpr(two_level.MOMENT_STEPS)
 SPARE_POWER: tl.constexpr = tl.constexpr(two_level.SPARE_POWER)
@@ -91,7 +92,8 @@ def encode_keys(x, BITS: tl.constexpr):
     R: tl.constexpr = zero_step(BITS)
     bad = tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
     scale, zero = _fit(x, BITS)
-    scale, zero = tl.minimum(scale, FP16_MAX), tl.minimum(tl.maximum(zero, -FP16_MAX), FP16_MAX)
+    scale = tl.minimum(scale, MOST_SCALE)
+    zero = tl.minimum(tl.maximum(zero, -FP16_MAX), FP16_MAX)
     low = tl.min(zero, 0).to(tl.float16)
     start = low.to(tl.float32)[None]
     step = _part_of(tl.max(scale, 0), LEVELS)

@@ -123,7 +123,8 @@ static INLINE void multiply_split(const int16_t *a, const int16_t *b, int n, int
 #endif
 }
 
-// The parts of x, of which all lie in [-32640, 32639]; n a multiple of 64.
+// The parts of x, of which all lie in [-32640, 32639]; n a multiple of 64. (Where a page's values are all
+// 0, x is -32768, and counts 0 times.)
 static INLINE void split(const int16_t *x, int n, int8_t *high) {
 #if defined(__AVX512F__)
   for (int i = 0; i < n; i += 64, high += kSpan)

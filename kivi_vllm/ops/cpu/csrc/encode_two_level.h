@@ -91,7 +91,7 @@ static void encode_keys(EncodeScratch &s, int d, int group, uint16_t *low, uint1
       const vf spread = either(to == from, vf{}, to - from);
       scale[g] = spread / top;
       fit(x, group, d, top, from, spread, &scale[g], &zero[g]);
-      scale[g] = vmin(scale[g], all(kMax));
+      scale[g] = vmin(scale[g], all(60000.0f));  // MOST_SCALE
       zero[g] = between(zero[g], kMax);
       least_zero = vmin(zero[g], least_zero);
       largest_scale = vmax(scale[g], largest_scale);

@@ -119,8 +119,7 @@ template <class KEYS, class VALUES, class LAYOUT>
 static void attend_pages_of(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
                             State &state) {
   const LAYOUT at(c);
-  KEYS::largest_scales(page_of(c, *u.row, u.kv_head, 0), at, s.unbalance);
-  balance_queries(at.head_size, queries, s.balance, s.unbalance);
+  KEYS::begin(page_of(c, *u.row, u.kv_head, 0), at, queries, s);
   // What comes after the last page: a page of full-precision tokens has the same size.
   const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;

@@ -62,15 +62,16 @@ template <class CODES>
 struct PaperKeys {
   static constexpr int kLines = CODES::bits + 1;  // of a page, over its vectors of codes, times 4
 
-  // The largest scale of each channel.
-  static void largest_scales(const uint8_t *page, const PaperLayout &at, float *out) {
+  // With the first page of a request.
+  static void begin(const uint8_t *page, const PaperLayout &at, Queries &q, PageScratch &s) {
     const uint16_t *scale = (const uint16_t *)(page + at.k_scale);
     for (int i = 0; i < at.head_size; i += W) {
       vf most = load_half(scale + i);
       for (int g = 1; g < at.k_groups; g++)
         most = vmax(most, load_half(scale + g * at.head_size + i));
-      store(out + i, most);
+      store(s.unbalance + i, most);
     }
+    balance_queries(at.head_size, q, s.balance, s.unbalance);
   }
 
   static void prepare(const uint8_t *page, const PaperLayout &at, PageScratch &s) {

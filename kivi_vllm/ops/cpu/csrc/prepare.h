@@ -39,13 +39,14 @@ struct PageScratch {
   // Of a page's scales, for any number of rows: see paper.h and two_level.h.
   alignas(64) float v_norm[kBlock];
   alignas(64) uint8_t k_zeros[kKGroups * kMaxHead];
-  int16_t k_step[kMaxHead], k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
+  int16_t stepped[kRows][kMaxHead];  // q times the steps of a channel
+  int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
   float k_factor[kKGroups];
   // Of the rows.
   alignas(64) int8_t parts[2][kMaxHead / 64 * kSpan];  // of q times a group's scales, then of p
   alignas(64) float scores[kRows][kBlock], products[kRows][kBlock];  // products: with v_norm
   int16_t p_fixed[kRows][kBlock];
-  float product_sum[kRows], product_unit[kRows], weight[kRows];  // see attend_page
+  float product_sum[kRows], product_unit[kRows], weight[kRows];  // see weigh_page
   float sums[kVGroups * kRows];
   int32_t dots[kRows][32];
   // Of the unit: see balance_queries.

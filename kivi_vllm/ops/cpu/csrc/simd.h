@@ -67,7 +67,7 @@ static INLINE vf vmin(vf a, vf b) {
 #endif
 }
 
-static INLINE vf half_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // 0 <= x < 2^22
+static INLINE vf half_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| < 2^22
 static INLINE vf either(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 // A product that is clamped before it is rounded cannot be fused with the addition that rounds it.
 static INLINE vf clamp(vf x, vf top) { return vmin(vmax(x, vf{}), top); }  // of NaN: 0

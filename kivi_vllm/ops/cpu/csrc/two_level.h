@@ -29,9 +29,8 @@ struct TwoLevelLayout {
   }
 };
 
-// fixed[g][i] = step[i] * scale of group g / 16, both in the order of to_fixed; n a multiple of 32.
-static INLINE void times_scales(const int16_t *step, const uint8_t *range, int groups, int n,
-                                int16_t *fixed) {
+// fixed[g][i] = scale of group g in steps, times 2^11, in the order of to_fixed; n a multiple of 32.
+static INLINE void unpack_scales(const uint8_t *range, int groups, int n, int16_t *fixed) {
   for (int g = 0; g < groups; g++, range += n, fixed += n) {
 #if defined(__AVX512F__)
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -39,20 +38,17 @@ static INLINE void times_scales(const int16_t *step, const uint8_t *range, int g
       const __m256i x = _mm256_permutevar8x32_epi32(
           _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(range + i)), _mm256_set1_epi8(15)),
           order);
-      const __m512i u = _mm512_slli_epi16(_mm512_cvtepu8_epi16(x), 11);
-      _mm512_storeu_si512(fixed + i, _mm512_mulhrs_epi16(_mm512_loadu_si512(step + i), u));
+      _mm512_storeu_si512(fixed + i, _mm512_slli_epi16(_mm512_cvtepu8_epi16(x), 11));
     }
 #elif defined(__AVX2__)
     for (int i = 0; i < n; i += 16) {
       const __m128i x = _mm_shuffle_epi32(
           _mm_and_si128(_mm_loadu_si128((const __m128i *)(range + i)), _mm_set1_epi8(15)),
           _MM_SHUFFLE(3, 1, 2, 0));
-      const __m256i u = _mm256_slli_epi16(_mm256_cvtepu8_epi16(x), 11);
-      _mm256_storeu_si256((__m256i *)(fixed + i),
-                          _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(step + i)), u));
+      _mm256_storeu_si256((__m256i *)(fixed + i), _mm256_slli_epi16(_mm256_cvtepu8_epi16(x), 11));
     }
 #else
-    for (int i = 0; i < n; i++) fixed[i] = (int16_t)((step[i] * (range[i] & 15) + 8) >> 4);
+    for (int i = 0; i < n; i++) fixed[i] = (int16_t)((range[i] & 15) << 11);
 #endif
   }
 }
@@ -154,16 +150,10 @@ template <class CODES>
 struct TwoLevelKeys {
   static constexpr int kLines = CODES::bits + 1;  // the ranges, and what there is beside V's codes
 
-  // The step of each channel: its scales are at most 15 times it.
-  static void largest_scales(const uint8_t *page, const TwoLevelLayout &at, float *out) {
-    for (int i = 0; i < at.head_size; i += W)
-      store(out + i, load_half((const uint16_t *)(page + at.k_step) + i));
-  }
+  static void begin(const uint8_t *, const TwoLevelLayout &, Queries &, PageScratch &) {}
 
   static void prepare(const uint8_t *page, const TwoLevelLayout &at, PageScratch &s) {
-    to_fixed_each((const uint16_t *)(page + at.k_step), s.balance, 1, at.head_size, s.k_step,
-                  s.k_factor);
-    times_scales(s.k_step, page + at.k_range, at.k_groups, at.head_size, s.k_fixed);
+    unpack_scales(page + at.k_range, at.k_groups, at.head_size, s.k_fixed);
     unpack_zeros(page + at.k_range, at.k_groups, at.head_size, s.k_zeros);
   }
 
@@ -172,23 +162,39 @@ struct TwoLevelKeys {
   static void scores(const Queries &queries, int r0, const uint8_t *page, Stream &stream,
                      const TwoLevelLayout &at, PageScratch &s) {
     const int d = at.head_size;
-    const int16_t *q = queries.fixed + (int64_t)r0 * d;
-    float unit[R], low[R], zeros[kKGroups * kRows];
-    dot_halves<R, 1>((const uint16_t *)(page + at.k_low), queries.q + (int64_t)r0 * d, d, d, low);
+    const float *q = queries.q + (int64_t)r0 * d;
+    const uint16_t *step = (const uint16_t *)(page + at.k_step);
+    float unit[R], low[R], zeros[kKGroups * kRows], top[R];
+    dot_halves<R, 1>((const uint16_t *)(page + at.k_low), q, d, d, low);
+    // The query times the steps, of which the largest takes all of the 16 bits.
+    vf most[R] = {};
+    for (int i = 0; i < d; i += W) {
+      const vf x = load_half(step + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const vf y = load(q + r * d + i) * x;
+        most[r] = vmax(most[r], vmax(y, -y));
+      }
+    }
+    largest_each<R>(most, top);
     for (int r = 0; r < R; r++) {
-      multiply_split(q + r * d, s.k_step, d, s.parts[0] + 128 * r);
-      unit[r] = queries.unit[r0 + r] * s.k_factor[0] * CODES::zero_step;
+      to_fixed([&](int i) __attribute__((always_inline)) {
+        return load(q + r * d + i) * load_half(step + i);
+      }, d, top[r] > 0 ? kTop / top[r] : 0.0f, s.stepped[r]);
+      __builtin_memset(s.stepped[r] + d, 0, sizeof(int16_t) * (padded(d) - d));
+      split(s.stepped[r], padded(d), s.parts[0] + 128 * r);
+      unit[r] = top[r] * (1.0f / kTop) * CODES::zero_step;
       for (int g = 0; g < at.k_groups; g++) zeros[g * kRows + r] = low[r];
     }
     for_groups<kZeroGroups<R>>(at.k_groups, [&](int g, auto count) __attribute__((always_inline)) {
       add_zeros_of<R, count.value>(s.k_zeros + g * padded(d), s.parts[0], d, unit,
                                    zeros + g * kRows);
     });
-    // times_scales has left out a factor of 16.
-    for (int r = 0; r < R; r++) unit[r] = queries.unit[r0 + r] * s.k_factor[0] * 16.0f;
+    // Products with 2^11 u, of 2^15, leave out a factor of 16.
+    for (int r = 0; r < R; r++) unit[r] = top[r] * (16.0f / kTop);
     const auto fold = [&](int g, auto groups) __attribute__((always_inline)) {
       for (int r = 0; r < R; r++)
-        multiply_split<groups.value, sizeof(s.parts[0])>(q + r * d, s.k_fixed + g * d, d,
+        multiply_split<groups.value, sizeof(s.parts[0])>(s.stepped[r], s.k_fixed + g * d, d,
                                                          s.parts[0] + 128 * r);
     };
     for (int tile = 0; tile < kBlock / 32; tile++) {
