@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
@@ -136,8 +137,9 @@ class Child:
         except Failure as failure:
             raise self._failed(str(failure)) from None
         except BrokenExecutor:
-            self._process.join(5)
-            status = self._process.exitcode
+            end = time.monotonic() + 5  # the pool's own thread may be about to note it
+            while (status := self._process.exitcode) is None and time.monotonic() < end:
+                time.sleep(_TURN_S)
             raise self._failed(f"its process ended with status {status}") from None
 
     def _pass_on(self, on_report: Callable[[Any], object] | None) -> None:
