@@ -39,10 +39,6 @@ BAD_GROUPS: list[Any] = [0, 1, 31, 33, 256, -32, 32.0, "32", True, None, [32]]
 
 
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=[f"{o}={v!r}" for o, v in BAD_VALUES])
-def test_kernels_have_groups_of_16_and_32_tokens() -> None:
-    assert {dtype.group_size for dtype in DTYPES.values()} == {16, 32}
-
-
 def test_bad_value_is_refused_with_the_good_ones(option: str, value: Any) -> None:
     message = f"kivi.{option} is {value!r}, but must be one of: {GOOD[option]}"
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
@@ -294,3 +290,7 @@ def test_sinks_must_fit_a_page(
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         PageFormat.of(config, head_size, raw)
+
+
+def test_kernels_have_groups_of_16_and_32_tokens() -> None:
+    assert {dtype.group_size for dtype in DTYPES.values()} == {16, 32}

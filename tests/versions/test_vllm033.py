@@ -120,7 +120,7 @@ print(json.dumps([seen, tokens]))
         str(residual),
     )
     seen, tokens = found
-    page = 128 * 24 * 2  # tokens × bytes of one at D = 32 × kv heads
+    page = 128 * 22 * 2  # tokens × bytes of one at D = 32 × kv heads
     assert [layer[:2] for layer in seen["auto"]] == [["self_attn.attn", "FullAttentionSpec"]]
     assert seen["auto"][0][3] == "CPU_ATTN"
     kivi = [
