@@ -169,8 +169,8 @@ def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
         a = b - (q1 - q0)
         first, blocks = a // BLOCK_SIZE, b // BLOCK_SIZE
         read, written = first * BLOCK_SIZE, max(a, ring_start(b, step.decode_len))
-        kept_from = (*range(read, a), *range(written, b))
-        slots = {ring_entry(s, cache.fmt.raw_tokens) for s in kept_from}
+        positions = (*range(read, a), *range(written, b))
+        slots = {ring_entry(s, cache.fmt.raw_tokens) for s in positions}
         wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), range(blocks))]
         wanted += [("ring.table", cache.ring.table, len(cache.ring.cache), sorted(slots))]
         for i, tail in enumerate(cache.tails):

@@ -31,6 +31,7 @@ from kivi_vllm.ops.triton.tokens import (
     raw_arguments,
     raw_bases,
     ring_entry,
+    ring_slot,
     row_of,
     sinks_page,
     tail_page,
@@ -232,7 +233,7 @@ def _store_ring(
     needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `residual.ring_start`
     if (s < b) & (s >= needed):
         page = tl.load(raw.table + row * raw.table_row + ring_entry(s, C)).to(tl.int64)
-        to = raw.ring + page * raw.page_stride + s % B % C.RAW * raw.token_stride
+        to = raw.ring + page * raw.page_stride + ring_slot(s, C) * raw.token_stride
         token = (q0 + i).to(tl.int64)
         h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
         mask = (h < num_heads) & (d < C.D)

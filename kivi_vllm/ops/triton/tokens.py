@@ -141,6 +141,12 @@ def ring_entry(s, C: tl.constexpr):
 
 
 @triton.jit
+def ring_slot(s, C: tl.constexpr):
+    """`residual.ring_slot`."""
+    return s % B % C.RAW
+
+
+@triton.jit
 def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr):
     """Addresses of K and V of the full-precision tokens at positions s [n].
 
@@ -152,7 +158,7 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
     where = raw.table + row * raw.table_row + ring_entry(s, C)
     page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
     at = raw.ring + page * raw.page_stride + head * raw.head_stride
-    at += s % B % C.RAW * raw.token_stride
+    at += ring_slot(s, C) * raw.token_stride
     start = a // B * B
     old = valid & (s < start)
     if C.SINKS > 0:  # from their page, if they are in no tail

@@ -70,7 +70,7 @@ static void weigh_page(int r0, int d, float most_fixed, PageScratch &s, State &s
 }
 
 // R rows, from row `r0` on, over the page of tokens [first, first + 128), of which those in
-// [low, high) (relative to `first`) count. `next` is the next page, which the first rows fetch.
+// [low, high) (relative to `first`) count. `stream` is the next page, which the first rows fetch.
 template <class KEYS, class VALUES, class LAYOUT, int R, int K_AHEAD, int V_AHEAD>
 static void attend_page(const Queries &queries, int r0, int64_t first, int low, int high, bool plain,
                         const uint8_t *page, Stream &stream, const LAYOUT &at, PageScratch &s,

@@ -26,6 +26,32 @@ struct PaperLayout {
   }
 };
 
+// Scales [groups][n], times `balance` [n], to fixed point, each group with its own unit.
+static INLINE void to_fixed_each(const uint16_t *scale, const float *balance, int groups, int n,
+                                 int16_t *fixed, float *factor) {
+  alignas(64) float x[kKGroups * kMaxHead];
+  for_groups<4>(groups, [&](int g0, auto count) __attribute__((always_inline)) {
+    constexpr int G = count.value;
+    vf m[G] = {};
+    for (int i = 0; i < n; i += W) {
+      const vf b = load(balance + i);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const vf y = load_half(scale + (g0 + g) * n + i) * b;
+        m[g] = vmax(m[g], y);
+        store(x + (g0 + g) * n + i, y);
+      }
+    }
+    float top[G];
+    largest_each<G>(m, top);
+    for (int g = 0; g < G; g++) {
+      factor[g0 + g] = top[g] * (32768.0f / kTop);
+      to_fixed([&](int i) __attribute__((always_inline)) { return load(x + (g0 + g) * n + i); }, n,
+               top[g] > 0 ? kTop / top[g] : 0.0f, fixed + (g0 + g) * n);
+    }
+  });
+}
+
 // Scales of values, [groups][128]: each token's, over its largest, to fixed point. The largest goes
 // into the probability: attention rests on tokens with small values (sinks), and the bits of the
 // others' probabilities would be lost if they were relative to a sink's.
@@ -56,6 +82,28 @@ static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, i
   for_groups<kMost>(groups, [&](int g, auto count) __attribute__((always_inline)) {
     dot_halves<R, count.value>((const uint16_t *)zeros + g * n, x, stride, n, sums + g * kRows);
   });
+}
+
+// Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
+// times 16 bits of query would be spent on the products of large scales with large queries, which
+// need not meet: so each scale is divided by its channel's largest on the request's first page
+// (`scratch`), and the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
+static void balance_queries(int d, Queries &q, float *balance, float *scratch) {
+  vf m = {};
+  for (int i = 0; i < d; i += W) m = vmax(m, load(scratch + i));
+  const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
+  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load(scratch + i), all(least)));
+  for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
+  for (int r = 0; r < q.rows; r++) {
+    const auto x = [&](int i) __attribute__((always_inline)) {
+      return load(q.q + (int64_t)r * d + i) * load(scratch + i);
+    };
+    m = vf{};
+    for (int i = 0; i < d; i += W) m = vmax(m, vmax(x(i), -x(i)));
+    const float most = largest(m);
+    q.unit[r] = most * (1.0f / 32767.0f);
+    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, q.fixed + (int64_t)r * d);
+  }
 }
 
 template <class CODES>

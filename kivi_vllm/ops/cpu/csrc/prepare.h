@@ -63,32 +63,6 @@ static INLINE void for_groups(int groups, F f) {
   for (; g < groups; g++) f(g, Constant<1>());
 }
 
-// Scales [groups][n], times `balance` [n], to fixed point, each group with its own unit.
-static INLINE void to_fixed_each(const uint16_t *scale, const float *balance, int groups, int n,
-                                 int16_t *fixed, float *factor) {
-  alignas(64) float x[kKGroups * kMaxHead];
-  for_groups<4>(groups, [&](int g0, auto count) __attribute__((always_inline)) {
-    constexpr int G = count.value;
-    vf m[G] = {};
-    for (int i = 0; i < n; i += W) {
-      const vf b = load(balance + i);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        const vf y = load_half(scale + (g0 + g) * n + i) * b;
-        m[g] = vmax(m[g], y);
-        store(x + (g0 + g) * n + i, y);
-      }
-    }
-    float top[G];
-    largest_each<G>(m, top);
-    for (int g = 0; g < G; g++) {
-      factor[g0 + g] = top[g] * (32768.0f / kTop);
-      to_fixed([&](int i) __attribute__((always_inline)) { return load(x + (g0 + g) * n + i); }, n,
-               top[g] > 0 ? kTop / top[g] : 0.0f, fixed + (g0 + g) * n);
-    }
-  });
-}
-
 // sums[g][r] = dot(x[r], halves[g]) for G groups of n; rows of x are `stride` apart.
 template <int R, int G>
 static INLINE void dot_halves(const uint16_t *halves, const float *x, int stride, int n,
@@ -115,26 +89,4 @@ static INLINE void dot_halves(const uint16_t *halves, const float *x, int stride
 template <class CODES>
 static INLINE vf scaled(const int32_t *dots, int i, float unit) {
   return load_ints(dots + i) * (i < 16 ? unit : unit * (1.0f / CODES::slot1));
-}
-
-// Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
-// times 16 bits of query would be spent on the products of large scales with large queries, which
-// need not meet: so each scale is divided by its channel's largest on the request's first page
-// (`scratch`), and the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
-static void balance_queries(int d, Queries &q, float *balance, float *scratch) {
-  vf m = {};
-  for (int i = 0; i < d; i += W) m = vmax(m, load(scratch + i));
-  const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
-  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load(scratch + i), all(least)));
-  for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
-  for (int r = 0; r < q.rows; r++) {
-    const auto x = [&](int i) __attribute__((always_inline)) {
-      return load(q.q + (int64_t)r * d + i) * load(scratch + i);
-    };
-    m = vf{};
-    for (int i = 0; i < d; i += W) m = vmax(m, vmax(x(i), -x(i)));
-    const float most = largest(m);
-    q.unit[r] = most * (1.0f / 32767.0f);
-    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, q.fixed + (int64_t)r * d);
-  }
 }

@@ -11,13 +11,12 @@
 
 // Byte offsets of a page's fields, as in format.py.
 struct TwoLevelLayout {
-  int head_size, group_size, k_groups;
+  int head_size, k_groups;
   int k_low, k_step, k_range, k_codes, v_mean, v_scale, v_codes, end;
   explicit TwoLevelLayout(const KiviCall &c) {
     const int d = (int)c.head_size;
     head_size = d;
-    group_size = (int)c.group_size;
-    k_groups = kBlock / group_size;
+    k_groups = kBlock / (int)c.group_size;
     k_low = 0;
     k_step = k_low + 2 * d;
     k_range = k_step + 2 * d;
