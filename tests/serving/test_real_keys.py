@@ -6,6 +6,7 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +14,14 @@ from kivi_vllm.config import Recipe
 from kivi_vllm.ops.cpu import library
 from tests.choice import some
 from tests.unit.native import simulator
-from tests.unit.simulator import Case
+from tests.unit.simulator import Case, relative_error
 
 TOKENS = 700
 
-# One position of all has 5.9e-3, the others less than TOLERANCE.
-REAL_TOLERANCE = 7e-3
+LAYERS = (0, 1, 7, 14, 18, 29)  # 7, 14 and 18 have the largest errors
+
+# Of any output. One of 264,600 was seen at 7.6e-3, the others are below 4.2e-3.
+MOST = 1.5e-2
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,25 @@ def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return seen
 
 
+@pytest.fixture(scope="module")
+def usual(captured: list) -> np.ndarray:
+    """Errors of the usual attention kernel in bf16: probabilities in bf16, sums in fp32."""
+    errors = []
+    for layer in LAYERS:
+        q, k, v = (x.double() for x in captured[layer])
+        k, v = (x.repeat_interleave(3, 1) for x in (k, v))
+        scores = torch.einsum("thd, shd -> hts", q, k) * q.shape[-1] ** -0.5
+        scores.masked_fill_(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        total = weights.sum(-1).T.unsqueeze(-1)
+        exact, rounded = (
+            (torch.einsum("hts, shd -> thd", x, v) / total).numpy()
+            for x in (weights, weights.bfloat16().double())
+        )
+        errors.append(relative_error(rounded, exact))
+    return np.concatenate(errors)
+
+
 @pytest.mark.parametrize("isa", some(library.load().available, [0]))
 @pytest.mark.parametrize(
     ("dtype", "recipe"),
@@ -57,16 +79,23 @@ def captured(model: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
     ),
 )
 def test_error_on_real_keys_and_values(
-    dtype: str, recipe: Recipe, isa: str, captured: list
+    dtype: str, recipe: Recipe, isa: str, captured: list, usual: np.ndarray
 ) -> None:
+    """No output is far off, and by and large they are better than bf16 attention's."""
     library.load().select(isa)
-    for layer in (0, 1, 7, 14, 18, 29):  # 7, 14 and 18 have the largest errors
+    errors = []
+    for layer in LAYERS:
         case = Case(dtype, recipe, heads=(9, 3), model=torch.bfloat16, tokens=TOKENS)
-        sim = simulator(case, tolerance=REAL_TOLERANCE)
+        sim = simulator(case, tolerance=MOST)
         request = sim.add(TOKENS)
         for mine, real in zip((request.q, request.k, request.v), captured[layer], strict=True):
             mine[:] = real
         sim.step({request: 500})
         sim.step({request: TOKENS - 501})
         sim.step({request: 1})
+        errors += sim.errors
     library.load().select(None)
+    ours = np.concatenate(errors)
+    assert ours.shape == usual.shape
+    for share in (0.5, 0.9, 0.99, 0.999):
+        assert np.quantile(ours, share) < np.quantile(usual, share), share

@@ -126,6 +126,7 @@ class Simulator:
         shape = (num_pages, 2, case.heads[1], self.fmt.page_bytes)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
         self.touched = {0}
+        self.errors: list[np.ndarray] = []  # of every row that was computed, [tokens, heads]
 
     # ------------------------------------------------------------ requests
 
@@ -277,12 +278,9 @@ class Simulator:
 
     def check(self, request: Request, a: int, b: int) -> None:
         """Assert that the outputs of one row are float64 attention over what it should see."""
-        decode = b - a <= 1 + self.case.drafts
-        by_position = decode or not self.case.exact
-        seen = [self.rule(t if by_position else a, self.case.residual) for t in range(a, b)]
-        wanted = truth(request, a, b, seen, self.case)
-        got = request.output[a:b].double().numpy()
-        error = np.abs(got - wanted).max(-1) / np.abs(wanted).max(-1)
+        wanted = truth(request, a, b, self.seen(a, b), self.case)
+        error = relative_error(request.output[a:b].double().numpy(), wanted)
+        self.errors.append(error)
         unit = torch.finfo(self.output_dtype).eps if self.output_dtype != torch.float32 else 0
         bad = np.argwhere(~(error <= self.tolerance + unit))
         assert not bad.size, (
@@ -290,11 +288,22 @@ class Simulator:
             f"to {error.max():.2g} (of {len(bad)} heads)"
         )
 
+    def seen(self, a: int, b: int) -> list[int]:
+        """F(t) of the positions t of the row a..b."""
+        decode = b - a <= 1 + self.case.drafts
+        by_position = decode or not self.case.exact
+        return [self.rule(t if by_position else a, self.case.residual) for t in range(a, b)]
+
     def check_untouched(self) -> None:
         """No page was written that no request has ever held, nor another layer's."""
         others = [0, *set(range(len(self.pool))) - self.touched]
         assert (self.pool[others, 1] == POISON).all()
         assert (self.pool[:, 0] == POISON).all()
+
+
+def relative_error(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Largest difference of each output [..., D], in terms of the largest number of `wanted`."""
+    return np.abs(got - wanted).max(-1) / np.abs(wanted).max(-1)
 
 
 def quantized(
