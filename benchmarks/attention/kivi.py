@@ -132,19 +132,20 @@ class KiviPool(Pool):
         self, shape: Shape, name: str, sets: int, batch: int, blocks: int, place: Place = CPU
     ) -> None:
         super().__init__(shape, name, sets, batch, blocks, place)
-        self.tables = place.table(self.tables)
+        self.tables = place.table(self.tables + 1)  # page 0 means that there is none
         dtype, recipe = KIVI_DTYPES[name]
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
         self.fmt = PageFormat.of(config, shape.head_size, torch.bfloat16)
         self.ring_pages = ring_entry(B, self.fmt.raw_tokens)
         self.block_bytes = shape.num_kv_heads * self.fmt.page_bytes
         raw_pages = self.ring_pages + (self.fmt.sink_tokens > 0)
-        self.nbytes = sets * batch * (blocks + raw_pages) * self.block_bytes
+        unused = 1 + (self.fmt.sink_tokens > 0)
+        self.nbytes = (sets * batch * (blocks + raw_pages) + unused) * self.block_bytes
         # A block's pages are different ones; in the long run they come again.
         entries = torch.arange((blocks + 2) * self.ring_pages) % self.ring_pages
         ring = shuffled(sets, batch, self.ring_pages, seed=2)[..., entries].contiguous()
         self.ring_tables = ring.to(place.device)
-        self.sink_tables = shuffled(sets, batch, 1, seed=3).to(place.device)
+        self.sink_tables = (shuffled(sets, batch, 1, seed=3) + 1).to(place.device)
         self.params = AttentionParams(scale=shape.head_size**-0.5)
         self._layers: dict[tuple[int, tuple[Row, ...]], tuple[Any, LayerCache]] = {}
 
@@ -157,8 +158,8 @@ class KiviPool(Pool):
     def allocate(self) -> None:
         """Take the memory."""
         heads = self.shape.num_kv_heads
-        packed = self.sets * self.batch * self.blocks * self.block_bytes
-        self.pages = self.place.allocate(packed).view(-1, heads, self.fmt.page_bytes)
+        packed = (1 + self.sets * self.batch * self.blocks) * self.block_bytes
+        self.pages = self.place.allocate(packed).view(-1, 1, heads, self.fmt.page_bytes)
         raw = self.place.allocate(self.nbytes - packed).view(-1, heads, self.fmt.page_bytes)
         raw = self.fmt.as_raw(raw)
         self.ring, self.sinks = raw.tensor_split([self.sets * self.batch * self.ring_pages])
@@ -167,15 +168,15 @@ class KiviPool(Pool):
         """Fill all pages and rings with whole blocks [n * 128, num_kv_heads, head_size]."""
         template = KiviPool(self.shape, self.name, 1, 1, len(key) // B, self.place)
         template.allocate()
-        ids = torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
+        ids = 1 + torch.arange(len(key) // B, dtype=torch.int32).view(1, 1, -1)
         template.tables = self.place.table(ids)
         template.store("store_blocks", 0, rows(1, len(key), len(key)), key, value)()
-        replicate(self.pages, template.pages)
+        replicate(self.pages[1:], template.pages[1:])
         tokens = torch.cat([key, value], -1)
         whole = len(tokens) // self.fmt.raw_tokens * self.fmt.raw_tokens
         replicate(self.ring, tokens[:whole].unflatten(0, (-1, self.fmt.raw_tokens)).transpose(1, 2))
         if len(self.sinks):
-            replicate(self.sinks, template.sinks)
+            replicate(self.sinks[1:], template.sinks[1:])
 
     def layer(self, i: int, of: Sequence[Row]) -> tuple[Any, LayerCache]:
         """A step over set i and the layer's caches, which all calls of the step share."""
@@ -256,7 +257,7 @@ class KiviPool(Pool):
 
         def tokens(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = self.tables[0, row, start // B : min(end, packed) // B].long()
-            k, v = decode_pages(self.pages[blocks], self.fmt)  # [n, num_kv_heads, 128, D]
+            k, v = decode_pages(self.pages[blocks, 0], self.fmt)  # [n, num_kv_heads, 128, D]
             if start == 0 and len(k) and (n := self.fmt.sink_tokens):
                 kept = self.sinks[self.sink_tables[0, row].long(), :, :n].float()
                 k[:1, :, :n], v[:1, :, :n] = kept[..., :d], kept[..., d:]

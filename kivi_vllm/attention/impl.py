@@ -102,7 +102,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             layer: the attention layer (unused: nothing is scaled).
             query: [num_tokens, num_heads, head_size].
             key, value: [num_tokens, num_kv_heads, head_size].
-            kv_cache: [num_blocks, num_kv_heads, 128, bytes_per_token] uint8.
+            kv_cache: [num_blocks, num_kv_heads, k * 128, bytes_per_token] uint8, k pages of
+                every head in a block.
             attn_metadata: None while vLLM profiles or warms up.
             output: [num_tokens, num_heads, head_size], written and returned.
             output_scale, output_block_scale: fused output quantization.
@@ -133,7 +134,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         """The layer's caches as the operators see them, with this step's tables."""
         raws = (self.ring, *self.tails, *([self.sinks] if self.sinks else []))
         if self._bound is not kv_cache:  # views that live as long as what they show
-            self._pages = kv_cache.flatten(2)
+            pages = kv_cache.flatten(2).unflatten(2, (-1, self.fmt.page_bytes))
+            self._pages = pages.transpose(1, 2)  # of a head, one lies after the other
             self._raws = [self.fmt.as_raw(raw.kv_cache.flatten(2)) for raw in raws]
             self._bound = kv_cache
         metadata = get_forward_context().attn_metadata

@@ -50,25 +50,22 @@ def check_pages(cache: LayerCache, device: torch.device) -> None:
     if not (
         pages.device == device
         and pages.dtype == torch.uint8
-        and pages.dim() == 3
-        and pages.shape[2] == fmt.page_bytes
-        and pages.stride(2) == 1
-        and not any(n % 4 for n in (pages.data_ptr(), *pages.stride()[:2]))
+        and pages.dim() == 4
+        and pages.shape[1] > 0
+        and pages.shape[3] == fmt.page_bytes
+        and pages.stride(3) == 1
+        and not any(n % 4 for n in (pages.data_ptr(), *pages.stride()[:3]))
     ):
-        wanted = f"uint8 [num_blocks, num_kv_heads, {fmt.page_bytes}], aligned to 4 bytes"
+        shape = f"[num_blocks, pages of a block, num_kv_heads, {fmt.page_bytes}]"
+        wanted = f"uint8 {shape}, aligned to 4 bytes"
         raise _unfit("pages", pages, wanted, device)
 
 
 def check_numbers(cache: LayerCache) -> None:
-    """Raise ValueError unless tails and sinks are what the kernels count on."""
+    """Raise ValueError unless R is one, and there are sinks where the format has some."""
     residual = cache.residual_length
     if not 0 <= residual <= BLOCK_SIZE:
         raise ValueError(f"residual_length is {residual}, but must be 0 to {BLOCK_SIZE}")
-    if len(cache.tails) * cache.fmt.raw_tokens < residual:
-        raise ValueError(
-            f"{len(cache.tails)} tails of {cache.fmt.raw_tokens} tokens cannot hold "
-            f"residual_length {residual}"
-        )
     if (cache.sinks is None) != (cache.fmt.sink_tokens == 0):
         given = "no page" if cache.sinks is None else "a page"
         raise ValueError(
@@ -77,18 +74,34 @@ def check_numbers(cache: LayerCache) -> None:
         )
 
 
-def check_raw(name: str, data: torch.Tensor, cache: LayerCache) -> None:
-    """Raise ValueError unless `data`, a `Raw.cache`, fits the format and the pages."""
-    fmt, heads = cache.fmt, cache.pages.shape[1]
+def check_tails(cache: LayerCache) -> None:
+    """Raise ValueError unless the tails, which have passed `check_raw`, can hold R tokens."""
+    tokens = sorted({tail.cache.shape[2] for tail in cache.tails})
+    if len(tokens) > 1:
+        raise ValueError(f"tails have pages of {tokens} tokens, but all must be of the same")
+    if len(cache.tails) * cache.tail_tokens < cache.residual_length:
+        raise ValueError(
+            f"{len(cache.tails)} tails of {cache.tail_tokens} tokens cannot hold "
+            f"residual_length {cache.residual_length}"
+        )
+
+
+def check_raw(name: str, data: torch.Tensor, cache: LayerCache, *, least: int = 1) -> None:
+    """Raise ValueError unless `data`, a `Raw.cache`, fits the format and the pages.
+
+    `least`: tokens that a page must hold.
+    """
+    fmt, heads = cache.fmt, cache.num_kv_heads
     if not (
         data.device == cache.pages.device
         and data.dtype == fmt.raw_dtype
         and data.dim() == 4
-        and data.shape[1:3] == (heads, fmt.raw_tokens)
+        and data.shape[1] == heads
+        and least <= data.shape[2] <= BLOCK_SIZE
         and data.shape[3] >= 2 * fmt.head_size
         and data.stride(3) == 1
     ):
-        shape = f"[num_blocks, {heads}, {fmt.raw_tokens}, >= {2 * fmt.head_size}]"
+        shape = f"[num_blocks, {heads}, {least} to {BLOCK_SIZE}, >= {2 * fmt.head_size}]"
         raise _unfit(name, data, f"{fmt.raw_dtype} {shape}", cache.pages.device)
 
 
@@ -136,7 +149,7 @@ def check_query(
     output: torch.Tensor,
 ) -> None:
     """Raise ValueError unless the query, the output and the slopes fit each other and the cache."""
-    fmt, num_kv_heads = cache.fmt, cache.pages.shape[1]
+    fmt, num_kv_heads = cache.fmt, cache.num_kv_heads
     heads = query.shape[1] if query.dim() == 3 else 0
     if not heads or heads % num_kv_heads:
         wanted = f"{fmt.raw_dtype} [num_tokens, a multiple of {num_kv_heads}, {fmt.head_size}]"
@@ -170,8 +183,9 @@ def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
         first, blocks = a // BLOCK_SIZE, b // BLOCK_SIZE
         read, written = first * BLOCK_SIZE, max(a, ring_start(b, step.decode_len))
         positions = (*range(read, a), *range(written, b))
-        slots = {ring_entry(s, cache.fmt.raw_tokens) for s in positions}
-        wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), range(blocks))]
+        slots = {ring_entry(s, cache.ring.cache.shape[2]) for s in positions}
+        held = range(-(-blocks // cache.pages_per_block))
+        wanted: list[Any] = [("block_table", step.block_table, len(cache.pages), held)]
         wanted += [("ring.table", cache.ring.table, len(cache.ring.cache), sorted(slots))]
         for i, tail in enumerate(cache.tails):
             kept = range(max(0, first - 1), blocks)

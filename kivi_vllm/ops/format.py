@@ -41,7 +41,7 @@ block stand for nothing: those tokens are read at full precision from elsewhere.
 `kivi_raw` has two fields instead, `k_codes` and `v_codes`, which are [128, D] in
 the model's dtype.
 
-The same bytes, taken for the full-precision cache of recent tokens, hold
+The same bytes, taken for the full-precision cache of recent tokens, hold up to
 `raw_tokens` tokens of K and V in the model's dtype: see `PageFormat.raw_tokens`.
 """
 
@@ -218,8 +218,13 @@ class PageFormat:
         tokens = self.page_bytes // (2 * self.head_size * self.raw_dtype.itemsize)
         return min(tokens, 32) if self.is_raw else tokens
 
-    def as_raw(self, pages: torch.Tensor) -> torch.Tensor:
-        """Pages [..., page_bytes] uint8 -> [..., raw_tokens, 2 * D] of `raw_dtype`, K before V."""
+    def as_raw(self, pages: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
+        """Pages [..., n] uint8 -> [..., tokens, 2 * D] of `raw_dtype`, K before V.
+
+        `tokens`: of a page, as far as its n bytes hold them; None: `raw_tokens`.
+        """
+        count = self.raw_tokens if tokens is None else tokens
         token_bytes = 2 * self.head_size * self.raw_dtype.itemsize
-        tokens = pages[..., : self.raw_tokens * token_bytes].unflatten(-1, (-1, token_bytes))
-        return tokens.view(self.raw_dtype)
+        return (
+            pages[..., : count * token_bytes].unflatten(-1, (-1, token_bytes)).view(self.raw_dtype)
+        )

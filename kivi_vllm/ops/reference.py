@@ -22,7 +22,13 @@ import torch
 from kivi_vllm.config import BLOCK_SIZE as B
 from kivi_vllm.ops.codec import decode_pages, encode_pages
 from kivi_vllm.ops.contract import Limits
-from kivi_vllm.ops.residual import full_precision_from, ring_entry, ring_slot, ring_start
+from kivi_vllm.ops.residual import (
+    first_visible,
+    full_precision_from,
+    ring_entry,
+    ring_slot,
+    ring_start,
+)
 from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw, Row, Step
 
 limits = Limits("CPUs")
@@ -47,37 +53,42 @@ def store_blocks(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.
         key, value: [num_tokens, num_kv_heads, head_size], the step's own.
 
     """
-    residual, per_page = cache.residual_length, cache.fmt.raw_tokens
+    residual, per_page = cache.residual_length, cache.tail_tokens
     for row in step.rows:
         first, last = row.a // B, row.b // B
         if last == first:
             continue
         k, v = _raw_since(row, first * B, cache, key, value)  # [H, n, D]
         k, v = (x[:, : (last - first) * B].unflatten(1, (-1, B)).transpose(0, 1) for x in (k, v))
-        blocks = step.block_table[row.index, first:last].long()
-        cache.pages[blocks] = encode_pages(k, v, cache.fmt)
+        blocks, pages = _page_ids(row, first, last, step, cache)
+        held = blocks != 0
+        if held.any():
+            cache.pages[blocks[held], pages[held]] = encode_pages(k[held], v[held], cache.fmt)
         for i, tail in enumerate(cache.tails):
             kept = slice(B - residual + i * per_page, min(B, B - residual + (i + 1) * per_page))
-            wanted = tail.table[row.index, first:last] != 0
-            _keep(tail, row.index, slice(first, last), k[:, :, kept], v[:, :, kept], wanted)
+            _keep(tail, row.index, slice(first, last), k[:, :, kept], v[:, :, kept])
         if cache.sinks is not None and first == 0:
             sinks = cache.fmt.sink_tokens
-            cache.pages[blocks[:1]] = encode_pages(k[:1], v[:1], cache.fmt, sinks)
+            if held[0]:
+                cache.pages[blocks[0], 0] = encode_pages(k[0], v[0], cache.fmt, sinks)
             _keep(cache.sinks, row.index, slice(0, 1), k[:1, :, :sinks], v[:1, :, :sinks])
 
 
-def _keep(
-    raw: Raw,
-    index: int,
-    entries: slice,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    wanted: torch.Tensor | slice = slice(None),
-) -> None:
-    """Write k, v [pages, num_kv_heads, tokens, D] into the `wanted` of a request's entries."""
-    kv = torch.cat([k, v], -1)[wanted]
-    pages = raw.table[index, entries][wanted].long()
-    raw.cache[pages, :, : kv.shape[2], : kv.shape[3]] = kv
+def _page_ids(
+    row: Row, first: int, end: int, step: Step, cache: LayerCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pool's block, and the page in it, of a request's blocks [first, end)."""
+    at = torch.arange(first, end, device=step.block_table.device)
+    per_block = cache.pages_per_block
+    return step.block_table[row.index, at // per_block].long(), at % per_block
+
+
+def _keep(raw: Raw, index: int, entries: slice, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write k, v [pages, num_kv_heads, tokens, D] into those of a request's entries that are."""
+    pages = raw.table[index, entries].long()
+    held = pages != 0
+    kv = torch.cat([k, v], -1)[held]
+    raw.cache[pages[held], :, : kv.shape[2], : kv.shape[3]] = kv
 
 
 def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -104,7 +115,7 @@ def _ring_slots(
     """Ring page id and slot of each position in [start, end)."""
     table = cache.ring.table
     at = torch.arange(start, end, device=table.device)
-    entries, slots = (of(at, cache.fmt.raw_tokens) for of in (ring_entry, ring_slot))
+    entries, slots = (of(at, cache.ring.cache.shape[2]) for of in (ring_entry, ring_slot))
     return table[row.index, entries].long(), slots
 
 
@@ -159,12 +170,16 @@ def attend(
     """
     for row in step.rows:
         tiles = list(_tiles(step, row, cache.residual_length))
-        oldest, newest = tiles[0][2], tiles[-1][2]
+        seen = first_visible(row.a, params.sliding_window)
+        oldest, newest = max(seen, tiles[0][2]), tiles[-1][2]
         raw_k, raw_v = (x.float() for x in _raw_since(row, oldest, cache, key, value))
-        page_k, page_v = _page_history(row, newest, step, cache)
+        page_k, page_v = _page_history(row, seen, newest, step, cache)
         for start, end, raw_from in tiles:
-            k = torch.cat([page_k[:, :raw_from], raw_k[:, raw_from - oldest : end - oldest]], 1)
-            v = torch.cat([page_v[:, :raw_from], raw_v[:, raw_from - oldest : end - oldest]], 1)
+            first = first_visible(start, params.sliding_window)
+            middle = max(first, raw_from)
+            paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, end - oldest)
+            k = torch.cat([page_k[:, paged], raw_k[:, raw]], 1)
+            v = torch.cat([page_v[:, paged], raw_v[:, raw]], 1)
             tokens = slice(row.q0 + start - row.a, row.q0 + end - row.a)
             output[tokens] = _attend_tile(query[tokens].float(), k, v, start, params)
 
@@ -181,33 +196,35 @@ def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]
 
 
 def _page_history(
-    row: Row, end: int, step: Step, cache: LayerCache
+    row: Row, start: int, end: int, step: Step, cache: LayerCache
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dequantized K and V [num_kv_heads, n * B, head_size] of the blocks up to `end`.
+    """Dequantized K and V [num_kv_heads, n, head_size] of positions from `start` on.
 
-    The sinks' are as they were.
+    To the last of the block of `end - 1`; of none where `end` <= `start`. The sinks' are as they
+    were. No block before `start` is read: a sliding window may have left it to others.
     """
-    blocks = step.block_table[row.index, : -(-end // B)].long()
+    first, n = start // B, cache.fmt.sink_tokens
+    blocks = _page_ids(row, first, max(first, -(-end // B)), step, cache)
     k, v = decode_pages(cache.pages[blocks], cache.fmt)  # [n, H, B, D]
-    if cache.sinks is not None and end > 0:
-        n, d = cache.fmt.sink_tokens, cache.fmt.head_size
+    if cache.sinks is not None and start < n and end > 0:
+        d = cache.fmt.head_size
         kv = cache.sinks.cache[cache.sinks.table[row.index, 0].long(), :, :n].float()
         k[0, :, :n], v[0, :, :n] = kv[..., :d], kv[..., d : 2 * d]
-    return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
+    k, v = (x.transpose(0, 1).flatten(1, 2)[:, start % B :] for x in (k, v))
+    return k, v
 
 
 def _attend_tile(
     query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, params: AttentionParams
 ) -> torch.Tensor:
-    """Queries [n, num_heads, D] at positions start.. over k, v [num_kv_heads, end, D]."""
+    """Queries [n, num_heads, D] at positions start.. over k, v [num_kv_heads, m, D] up to them."""
     n, num_heads, d = query.shape
-    num_kv_heads, end, _ = k.shape
-    t = torch.arange(start, end, device=k.device)[:, None]
-    first = max(0, start + 1 - params.sliding_window) if params.sliding_window else 0
-    s = torch.arange(first, end, device=k.device)[None]
+    num_kv_heads, m, _ = k.shape
+    t = torch.arange(start, start + n, device=k.device)[:, None]
+    s = torch.arange(start + n - m, start + n, device=k.device)[None]
     q = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # [H, G*n, D]
-    scores = (q * params.scale) @ k[:, first:].transpose(1, 2)
-    scores = scores.view(num_heads, n, end - first)
+    scores = (q * params.scale) @ k.transpose(1, 2)
+    scores = scores.view(num_heads, n, m)
     if params.logits_soft_cap:
         scores = params.logits_soft_cap * torch.tanh(scores / params.logits_soft_cap)
     if params.alibi_slopes is not None:
@@ -216,5 +233,5 @@ def _attend_tile(
     if params.sliding_window:
         hidden = hidden | (s <= t - params.sliding_window)
     p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    out = p.view(num_kv_heads, -1, end - first) @ v[:, first:]
+    out = p.view(num_kv_heads, -1, m) @ v
     return out.view(num_heads, n, d).transpose(0, 1)

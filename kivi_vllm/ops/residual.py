@@ -16,6 +16,11 @@ def full_precision_from(position: int, residual_length: int) -> int:
     return max(0, position // B * B - residual_length)
 
 
+def first_visible(position: int, window: int) -> int:
+    """The first position that a position sees through a sliding window; 0: there is none."""
+    return max(0, position + 1 - window) if window else 0
+
+
 def ring_start(end: int, decode_len: int) -> int:
     """First position that a step after one of positions up to `end` may need from the ring.
 

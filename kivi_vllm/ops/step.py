@@ -26,7 +26,7 @@ class Batch:
         seq_lens: [num_reqs] int32 on the device, tokens of each request after the step.
         seq_lens_cpu: the same on the host, exact for requests with more than `decode_len`
             tokens and not less for others; None: not known there.
-        block_table: [>= num_reqs, max_blocks] int32 on the device, page ids.
+        block_table: [>= num_reqs, max_blocks] int32 on the device, see `Step`.
         num_tokens: tokens of the step, or more.
         max_query_len: tokens of the longest request, or more.
         per_position, decode_len: see `Step`.
@@ -61,7 +61,10 @@ class Step:
 
     Attributes:
         rows: the requests that have tokens in this step.
-        block_table: [num_reqs, max_blocks], page ids of each request's blocks.
+        block_table: [num_reqs, n]. With k pages in a block of the pool (see `LayerCache`), entry
+            e is the one that holds blocks e * k to e * k + k - 1 of the request; 0, vLLM's null
+            block: they have no pages. Those that no position of a step sees through a sliding
+            window have none, or another request's.
         per_position: queries of all rows follow F(t) of their own position
             ("cached"); otherwise those of rows longer than `decode_len` take
             F(a) of the row's first ("exact").
@@ -181,8 +184,9 @@ class Raw:
     """Pages of full-precision tokens with the table that finds them.
 
     Attributes:
-        cache: [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size], the
-            model's dtype; K in [..., :D], V in [..., D:2D].
+        cache: [num_blocks, num_kv_heads, T, >= 2 * head_size], the model's dtype; K in
+            [..., :D], V in [..., D:2D]. T, the tokens of a page, is 1 to 128, and at least
+            `fmt.sink_tokens` where it holds these; rings, tails and sinks may differ in it.
         table: [num_reqs, max_pages] page ids.
 
     """
@@ -197,15 +201,16 @@ class LayerCache:
 
     Attributes:
         fmt: the page format.
-        pages: [num_blocks, num_kv_heads, page_bytes] uint8.
+        pages: [num_blocks, k, num_kv_heads, page_bytes] uint8, of which the last dimension is
+            dense: a block of the pool holds k pages of every head, for k blocks of a request.
         ring: the tokens of each request's current block, found by `residual.ring_entry` and
             `ring_slot`. Entries of tokens that no step needs any more hold anything.
-        tails: one per `fmt.raw_tokens` tokens of R, in order: entry j of a
-            table finds (a part of) the last R tokens of block j. Those of a block
-            whose entry is 0, vLLM's null page, are not kept.
+        tails: one per T tokens of R, in order, all of the same T: entry j of a table finds (a
+            part of) the last R tokens of block j. Those of a block whose entry is 0, vLLM's
+            null block, are not kept.
         residual_length: R.
         sinks: with `fmt.sink_tokens`: entry 0 of a table finds the first tokens of the
-            sequence, from its first whole block on.
+            sequence, from its first whole block on; they are not kept where it is 0.
         native: what a compiled implementation keeps between the calls of a step.
 
     """
@@ -217,6 +222,21 @@ class LayerCache:
     residual_length: int = 0
     sinks: Raw | None = None
     native: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.pages.shape[2]
+
+    @property
+    def pages_per_block(self) -> int:
+        """k: pages of a head in a block of the pool."""
+        return self.pages.shape[1]
+
+    @property
+    def tail_tokens(self) -> int:
+        """T of the tails; 0 if there are none."""
+        return self.tails[0].cache.shape[2] if self.tails else 0
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def _lossy(store_blocks: Callable[..., None]) -> Callable[..., None]:
         store_blocks(step, cache, key, value)
         for row in step.rows:
             blocks = step.block_table[row.index, row.a // 128 : row.b // 128].long()
-            pages = cache.pages[blocks].view(cache.fmt.raw_dtype)
+            pages = cache.pages[blocks, 0].view(cache.fmt.raw_dtype)
             k, v = pages.chunk(2, -1)
-            cache.pages[blocks] = torch.cat([k * 0.8 + 0.05, v * 0.7], -1).view(torch.uint8)
+            cache.pages[blocks, 0] = torch.cat([k * 0.8 + 0.05, v * 0.7], -1).view(torch.uint8)
 
     return store
 

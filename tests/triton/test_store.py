@@ -177,7 +177,7 @@ def _page(
     raw = fmt.as_raw(pool)
     table = torch.arange(ring_pages + 1, dtype=torch.int32, device=DEVICE)[None] + 2
     sinks = Raw(raw, table[:, ring_pages:]) if fmt.sink_tokens else None
-    cache = LayerCache(fmt, pool, Raw(raw, table), sinks=sinks)
+    cache = LayerCache(fmt, pool[:, None], Raw(raw, table), sinks=sinks)
     blocks = torch.tensor([[0] * (start // 128) + [1]], dtype=torch.int32, device=DEVICE)
     step = Step([Row(0, 0, 128, start, start + 128)], blocks)
     ops.store_blocks(step, cache, k, v)

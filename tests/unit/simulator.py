@@ -1,9 +1,10 @@
 """Drives the three operators as an engine would, and knows in float64 what they must give.
 
-A simulator owns one pool of pages, from which the quantized pages, the ring and the tails of its
+A simulator owns one pool of blocks, from which the quantized pages, the ring and the tails of its
 requests are drawn in random order. The pool starts as 0xFF bytes, a NaN in every dtype, and the
-entries of the tables beyond what a request holds point at page 0, which stays so, as do those
-of the ring's pages that it has given back.
+entries of the tables beyond what a request holds point at block 0, which stays so, as do those
+of the ring's pages that it has given back. Blocks whose pages have left a sliding window become
+NaN too, and are the first that others get; the entries become 0 or, as in vLLM's workers, stay.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Case:
     tokens: int = 300
     group: int | None = None
     sinks: int | None = None
+    per_block: int = 1  # k, the pages of a head in a block of the pool
+    raw: tuple[int, int, int] | None = None  # T of the ring, the tails and the sinks
 
     def __str__(self) -> str:
         """For example kivi2-best-R0-H4x2-D64-T300."""
@@ -62,6 +65,8 @@ class Case:
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
         given = {"G": self.group, "sinks": self.sinks}
         words += [f"{k}{v}" for k, v in given.items() if v is not None]
+        words += [f"k{self.per_block}"] if self.per_block > 1 else []
+        words += ["raw{}.{}.{}".format(*self.raw)] if self.raw else []
         return "-".join([name + short, *words])
 
     @property
@@ -88,7 +93,8 @@ class Request:
     v: torch.Tensor
     output: torch.Tensor
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # 0: it left the window, or was not wanted
+    stale: dict[int, int] = field(default_factory=dict)  # what is left in entries of the table
     ring: list[int] = field(default_factory=list)
     tails: dict[int, list[int]] = field(default_factory=dict)
     sinks: list[int] = field(default_factory=list)
@@ -109,7 +115,7 @@ class Simulator:
         rule: Callable[[int, int], int] = first_raw,
         decode_len: int | None = None,
         sparse: bool = False,
-        num_pages: int = 256,
+        num_blocks: int = 256,
         device: str = "cpu",
         output_dtype: torch.dtype = torch.float32,
         tolerance: float = TOLERANCE,
@@ -121,11 +127,15 @@ class Simulator:
         self.requests: list[Request] = []
         self.decode_len = decode_len or 1 + case.drafts
         self.sparse = sparse  # tails of those blocks only that the requests themselves need
-        self.num_tails = -(-case.residual // self.fmt.raw_tokens)
-        # Pages of a block of another layer lie between ours.
-        shape = (num_pages, 2, case.heads[1], self.fmt.page_bytes)
+        self.raw_tokens = case.raw or (self.fmt.raw_tokens,) * 3
+        self.num_tails = -(-case.residual // self.raw_tokens[1])
+        # What a block holds of another layer lies between ours.
+        self.token_bytes = 2 * case.head_size * case.model.itemsize
+        most = max(case.per_block * self.fmt.page_bytes, max(self.raw_tokens) * self.token_bytes)
+        shape = (num_blocks, 2, case.heads[1] * most)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
         self.touched = {0}
+        self.left: list[int] = []  # what windows have left, newest last
         self.errors: list[np.ndarray] = []  # of every row that was computed, [tokens, heads]
 
     # ------------------------------------------------------------ requests
@@ -145,7 +155,9 @@ class Simulator:
             new.computed = hit_blocks * B
             for mine, theirs in ((new.k, like.k), (new.v, like.v)):
                 mine[: new.computed] = theirs[: new.computed]
-            new.blocks = like.blocks[:hit_blocks]
+            assert hit_blocks % self.case.per_block == 0, "a hit ends within a block of the pool"
+            new.blocks = like.blocks[: hit_blocks // self.case.per_block]
+            new.stale = dict(like.stale)
             new.tails = {hit_blocks - 1: like.tails[hit_blocks - 1]}
             new.sinks = like.sinks
         self.requests.append(new)
@@ -166,7 +178,11 @@ class Simulator:
         def more(held: list[int], wanted: int) -> None:
             held += self._take(wanted - len(held))
 
-        more(request.blocks, upto // B)
+        self._leave_window(request)
+        entries = -(-(upto // B) // self.case.per_block)
+        unwanted = self._unseen_entries(request, upto) - len(request.blocks)
+        request.blocks += [0] * min(unwanted, entries - len(request.blocks))
+        more(request.blocks, entries)
         self._move_ring(request, upto)
         newest = max(0, upto - self.case.drafts) // B - 1
         for block in range(request.computed // B, upto // B):
@@ -174,15 +190,54 @@ class Simulator:
                 more(request.tails.setdefault(block, []), self.num_tails)
         more(request.sinks, int(upto >= B and self.fmt.sink_tokens > 0))
 
-    def _take(self, wanted: int) -> list[int]:
-        """Pages that no request holds."""
-        if wanted <= 0:
-            return []
+    def _leave_window(self, request: Request) -> None:
+        """Give back, and spoil, what no position from the next one on sees through the window."""
+        seen = self._first_seen(request.computed)
+        entries = range(min(len(request.blocks), seen // (B * self.case.per_block)))
+        left: list[int] = []
+        if seen >= self.fmt.sink_tokens and any(request.sinks):
+            left, request.sinks = request.sinks, [0]
+        for i in entries:
+            if page := request.blocks[i]:
+                left.append(page)
+                request.blocks[i] = 0
+                if self.rng.random() < 0.5:
+                    request.stale[i] = page
+        left = [page for page in left if page not in self._used()]
+        self.pool[left, 1] = POISON
+        self.left += left
+
+    def _oldest_tail(self, request: Request) -> int:
+        """The first block whose tail is held: the newest one's, if the window reaches it."""
+        block = request.computed // B
+        return block - (block * B > self._first_seen(request.computed))
+
+    def _first_seen(self, t: int) -> int:
+        """The first position that position t sees."""
+        return max(0, t + 1 - self.case.window) if self.case.window else 0
+
+    def _unseen_entries(self, request: Request, upto: int) -> int:
+        """Entries of whose new pages neither the step nor a later one reads any."""
+        if not self.case.exact or upto - request.computed <= self.decode_len:
+            return 0
+        return self._first_seen(upto) // (B * self.case.per_block)
+
+    def _used(self) -> set[int]:
+        """What requests hold."""
         used = {0}
         for r in self.requests:
             used |= {*r.blocks, *r.ring, *r.sinks}.union(*r.tails.values())
-        free = sorted(set(range(len(self.pool))) - used)
-        taken = self.rng.permutation(free)[:wanted].tolist()
+        return used
+
+    def _take(self, wanted: int) -> list[int]:
+        """Blocks that no request holds: first those that left a window."""
+        if wanted <= 0:
+            return []
+        free = set(range(len(self.pool))) - self._used()
+        left = [page for page in self.left if page in free]
+        taken, self.left = left[-wanted:], left[:-wanted]
+        free -= set(left)
+        taken += self.rng.permutation(sorted(free))[: wanted - len(taken)].tolist()
         assert len(taken) == wanted, "the simulator's pool is too small"
         self.touched |= set(taken)
         return taken
@@ -193,7 +248,7 @@ class Simulator:
         Entries that no step needs any more are 0; the page of one that only this step
         still needs may be that of a new entry too, which the step writes last.
         """
-        per_page, ring = self.fmt.raw_tokens, request.ring
+        per_page, ring = self.raw_tokens[0], request.ring
         a_block = -(-B // per_page)
         live = request.computed // B * a_block
         ring[:live] = [0] * min(live, len(ring))
@@ -219,7 +274,9 @@ class Simulator:
             if n := counts.get(request, 0):
                 rows.append(Row(index, at, at + n, request.computed, request.computed + n))
                 at += n
-        table = self._table([r.blocks for r in order])
+        table = self._table(
+            [[page or r.stale.get(i, 0) for i, page in enumerate(r.blocks)] for r in order]
+        )
         step = Step(rows, table, not self.case.exact, self.decode_len)
         q, k, v = self._inputs(rows, order, at)
         shape = (at + SPARE, *order[0].q.shape[1:])
@@ -261,18 +318,28 @@ class Simulator:
         return fused.to(self.device).split([hq, hkv, hkv, SPARE], 1)[:3]
 
     def _cache(self, order: list[Request]) -> LayerCache:
-        pages = self.pool[:, 1]
-        raw = self.fmt.as_raw(pages)
+        own, heads, k = self.pool[:, 1], self.case.heads[1], self.case.per_block
+        page_bytes, token_bytes = self.fmt.page_bytes, self.token_bytes
+
+        def raw(which: int, ids: list[list[int]]) -> Raw:
+            tokens = self.raw_tokens[which]
+            pages = own[:, : heads * tokens * token_bytes].unflatten(1, (heads, -1))
+            return Raw(self.fmt.as_raw(pages, tokens), self._table(ids))
+
         tails = []
         for i in range(self.num_tails):
-            for r, row in zip(order, ids := [[0] * len(r.blocks) for r in order], strict=True):
+            ids = [[0] * (1 + max(r.tails, default=-1)) for r in order]
+            for r, row in zip(order, ids, strict=True):
                 for block, held in r.tails.items():
-                    if block >= r.computed // B - 1:  # older ones are not held any more
+                    if block >= self._oldest_tail(r):
                         row[block] = held[i]
-            tails.append(Raw(raw, self._table(ids)))
-        ring = Raw(raw, self._table([r.ring for r in order]))
-        sinks = Raw(raw, self._table([r.sinks for r in order])) if self.fmt.sink_tokens else None
-        return LayerCache(self.fmt, pages, ring, tuple(tails), self.case.residual, sinks)
+            tails.append(raw(1, ids))
+        ring = raw(0, [r.ring for r in order])
+        sinks = raw(2, [r.sinks for r in order]) if self.fmt.sink_tokens else None
+        pages = own[:, : heads * k * page_bytes].unflatten(1, (heads, k, page_bytes))
+        return LayerCache(
+            self.fmt, pages.transpose(1, 2), ring, tuple(tails), self.case.residual, sinks
+        )
 
     # ---------------------------------------------------------------- truth
 

@@ -54,6 +54,20 @@ CASES = [
     *(Case(sinks=8, window=w, tokens=400) for w in (130, 250, 300)),
     Case("kivi_k3v2", sinks=8, alibi=True, soft_cap=20.0, heads=MQA),
     Case(drafts=5, residual=32, heads=MHA),
+    # Several pages in a block of the pool; full-precision pages of other sizes than pages.
+    Case(per_block=2, residual=32, raw=(128, 9, 16), model=BF16, tokens=700),
+    Case(per_block=3, residual=128, raw=(7, 128, 128), exact=True, tokens=700, sinks=8),
+    Case("kivi4", per_block=5, raw=(1, 1, 8), heads=MQA, sinks=8, tokens=700, drafts=5),
+    Case("kivi_raw", per_block=2, residual=64, raw=(50, 30, 1), heads=MHA),
+    Case(per_block=3, recipe="paper", raw=(64, 1, 1), model=FP16, tokens=517),
+    # Windows that pages leave, in several ways at once.
+    *(Case(window=w, exact=exact, tokens=900) for w in (16, 300) for exact in (False, True)),
+    Case(window=200, residual=64, per_block=2, raw=(20, 40, 9), sinks=8, tokens=900),
+    Case(window=400, exact=True, residual=32, per_block=3, raw=(128, 5, 4), sinks=4, tokens=1200),
+    Case("kivi4", window=300, drafts=5, per_block=5, heads=MHA, soft_cap=20.0, tokens=1500),
+    Case("kivi_raw", window=150, model=BF16, per_block=2, tokens=900, alibi=True),
+    Case(recipe="paper", window=150, model=BF16, per_block=2, tokens=900),
+    Case("kivi4", "paper", window=300, exact=True, sinks=8, tokens=900),
     # KIVI as published.
     Case(recipe="paper"),
     Case(recipe="paper", group=64, model=FP16, residual=128, exact=True),
@@ -153,7 +167,7 @@ def test_hit_of_a_block_that_the_same_step_completes(residual: int, tokens: int)
 
 @pytest.mark.parametrize("exact", [False, True], ids=["cached", "exact"])
 def test_pages_of_finished_requests_are_taken_again(exact: bool) -> None:
-    sim = Simulator(Case(residual=64, model=BF16, exact=exact), num_pages=40)
+    sim = Simulator(Case(residual=64, model=BF16, exact=exact), num_blocks=40)
     for length in (300, 129, 260, 1, 128, 300):
         pair = sim.add(length), sim.add(length // 2 + 1)
         sim.run(*pair)

@@ -200,6 +200,6 @@ def test_writes_to_other_pages_are_noticed() -> None:
     sim = Simulator(Case())
     sim.run(sim.add(300))
     sim.check_untouched()
-    sim.pool[0, 1, 0, 5] = 0
+    sim.pool[0, 1, 5] = 0
     with pytest.raises(AssertionError):
         sim.check_untouched()

@@ -49,8 +49,8 @@ class Layer:
         (hq, hkv), d = self.heads, self.head_size
         options = {"recipe": self.recipe} | ({"group_size": self.group} if self.group else {})
         fmt = PageFormat.of(KiviConfig.from_options(self.dtype, options), d, self.model)
-        pool = torch.zeros(2, hkv, fmt.page_bytes, dtype=torch.uint8)
-        raw = fmt.as_raw(pool)
+        pool = torch.zeros(2, 1, hkv, fmt.page_bytes, dtype=torch.uint8)
+        raw = fmt.as_raw(pool[:, 0])
         table = torch.zeros(self.rows, 64, dtype=torch.int32)
         tails = tuple(Raw(raw, table) for _ in range(-(-self.residual // fmt.raw_tokens)))
         sinks = Raw(raw, table) if fmt.sink_tokens else None

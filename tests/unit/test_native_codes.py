@@ -26,12 +26,12 @@ from tests.unit.test_codec import blocks, formats
 
 def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The page that `ops` makes of one block of which 100 tokens were in the ring."""
-    pages = torch.full((3, 1, fmt.page_bytes), 255, dtype=torch.uint8)
+    pages = torch.full((3, 1, 1, fmt.page_bytes), 255, dtype=torch.uint8)
     shape = (-(-128 // fmt.raw_tokens), 1, fmt.raw_tokens, 2 * fmt.head_size)
     ring = torch.full(shape, torch.nan).to(fmt.raw_dtype)
     table = torch.arange(len(ring), dtype=torch.int32)[None]
-    kept = torch.full((1, *shape[1:]), torch.nan).to(fmt.raw_dtype)
-    sinks = Raw(kept, torch.zeros(1, 1, dtype=torch.int32)) if fmt.sink_tokens else None
+    kept = torch.full((2, *shape[1:]), torch.nan).to(fmt.raw_dtype)
+    sinks = Raw(kept, torch.ones(1, 1, dtype=torch.int32)) if fmt.sink_tokens else None
     cache = LayerCache(fmt, pages, Raw(ring, table), sinks=sinks)
     key, value = k[:, None], v[:, None]
     block_table = torch.tensor([[1]], dtype=torch.int32)
@@ -42,9 +42,10 @@ def stored(ops: Any, fmt: PageFormat, k: torch.Tensor, v: torch.Tensor) -> torch
     assert (pages[0] == 255).all() and (pages[2] == 255).all()
     if sinks:
         wanted = torch.cat([k, v], -1)[: fmt.sink_tokens]
-        same = [x.contiguous().view(torch.uint8) for x in (kept[0, 0, : fmt.sink_tokens], wanted)]
-        assert torch.equal(*same) and kept[0, 0, fmt.sink_tokens :].isnan().all()
-    return pages[1, 0]
+        same = [x.contiguous().view(torch.uint8) for x in (kept[1, 0, : fmt.sink_tokens], wanted)]
+        assert torch.equal(*same) and kept[1, 0, fmt.sink_tokens :].isnan().all()
+        assert kept[0].isnan().all()
+    return pages[1, 0, 0]
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

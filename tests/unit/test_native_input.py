@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 def inputs() -> dict[str, Any]:
     """Good arguments of the three operators, by name."""
     fmt = PageFormat(2, 2, 32, 64, BF16, two_level=False)
-    pages = torch.zeros(8, 2, fmt.page_bytes, dtype=torch.uint8)
+    pages = torch.zeros(8, 1, 2, fmt.page_bytes, dtype=torch.uint8)
     raw = torch.zeros(8, 2, fmt.raw_tokens, 128, dtype=BF16)
     table = torch.arange(1, 7, dtype=torch.int32)[None]
     tail = Raw(raw.clone(), table.clone())
@@ -70,8 +70,20 @@ WRONG = {
     "key": [lambda x: x.half(), lambda x: x[:, :1], lambda x: x.mT.contiguous().mT],
     "value": [lambda x: x[..., :32], lambda x: x[:1], lambda x: x[None]],
     "output": [lambda x: x.double(), lambda x: x[:, :2], lambda x: x.mT.contiguous().mT],
-    "cache.pages": [lambda x: x.int(), lambda x: x[..., :-1], lambda x: x[..., None]],
-    "cache.ring.cache": [lambda x: x.float(), lambda x: x[:, :1], lambda x: x[..., :127]],
+    "cache.pages": [
+        lambda x: x.int(),
+        lambda x: x[..., :-1],
+        lambda x: x[..., None],
+        lambda x: x[:, 0],
+        lambda x: x[:, :0],
+    ],
+    "cache.ring.cache": [
+        lambda x: x.float(),
+        lambda x: x[:, :1],
+        lambda x: x[..., :127],
+        lambda x: x[:, :, :0],
+        lambda x: x.repeat(1, 1, 6, 1),
+    ],
     "cache.ring.table": [lambda x: x.long(), lambda x: x[0], lambda x: x[:0]],
     "step.block_table": [lambda x: x.long(), lambda x: x.repeat(2, 2)[:, ::2]],
 }
@@ -111,6 +123,8 @@ def test_wrong_slopes_and_tails_are_named() -> None:
         call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))
     with pytest.raises(ValueError, match="1 tails of 24 tokens cannot hold residual_length 32"):
         call(change("cache", lambda c: replace(c, tails=c.tails[:1])))
+    with pytest.raises(ValueError, match=r"tails have pages of \[16, 24\] tokens, but all must"):
+        call(change("cache.tails", lambda x: (x[0], replace(x[1], cache=x[1].cache[:, :, :16]))))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +186,19 @@ def test_page_ids_out_of_range(name: str, bad: int) -> None:
     with pytest.raises(ValueError, match=r"outside of its cache \(pages: 8, ring: 8\)"):
         call(given)
     assert torch.equal(given["cache"].pages, before)
+
+
+def test_a_block_that_attention_reads_has_a_page() -> None:
+    """A row from position 130 on reads one; through a window of two, none."""
+    given = inputs()
+    step = given["step"]
+    given["step"] = replace(
+        step, rows=[Row(0, 0, 3, 130, 133)], block_table=torch.zeros_like(step.block_table)
+    )
+    given["cache"] = replace(given["cache"], tails=(), residual_length=0)
+    with pytest.raises(ValueError, match=r"attention reads has no page \(id 0\)"):
+        call(given)
+    call({**given, "params": AttentionParams(0.1, sliding_window=2)})
 
 
 def test_table_too_narrow() -> None:

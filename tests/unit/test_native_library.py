@@ -70,7 +70,7 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
         ),
         (
             [("soft_cap", "logits_cap")],
-            "it has KiviCall.logits_cap at byte 440 where KiviCall.soft_cap at 440 is expected",
+            "it has KiviCall.logits_cap at byte 464 where KiviCall.soft_cap at 464 is expected",
         ),
         (
             [
@@ -83,15 +83,15 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
         ),
         (
             [("double scale, soft_cap;", "float scale, soft_cap;")],
-            "it has KiviCall.soft_cap at byte 436 where KiviCall.soft_cap at 440 is expected",
+            "it has KiviCall.soft_cap at byte 460 where KiviCall.soft_cap at 464 is expected",
         ),
         (
             [("  int64_t sliding_window; ", "  int64_t sliding_window, more; ")],
-            "it has KiviCall at byte 472 where KiviCall at 464 is expected",
+            "it has KiviCall at byte 496 where KiviCall at 488 is expected",
         ),
         (
             [("FIELD(KiviCall, sliding_window)", "")],
-            "it has KiviRow at byte 40 where KiviCall.sliding_window at 456 is expected",
+            "it has KiviRow at byte 40 where KiviCall.sliding_window at 480 is expected",
         ),
     ],
     ids=["order", "name", "raw", "type", "size", "missing"],
@@ -123,7 +123,8 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "_run",
         lambda function, call, cache: (calls.append((call, cache)), run(function, call, cache)),
     )
-    case = Case("kivi_k4v3", "best", 32, (6, 2), 128, sinks=8, soft_cap=30.0, window=500)
+    more = dict(sinks=8, soft_cap=30.0, window=500, per_block=3, raw=(40, 16, 9))
+    case = Case("kivi_k4v3", "best", 32, (6, 2), 128, **more)
     sim = simulator(case)
     sim.step({sim.add(150): 150})
     call, cache = calls[1]  # of store_blocks, attend and store_ring
@@ -142,6 +143,7 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "head_stride": head,
         "token_stride": token,
         "num_blocks": raw.shape[0],
+        "page_tokens": 40,
         "table": table.data_ptr(),
         "table_stride": table.stride(0),
         "table_width": table.shape[1],
@@ -155,13 +157,14 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "group_size": 32,
         "two_level": 1,
         "head_size": 128,
-        "raw_tokens": cache.fmt.raw_tokens,
         "dtype": 2,
         "num_kv_heads": 2,
         "pages": pages.data_ptr(),
         "page_block_stride": pages.stride(0),
-        "page_head_stride": pages.stride(1),
+        "page_stride": pages.stride(1),
+        "page_head_stride": pages.stride(2),
         "num_blocks": pages.shape[0],
+        "pages_per_block": 3,
         "num_tails": len(cache.tails),
         "residual_length": 32,
         "sink_tokens": 8,

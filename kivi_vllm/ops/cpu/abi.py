@@ -24,16 +24,17 @@ def _packed(fields: Fields) -> struct.Struct:
 
 ROW_FIELDS = _fields("index q0 q1 a b")  # `Step.row_array`
 RAW_FIELDS = _fields(
-    "data block_stride head_stride token_stride num_blocks table table_stride table_width"
+    "data block_stride head_stride token_stride num_blocks page_tokens table table_stride "
+    "table_width"
 )
 TENSOR_FIELDS = _fields("data token_stride head_stride")
 RAW, TENSOR = _packed(RAW_FIELDS), _packed(TENSOR_FIELDS)
 
 COMMON_FIELDS = _fields(
-    "rows num_rows per_position decode_len k_bits v_bits group_size two_level head_size raw_tokens "
-    "dtype num_kv_heads pages page_block_stride page_head_stride num_blocks block_table "
-    "block_table_stride block_table_width ring tails num_tails residual_length sinks sink_tokens "
-    "key value threads",
+    "rows num_rows per_position decode_len k_bits v_bits group_size two_level head_size dtype "
+    "num_kv_heads pages page_block_stride page_stride page_head_stride num_blocks pages_per_block "
+    "block_table block_table_stride block_table_width ring tails num_tails residual_length sinks "
+    "sink_tokens key value threads",
     **dict(ring=RAW, sinks=RAW, key=TENSOR, value=TENSOR),
 )
 """Of a KiviCall: what all three calls of a step need."""

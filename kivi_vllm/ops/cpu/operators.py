@@ -103,12 +103,13 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
     strides = CHECKED_FORMS.get(form)
     if strides is None:
         for name, x in (("key", key), ("value", value)):
-            checks.check_tokens(name, x, step, cache, pages.shape[1], fmt.raw_dtype)
+            checks.check_tokens(name, x, step, cache, cache.num_kv_heads, fmt.raw_dtype)
         strides = _record_strides(form, key, value)
     token, head, value_token, value_head = strides
     tails = ctypes.create_string_buffer(
         b"".join(RAW.pack(*_raw(f"tails[{i}]", x, step, cache)) for i, x in enumerate(cache.tails))
     )
+    checks.check_tails(cache)
     common = COMMON.pack(
         step.row_array.data_ptr(),
         len(step.rows),
@@ -119,9 +120,8 @@ def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tenso
         fmt.group_size,
         fmt.two_level,
         fmt.head_size,
-        fmt.raw_tokens,
         DTYPES[fmt.raw_dtype],
-        pages.shape[1],
+        cache.num_kv_heads,
         *where,
         *_table("block_table", step.block_table, step),
         *_raw("ring", cache.ring, step, cache),
@@ -157,7 +157,8 @@ def _described_once(x: torch.Tensor, context: tuple[Any, ...], describe: Callabl
 def _pages(cache: LayerCache) -> tuple[int, ...]:
     checks.check_pages(cache, _CPU)
     pages = cache.pages
-    return pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[0]
+    num_blocks, per_block = pages.shape[:2]
+    return pages.data_ptr(), *pages.stride()[:3], num_blocks, per_block
 
 
 def _table(name: str, table: torch.Tensor, step: Step) -> tuple[int, int, int]:
@@ -172,12 +173,13 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
     """KiviRaw."""
 
     def describe() -> tuple[int, ...]:
-        checks.check_raw(name, raw.cache, cache)
-        block, head, token, _ = raw.cache.stride()
-        size = raw.cache.itemsize
-        return raw.cache.data_ptr(), block * size, head * size, token * size, raw.cache.shape[0]
+        least = cache.fmt.sink_tokens if raw is cache.sinks else 1
+        checks.check_raw(name, raw.cache, cache, least=least)
+        num_blocks, _, tokens, _ = raw.cache.shape
+        strides = (n * raw.cache.itemsize for n in raw.cache.stride()[:3])
+        return raw.cache.data_ptr(), *strides, num_blocks, tokens
 
-    context = (cache.fmt, cache.pages.shape[1])
+    context = (cache.fmt, cache.num_kv_heads, raw is cache.sinks)
     return (
         *_described_once(raw.cache, context, describe),
         *_table(f"{name}.table", raw.table, step),
@@ -188,7 +190,7 @@ def _form_of(
     name: str, step: Step, cache: LayerCache, x: torch.Tensor, y: torch.Tensor
 ) -> tuple[Any, ...]:
     """All that says whether tensors fit a step over this cache; hashed faster than checked."""
-    where = (name, cache.fmt, cache.pages.shape[1], step.num_tokens)
+    where = (name, cache.fmt, cache.num_kv_heads, step.num_tokens)
     return (*where, x.dtype, x.shape, x.stride(), x.is_cpu, y.dtype, y.shape, y.stride(), y.is_cpu)
 
 
@@ -207,8 +209,8 @@ def _run(function: Any, call: bytes, cache: LayerCache) -> None:
         raise ValueError(
             "a page id in block_table or in the table of the ring, a tail or the sinks is outside "
             f"of its cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the "
-            "table has too few columns for a row's positions, or a row's positions and tokens do "
-            "not fit"
+            "table has too few columns for a row's positions, a block that attention reads has no "
+            "page (id 0), or a row's positions and tokens do not fit"
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the work space of the CPU kernels")

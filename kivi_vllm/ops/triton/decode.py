@@ -260,7 +260,7 @@ def decode(
         step.query_start_loc,
         step.seq_lens,
         cache.pages,
-        *cache.pages.stride()[:2],
+        *cache.pages.stride()[:3:2],
         step.block_table,
         step.block_table.stride(0),
         raw_arguments(cache, key, value),

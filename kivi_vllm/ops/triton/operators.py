@@ -65,11 +65,13 @@ def store_blocks(
         checks.check_numbers(cache)
         checks.check_pages(cache, device)
         for name, raw in raws.items():
-            checks.check_raw(f"{name}.cache", raw.cache, cache)
+            least = cache.fmt.sink_tokens if raw is cache.sinks else 1
+            checks.check_raw(f"{name}.cache", raw.cache, cache, least=least)
+        checks.check_tails(cache)
         for name, table in tables.items():
             checks.check_table(name, table, step, device)
         for name, x in tokens.items():
-            checks.check_tokens(name, x, step, cache, cache.pages.shape[1], cache.fmt.raw_dtype)
+            checks.check_tokens(name, x, step, cache, cache.num_kv_heads, cache.fmt.raw_dtype)
         for name, x in {**data, **tokens}.items():
             _check_alignment(name, x)
         record_form(form)

@@ -182,7 +182,7 @@ def prefill(
         step.num_prefills,
         step.decode_len,
         cache.pages,
-        *cache.pages.stride()[:2],
+        *cache.pages.stride()[:3:2],
         step.block_table,
         step.block_table.stride(0),
         raw_arguments(cache, key, value),

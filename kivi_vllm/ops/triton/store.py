@@ -266,12 +266,12 @@ def store_blocks(
     parts = [B.value // k[0] * -(-fmt.head_size // k[1]), -(-fmt.head_size // v[1])]
     parts.append(len(cache.tails))
     slots = step.num_tokens // B.value + step.num_reqs
-    _store_blocks[(slots, cache.pages.shape[1], sum(parts) + (fmt.sink_tokens > 0))](
+    _store_blocks[(slots, cache.num_kv_heads, sum(parts) + (fmt.sink_tokens > 0))](
         step.query_start_loc,
         step.seq_lens,
         step.num_reqs,
         cache.pages,
-        *cache.pages.stride()[:2],
+        *cache.pages.stride()[:3:2],
         step.block_table,
         step.block_table.stride(0),
         raw_arguments(cache, key, value),

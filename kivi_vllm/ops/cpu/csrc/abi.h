@@ -13,9 +13,9 @@ enum { KIVI_RAW_BITS = 0 };  // k_bits and v_bits of pages that hold tokens verb
 
 // A cache of full-precision tokens: K in the first head_size elements of a token, V in the next.
 struct KiviRaw {
-  uint8_t *data;  // [num_blocks, num_kv_heads, raw_tokens, >= 2 * head_size]
+  uint8_t *data;  // [num_blocks, num_kv_heads, page_tokens, >= 2 * head_size]
   int64_t block_stride, head_stride, token_stride;
-  int64_t num_blocks;
+  int64_t num_blocks, page_tokens;
   const int32_t *table;  // [num_reqs, table_width]
   int64_t table_stride, table_width;
 };
@@ -36,12 +36,12 @@ struct KiviCall {
   const KiviRow *rows;
   int64_t num_rows;
   int64_t per_position, decode_len;
-  int64_t k_bits, v_bits, group_size, two_level, head_size, raw_tokens;  // PageFormat
+  int64_t k_bits, v_bits, group_size, two_level, head_size;  // PageFormat
   int64_t dtype;                                              // KiviDtype
   int64_t num_kv_heads;
-  uint8_t *pages;  // [num_blocks, num_kv_heads, page_bytes]
-  int64_t page_block_stride, page_head_stride, num_blocks;
-  const int32_t *block_table;  // [num_reqs, block_table_width]
+  uint8_t *pages;  // [num_blocks, pages_per_block, num_kv_heads, page_bytes]
+  int64_t page_block_stride, page_stride, page_head_stride, num_blocks, pages_per_block;
+  const int32_t *block_table;  // [num_reqs, block_table_width], see page_of
   int64_t block_table_stride, block_table_width;
   KiviRaw ring;  // see ring_entry
   const KiviRaw *tails;
@@ -62,20 +62,22 @@ struct KiviCall {
   FIELD(KiviRow, index) FIELD(KiviRow, q0) FIELD(KiviRow, q1) FIELD(KiviRow, a)                \
   FIELD(KiviRow, b) FIELD(KiviRaw, data) FIELD(KiviRaw, block_stride)                          \
   FIELD(KiviRaw, head_stride) FIELD(KiviRaw, token_stride) FIELD(KiviRaw, num_blocks)          \
-  FIELD(KiviRaw, table) FIELD(KiviRaw, table_stride) FIELD(KiviRaw, table_width)               \
-  FIELD(KiviTensor, data) FIELD(KiviTensor, token_stride) FIELD(KiviTensor, head_stride)       \
-  FIELD(KiviCall, rows) FIELD(KiviCall, num_rows) FIELD(KiviCall, per_position)                \
-  FIELD(KiviCall, decode_len) FIELD(KiviCall, k_bits) FIELD(KiviCall, v_bits)                  \
-  FIELD(KiviCall, group_size) FIELD(KiviCall, two_level) FIELD(KiviCall, head_size)            \
-  FIELD(KiviCall, raw_tokens) FIELD(KiviCall, dtype) FIELD(KiviCall, num_kv_heads)             \
-  FIELD(KiviCall, pages) FIELD(KiviCall, page_block_stride) FIELD(KiviCall, page_head_stride)  \
-  FIELD(KiviCall, num_blocks) FIELD(KiviCall, block_table) FIELD(KiviCall, block_table_stride) \
-  FIELD(KiviCall, block_table_width) FIELD(KiviCall, ring) FIELD(KiviCall, tails)              \
-  FIELD(KiviCall, num_tails) FIELD(KiviCall, residual_length) FIELD(KiviCall, sinks)           \
-  FIELD(KiviCall, sink_tokens) FIELD(KiviCall, key) FIELD(KiviCall, value)                     \
-  FIELD(KiviCall, threads) FIELD(KiviCall, query) FIELD(KiviCall, output)                      \
-  FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads) FIELD(KiviCall, scale)                 \
-  FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes) FIELD(KiviCall, sliding_window)
+  FIELD(KiviRaw, page_tokens) FIELD(KiviRaw, table) FIELD(KiviRaw, table_stride)               \
+  FIELD(KiviRaw, table_width) FIELD(KiviTensor, data) FIELD(KiviTensor, token_stride)          \
+  FIELD(KiviTensor, head_stride) FIELD(KiviCall, rows) FIELD(KiviCall, num_rows)               \
+  FIELD(KiviCall, per_position) FIELD(KiviCall, decode_len) FIELD(KiviCall, k_bits)            \
+  FIELD(KiviCall, v_bits) FIELD(KiviCall, group_size) FIELD(KiviCall, two_level)               \
+  FIELD(KiviCall, head_size) FIELD(KiviCall, dtype) FIELD(KiviCall, num_kv_heads)              \
+  FIELD(KiviCall, pages) FIELD(KiviCall, page_block_stride) FIELD(KiviCall, page_stride)       \
+  FIELD(KiviCall, page_head_stride) FIELD(KiviCall, num_blocks)                                \
+  FIELD(KiviCall, pages_per_block) FIELD(KiviCall, block_table)                                \
+  FIELD(KiviCall, block_table_stride) FIELD(KiviCall, block_table_width)                       \
+  FIELD(KiviCall, ring) FIELD(KiviCall, tails) FIELD(KiviCall, num_tails)                      \
+  FIELD(KiviCall, residual_length) FIELD(KiviCall, sinks) FIELD(KiviCall, sink_tokens)         \
+  FIELD(KiviCall, key) FIELD(KiviCall, value) FIELD(KiviCall, threads) FIELD(KiviCall, query)  \
+  FIELD(KiviCall, output) FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads)                \
+  FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes)               \
+  FIELD(KiviCall, sliding_window)
 #define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
 
 // Where a field begins, or a struct (whose name has no dot) ends.

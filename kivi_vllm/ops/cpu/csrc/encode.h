@@ -71,6 +71,11 @@ static void load_values(int64_t dtype, const uint8_t *const *v, int d, float *x)
     }
 }
 
+// Whether an entry of a request's is a page, not vLLM's null block.
+static bool is_held(const KiviRaw &raw, const KiviRow &row, int64_t entry) {
+  return raw.table[row.index * raw.table_stride + entry] != 0;
+}
+
 static void copy(const uint8_t *from, int64_t n, uint8_t *to) { __builtin_memcpy(to, from, n); }
 
 static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, int64_t head,
@@ -79,7 +84,6 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
   const Source source(c, row, head, 0);
   const uint8_t *k[kBlock], *v[kBlock];
   source.find(block * kBlock, kBlock, k, v);
-  uint8_t *page = page_of(c, row, head, block);
   const int64_t bytes = source.bytes;
   const auto keep = [&](int64_t t, uint8_t *to) {
     copy(k[t], bytes, to);
@@ -87,15 +91,17 @@ static void encode_block(const KiviCall &c, const KiviRow &row, int64_t block, i
   };
   for (int64_t t = kBlock - c.residual_length; t < kBlock; t++) {
     const int64_t at = t - (kBlock - c.residual_length);
-    const KiviRaw &tail = c.tails[at / c.raw_tokens];
-    if (tail.table[row.index * tail.table_stride + block] != 0)  // vLLM's null page
-      keep(t, Source::token(tail, row.index, block, head, at % c.raw_tokens));
+    const KiviRaw &tail = c.tails[at / c.tails->page_tokens];
+    if (is_held(tail, row, block))
+      keep(t, Source::token(tail, row.index, block, head, at % tail.page_tokens));
   }
   if (block == 0)
     for (int64_t t = 0; t < c.sink_tokens; t++) {
-      keep(t, Source::token(c.sinks, row.index, 0, head, t));
+      if (is_held(c.sinks, row, 0)) keep(t, Source::token(c.sinks, row.index, 0, head, t));
       k[t] = k[c.sink_tokens + t];  // stands in for it in its group
     }
+  if (pool_block(c, row, block) == 0) return;
+  uint8_t *page = page_of(c, row, head, block);
   if (is_raw(c)) {
     for (int t = 0; t < kBlock; t++) {
       copy(k[t], bytes, page + t * bytes);

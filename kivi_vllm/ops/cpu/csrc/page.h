@@ -119,12 +119,12 @@ template <class KEYS, class VALUES, class LAYOUT>
 static void attend_pages_of(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
                             State &state) {
   const LAYOUT at(c);
-  KEYS::begin(page_of(c, *u.row, u.kv_head, 0), at, queries, s);
+  KEYS::begin(page_of(c, *u.row, u.kv_head, u.tile_block_lo), at, queries, s);
+  const uint8_t *page = page_of(c, *u.row, u.kv_head, u.block_lo);
   // What comes after the last page: a page of full-precision tokens has the same size.
   const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
   for (int64_t block = u.block_lo; block < u.block_hi; block++) {
-    const uint8_t *page = page_of(c, *u.row, u.kv_head, block);
     const uint8_t *next =
         block + 1 < u.block_hi ? page_of(c, *u.row, u.kv_head, block + 1) : residual;
     const int64_t first = block * kBlock;
@@ -149,6 +149,7 @@ static void attend_pages_of(const KiviCall &c, const Unit &u, Queries &queries, 
       });
       r0 += n;
     }
+    page = next;
   }
 }
 

@@ -18,6 +18,11 @@ int64_t cost_of(const Unit &u) {
          64;
 }
 
+// Whether tokens of the row follow F of their own positions, not all of the first one's.
+bool reads_by_position(const KiviCall &c, const KiviRow &row) {
+  return c.per_position || row.b - row.a <= c.decode_len;
+}
+
 // Its memory is kept from call to call.
 struct Plan {
   std::vector<Unit> tiles, units;
@@ -28,7 +33,7 @@ struct Plan {
 void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) {
   const int64_t group = c.num_heads / c.num_kv_heads;
   const int64_t per_tile = max_of(1, kMaxRows / group);
-  const bool per_position = c.per_position || row.b - row.a <= c.decode_len;
+  const bool per_position = reads_by_position(c, row);
   for (int64_t start = row.a; start < row.b;) {
     const int64_t end =
         min_of(min_of(row.b, (start / kBlock + 1) * kBlock), start + per_tile);
@@ -38,11 +43,11 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
     u.start = start;
     u.end = end;
     u.raw_from = max_of(0, seen);
-    const int64_t oldest = c.sliding_window ? max_of(0, start + 1 - c.sliding_window) : 0;
+    const int64_t oldest = first_visible(start, c.sliding_window);
     if (is_raw(c)) {  // pages are read like the tokens that are not in pages
       u.raw_lo = oldest;
     } else {
-      u.block_lo = oldest / kBlock;
+      u.block_lo = u.tile_block_lo = oldest / kBlock;
       u.block_hi = max_of(u.block_lo, (u.raw_from + kBlock - 1) / kBlock);
       u.raw_lo = max_of(u.raw_from, oldest);
       u.sink_lo = oldest;

@@ -45,13 +45,14 @@ struct Source {
       const int64_t slot = ring_slot(c, s);
       const uint8_t *k = token(c.ring, row.index, ring_entry(c, s), head, slot);
       return {k, k + bytes, c.ring.token_stride, c.ring.token_stride,
-              min_of(c.raw_tokens - slot, row.a - s)};
+              min_of(c.ring.page_tokens - slot, row.a - s)};
     }
-    const int64_t at = s - (block_start - c.residual_length), slot = at % c.raw_tokens;
-    const KiviRaw &tail = c.tails[at / c.raw_tokens];
+    const int64_t tokens = c.tails->page_tokens;
+    const int64_t at = s - (block_start - c.residual_length), slot = at % tokens;
+    const KiviRaw &tail = c.tails[at / tokens];
     const uint8_t *k = token(tail, row.index, block_start / kBlock - 1, head, slot);
     return {k, k + bytes, tail.token_stride, tail.token_stride,
-            min_of(c.raw_tokens - slot, block_start - s)};
+            min_of(tokens - slot, block_start - s)};
   }
 
   // Addresses of n tokens.

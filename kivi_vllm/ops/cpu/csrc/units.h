@@ -24,6 +24,7 @@ struct Unit {
   int64_t start, end;           // positions of the query tokens, all in one block
   int64_t raw_from;             // F: positions below are read from pages
   int64_t block_lo, block_hi;
+  int64_t tile_block_lo;        // of all parts of the tile
   int64_t raw_lo, raw_hi;
   int64_t sink_lo, sink_hi;     // of the sinks, which are full-precision tokens too
   float *partial;               // where to leave (max, sum, accumulator) of a part; null: output
@@ -55,17 +56,31 @@ static inline int padded_bytes(int end) { return (end + kBlock - 1) / kBlock * k
 
 // Where a position lies in the ring: residual.ring_entry and ring_slot.
 static inline int64_t ring_entry(const KiviCall &c, int64_t s) {
-  return s / kBlock * ((kBlock + c.raw_tokens - 1) / c.raw_tokens) + s % kBlock / c.raw_tokens;
+  const int64_t tokens = c.ring.page_tokens;
+  return s / kBlock * ((kBlock + tokens - 1) / tokens) + s % kBlock / tokens;
 }
-static inline int64_t ring_slot(const KiviCall &c, int64_t s) { return s % kBlock % c.raw_tokens; }
+static inline int64_t ring_slot(const KiviCall &c, int64_t s) {
+  return s % kBlock % c.ring.page_tokens;
+}
 
 // Whether pages hold tokens verbatim.
 static inline bool is_raw(const KiviCall &c) { return c.k_bits == KIVI_RAW_BITS; }
 
+// The first position that a row at position `t` sees through the window.
+static inline int64_t first_visible(int64_t t, int64_t window) {
+  return window && t >= window ? t + 1 - window : 0;
+}
+
+// The pool's block that holds the page of a request's block, or 0: it has no page.
+static inline int64_t pool_block(const KiviCall &c, const KiviRow &row, int64_t block) {
+  const uint32_t entry = (uint32_t)block / (uint32_t)c.pages_per_block;
+  return c.block_table[row.index * c.block_table_stride + entry];
+}
+
 // The page of a request's block, for one kv head.
 static inline uint8_t *page_of(const KiviCall &c, const KiviRow &row, int64_t head, int64_t block) {
-  const int64_t id = c.block_table[row.index * c.block_table_stride + block];
-  return c.pages + id * c.page_block_stride + head * c.page_head_stride;
+  return c.pages + pool_block(c, row, block) * c.page_block_stride +
+         (uint32_t)block % (uint32_t)c.pages_per_block * c.page_stride + head * c.page_head_stride;
 }
 
 }  // namespace kivi
