@@ -22,6 +22,9 @@ CASES = [
     Case("kivi_k4v3", head_size=192, model=BF16, heads=(1, 1)),
     Case("kivi_k3v2", sinks=16, window=150, residual=32, heads=(2, 1), model=BF16),
     Case(sinks=8, window=20, exact=True, heads=(2, 1)),
+    Case(per_block=3, residual=32, window=150, raw=(9, 40, 8), sinks=8, heads=(2, 1), model=BF16),
+    Case("kivi3", exact=True, per_block=2, window=64, raw=(128, 1, 4), heads=(2, 1), model=BF16),
+    Case("kivi_raw", per_block=5, residual=64, raw=(1, 128, 1), heads=(2, 1), model=BF16),
     Case("kivi4", "paper", head_size=96, model=BF16, residual=128),
     Case("kivi4", "paper", group=128, head_size=256, model=BF16, heads=(2, 2)),
     Case(recipe="paper", residual=32, exact=True, heads=(9, 3), model=BF16),
@@ -31,10 +34,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", some(CASES, [0, 1, 3, 4]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [0, 1, 3, 4, 12, 13]), ids=str)
 def test_ragged_batches_of_random_chunks(case: Case) -> None:
     sim = simulator(case)
-    requests = [sim.add(270), sim.add(129), sim.add(2)]
+    requests = [sim.add(270 + case.window), sim.add(129), sim.add(2)]
     sim.run(*requests)
     assert all(r.output.isfinite().all() for r in requests)
     sim.check_untouched()

@@ -102,6 +102,14 @@ def with_sinks(**other: Any) -> dict[str, Any]:
     return change("cache", kept)
 
 
+def test_tails_lie_alike() -> None:
+    def apart(tails: tuple[Raw, ...]) -> tuple[Raw, ...]:
+        return tails[0], replace(tails[1], cache=torch.cat([tails[1].cache] * 2, -1)[..., :128])
+
+    with pytest.raises(ValueError, match="tails must have the same strides"):
+        call(change("cache.tails", apart))
+
+
 def test_wrong_sinks_are_named() -> None:
     call(with_sinks())
     good = with_sinks()["cache"]
@@ -115,9 +123,9 @@ def test_wrong_sinks_are_named() -> None:
             call(with_sinks(**{name: bad}))
     with pytest.raises(ValueError, match="sinks"):
         call({**with_sinks(), "cache": replace(good, sinks=None)})
-    apart = torch.cat([good.sinks.cache] * 2, -1)[..., :128]
-    with pytest.raises(ValueError, match="ring, tails and sinks must have the same strides"):
-        call(with_sinks(cache=apart))
+    with pytest.raises(ValueError, match=r"sinks.cache is .*, but must be .*, 4 to 128, >= 128\]"):
+        call(with_sinks(cache=good.sinks.cache[:, :, :3]))
+    call(with_sinks(cache=torch.cat([good.sinks.cache] * 2, -1)[..., :128]))  # strides of their own
     for page in (-1, 8):
         with pytest.raises(ValueError, match=f"sinks.table has page {page} for request 0, of 8"):
             call(with_sinks(table=torch.full((1, 2), page, dtype=torch.int32)))

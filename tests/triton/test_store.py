@@ -49,6 +49,8 @@ CASES = [
     Case("kivi_k3v2", head_size=256, heads=(1, 1), model=BF16),
     Case("kivi_k3v2", sinks=16, heads=(1, 1), model=BF16),
     Case("kivi_raw", residual=32, model=BF16),
+    Case(per_block=3, residual=128, raw=(20, 50, 8), sinks=8, heads=(1, 1), model=BF16),
+    Case("kivi_raw", exact=True, per_block=2, window=40, sinks=0, heads=(1, 1), model=BF16),
     Case(recipe="paper", residual=32, heads=(3, 3), model=BF16),
     Case("kivi4", "paper", head_size=96, model=BF16, drafts=4),
     Case(recipe="paper", group=64, head_size=128, model=FP16, residual=64),
@@ -58,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", some(CASES, [0, 1, 6, 7]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [0, 1, 6, 7, 8, 9]), ids=str)
 def test_bytes_equal_the_reference(case: Case) -> None:
     ops = Both()
     sim = simulator(case, ops)

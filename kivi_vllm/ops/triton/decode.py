@@ -22,6 +22,8 @@ from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,
     first_raw,
+    page_of,
+    pages_arguments,
     raw_arguments,
     raw_bases,
     raw_position,
@@ -69,11 +71,7 @@ def _decode(
     query_head,
     query_start_loc,
     seq_lens,
-    pages,
-    page_block,
-    page_head,
-    table,
-    table_row,
+    paged,
     raw,
     slopes,
     scale,
@@ -121,8 +119,7 @@ def _decode(
         elif not C.PACKED:
             whole = _query(q, live, 0, 1, C.DP, C)
             for n in range(first, tl.minimum(first + per_split, end)):
-                page = tl.load(table + row * table_row + n).to(tl.int64)
-                page = pages + page * page_block + head * page_head
+                page = page_of(paged, row, n, head, C)[1]
                 for part in range(B // RAW_STEP):
                     token = part * RAW_STEP + tl.arange(0, RAW_STEP)
                     s = n * B + token
@@ -139,8 +136,7 @@ def _decode(
             x, y = (x / largest[None]).to(T), (y / largest[None]).to(T)
             factor = largest * scale
             for n in range(first, tl.minimum(first + per_split, end)):
-                page = tl.load(table + row * table_row + n).to(tl.int64)
-                page = pages + page * page_block + head * page_head
+                page = page_of(paged, row, n, head, C)[1]
                 s = n * B + tl.arange(0, B)
                 scores = packed_scores(page, x, y, C) * factor[None]
                 scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
@@ -250,8 +246,9 @@ def decode(
     num_kv_heads = key.shape[1]
     rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
     tiles, n = columns(gqa, min(step.decode_len, step.max_query_len))
-    splits = num_splits(rows * num_kv_heads * tiles, step.block_table.shape[1], query.device)
-    constants, rules = page_constants(cache.fmt), rules_of(params, cache)
+    most_pages = step.block_table.shape[1] * cache.pages_per_block
+    splits = num_splits(rows * num_kv_heads * tiles, most_pages, query.device)
+    constants, rules = page_constants(cache), rules_of(params, cache)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
     _decode[parts[:3]](
@@ -259,10 +256,7 @@ def decode(
         *query.stride()[:2],
         step.query_start_loc,
         step.seq_lens,
-        cache.pages,
-        *cache.pages.stride()[:3:2],
-        step.block_table,
-        step.block_table.stride(0),
+        pages_arguments(step, cache),
         raw_arguments(cache, key, value),
         params.alibi_slopes,
         params.scale,

@@ -18,6 +18,7 @@ from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
 from kivi_vllm.ops.triton import store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
+from kivi_vllm.ops.triton.page import page_constants
 from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.workspace import reserve
 
@@ -142,7 +143,8 @@ def attend(
     first_chunk = params.first_chunk
     plain = first_chunk is not None and step.nothing_cached and not step.per_position
     # Our kernel runs the first time in any case, so that it is compiled by vLLM's warm-up.
-    variant = (cache.fmt, cache.residual_length, params.logits_soft_cap, params.sliding_window)
+    rules = (cache.residual_length, params.logits_soft_cap, params.sliding_window)
+    variant = (page_constants(cache), *rules)
     if not plain or variant not in _compiled:
         _compiled.add(variant)
         prefill(step, cache, query, key, value, params, output)

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.step import LayerCache
 from kivi_vllm.ops.triton.codes import key_codes, top, value_codes, zero_step
 
 
 class PageConstants(NamedTuple):
-    """A page format at compile time.
+    """The forms of a layer's pages at compile time.
 
     Attributes:
         D, DP: head size, and the power of two that is not less.
@@ -26,7 +27,8 @@ class PageConstants(NamedTuple):
         K_BITS, V_BITS: as in `PageFormat`.
         K, V: byte offsets of the fields of K and of V, codes last.
         BYTES: of a page.
-        RAW: tokens that a page of the ring or a tail holds.
+        PER_BLOCK: pages of a head in a block of the pool.
+        RING, TAIL: tokens that a page of the ring, and of a tail, holds.
         SINKS: first tokens of a sequence that are read at full precision.
         RUN: channels that a rotation of values takes together, or 0: they are as they were.
 
@@ -42,14 +44,21 @@ class PageConstants(NamedTuple):
     K: tuple[int, ...]
     V: tuple[int, ...]
     BYTES: int
-    RAW: int
+    PER_BLOCK: int
+    RING: int
+    TAIL: int
     SINKS: int
     RUN: int
 
 
+def page_constants(cache: LayerCache) -> PageConstants:
+    """The constants of a layer's caches."""
+    ring = cache.ring.cache.shape[2]
+    return _page_constants(cache.fmt, cache.pages_per_block, ring, cache.tail_tokens)
+
+
 @functools.cache
-def page_constants(fmt: PageFormat) -> PageConstants:
-    """The constants of `fmt`."""
+def _page_constants(fmt: PageFormat, per_block: int, ring: int, tail: int) -> PageConstants:
     k, v = (
         tuple(f.offset for name, f in fmt.fields.items() if name.startswith(side)) for side in "kv"
     )
@@ -65,7 +74,9 @@ def page_constants(fmt: PageFormat) -> PageConstants:
         K=k,
         V=v,
         BYTES=fmt.page_bytes,
-        RAW=fmt.raw_tokens,
+        PER_BLOCK=per_block,
+        RING=ring,
+        TAIL=tail,
         SINKS=fmt.sink_tokens,
         RUN=fmt.head_size & -fmt.head_size if two_level else 0,
     )

@@ -21,6 +21,8 @@ from kivi_vllm.ops.triton.tokens import (
     at_full_precision,
     find_row,
     first_raw,
+    page_of,
+    pages_arguments,
     raw_arguments,
     raw_bases,
     raw_position,
@@ -65,11 +67,7 @@ def _prefill(
     first_row,
     num_rows,
     decode_len,
-    pages,
-    page_block,
-    page_head,
-    table,
-    table_row,
+    paged,
     raw,
     slopes,
     scale,
@@ -120,8 +118,7 @@ def _prefill(
             largest = tl.where(largest > 0, largest, 1.0)
             x = (q.to(tl.float32) / largest[:, None]).to(T)
         for n in range(oldest // STEP, tl.cdiv(last_seen, STEP)):
-            page = tl.load(table + row * table_row + n * STEP // B).to(tl.int64)
-            page = pages + page * page_block + head * page_head
+            page = page_of(paged, row, n * STEP // B, head, C)[1]
             half = n * STEP % B // STEP
             s = n * STEP + tl.arange(0, STEP)
             seen = ~at_full_precision(s[None], seen_from[:, None], C)
@@ -166,7 +163,7 @@ def prefill(
     """`reference.attend` for the requests after the step's decodes; one launch."""
     num_kv_heads = key.shape[1]
     gqa = query.shape[1] // num_kv_heads
-    constants = page_constants(cache.fmt)
+    constants = page_constants(cache)
     rows = min(ROWS, ROWS * ROW_BYTES // (constants.DP * query.dtype.itemsize))
     rows = max(rows, triton.next_power_of_2(gqa))
     tokens = rows // gqa
@@ -181,10 +178,7 @@ def prefill(
         step.num_decodes,
         step.num_prefills,
         step.decode_len,
-        cache.pages,
-        *cache.pages.stride()[:3:2],
-        step.block_table,
-        step.block_table.stride(0),
+        pages_arguments(step, cache),
         raw_arguments(cache, key, value),
         params.alibi_slopes,
         params.scale,

@@ -28,6 +28,8 @@ from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.tokens import (
     B,
     find_row,
+    page_of,
+    pages_arguments,
     raw_arguments,
     raw_bases,
     ring_entry,
@@ -140,12 +142,52 @@ def _copy(to, stride, bases, count, C: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _keep(to, position, count, row, q0, a, head, raw, C: tl.constexpr, N: tl.constexpr):
-    """The first `count` of N tokens from `position` on go to a full-precision page at `to`."""
+def _keep(to, stride, position, count, row, q0, a, head, raw, C: tl.constexpr, N: tl.constexpr):
+    """The first `count` of N tokens from `position` on go to a page at `to`, `stride` apart."""
     n = tl.arange(0, N)
     k, v = raw_bases(position + n, n < count, row, q0, a, head, raw, C, 0)
-    _copy(to, raw.token_stride, k, count, C, N)
-    _copy(to + C.D, raw.token_stride, v, count, C, N)
+    _copy(to, stride, k, count, C, N)
+    _copy(to + C.D, stride, v, count, C, N)
+
+
+@triton.jit
+def _quantize(
+    page,
+    block,
+    part,
+    row,
+    q0,
+    a,
+    head,
+    raw,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """One part of K or V of a page; see `_store_blocks`."""
+    if part < PARTS[0]:
+        run, part = part // (B // K[0]), part % (B // K[0])
+        s = block * B + part * K[0] + tl.arange(0, K[0])
+        if C.SINKS > 0:  # no part in the ranges: the next ones stand in for them
+            s = tl.where(s < C.SINKS, s + C.SINKS, s)
+        k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
+        if C.TWO_LEVEL:
+            _best_k(page, k_at, run, C, K[1])
+        elif C.PACKED:
+            _paper_k(page, k_at, part, C, K[0])
+        else:
+            to = (page + C.K[-1]).to(raw.key.dtype) + part * K[0] * C.D
+            _copy(to, C.D, k_at, K[0], C, K[0])
+    elif C.TWO_LEVEL:
+        _best_v(page, block * B, row, q0, a, head, raw, C, V[0])
+    else:
+        position = block * B + tl.arange(0, B)
+        v_at = raw_bases(position, True, row, q0, a, head, raw, C, 0)[1]
+        if C.PACKED:
+            _paper_v(page, v_at, part - PARTS[0], C, V[1])
+        else:
+            _copy((page + C.V[-1]).to(raw.key.dtype), C.D, v_at, B, C, B)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -153,22 +195,19 @@ def _store_blocks(
     query_start_loc,
     seq_lens,
     num_rows,
-    pages,
-    page_block,
-    page_head,
-    table,
-    table_row,
+    paged,
     raw,
     C: tl.constexpr,
     R: tl.constexpr,
     PARTS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    RAW_TOKENS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Grid (blocks that the step may complete, num_kv_heads, K parts + V parts + tails + sinks).
 
-    PARTS: how many of K, V, and tails. K, V: (tokens, channels) of one part of theirs.
+    PARTS: how many of K, V, and tails. K, V: (tokens, channels) of one part of theirs. KEPT: tokens
+    of a tail or of the sinks, or more.
     """
     row, j = find_row(query_start_loc, num_rows, tl.program_id(0), B)
     head, part = tl.program_id(1), tl.program_id(2)
@@ -176,43 +215,22 @@ def _store_blocks(
     block = a // B + j
     if (a < b) & (block < b // B):
         if part < PARTS[0] + PARTS[1]:
-            page = tl.load(table + row * table_row + block).to(tl.int64)
-            page = pages + page * page_block + head * page_head
-            if part < PARTS[0]:
-                run, part = part // (B // K[0]), part % (B // K[0])
-                s = block * B + part * K[0] + tl.arange(0, K[0])
-                if C.SINKS > 0:  # no part in the ranges: the next ones stand in for them
-                    s = tl.where(s < C.SINKS, s + C.SINKS, s)
-                k_at = raw_bases(s, True, row, q0, a, head, raw, C, 0)[0]
-                if C.TWO_LEVEL:
-                    _best_k(page, k_at, run, C, K[1])
-                elif C.PACKED:
-                    _paper_k(page, k_at, part, C, K[0])
-                else:
-                    to = (page + C.K[-1]).to(raw.key.dtype) + part * K[0] * C.D
-                    _copy(to, C.D, k_at, K[0], C, K[0])
-            elif C.TWO_LEVEL:
-                _best_v(page, block * B, row, q0, a, head, raw, C, V[0])
-            else:
-                position = block * B + tl.arange(0, B)
-                v_at = raw_bases(position, True, row, q0, a, head, raw, C, 0)[1]
-                if C.PACKED:
-                    _paper_v(page, v_at, part - PARTS[0], C, V[1])
-                else:
-                    _copy((page + C.V[-1]).to(raw.key.dtype), C.D, v_at, B, C, B)
+            held, page = page_of(paged, row, block, head, C)
+            if held != 0:
+                _quantize(page, block, part, row, q0, a, head, raw, C, PARTS, K, V)
         elif part < PARTS[0] + PARTS[1] + PARTS[2]:
             if R > 0:
                 i = part - PARTS[0] - PARTS[1]
-                tail_id, tail = tail_page(raw, row, block, i, True)
-                if tail_id != 0:  # vLLM's null page
-                    to = tail + tail_id * raw.page_stride + head * raw.head_stride
-                    start = (block + 1) * B - R + i * C.RAW
-                    count = tl.minimum(C.RAW, R - i * C.RAW)
-                    _keep(to, start, count, row, q0, a, head, raw, C, RAW_TOKENS)
+                held, to = tail_page(raw, row, block, head, i, True)
+                if held != 0:
+                    start = (block + 1) * B - R + i * C.TAIL
+                    count = tl.minimum(C.TAIL, R - i * C.TAIL)
+                    _keep(to, raw.tails_token, start, count, row, q0, a, head, raw, C, KEPT)
         elif C.SINKS > 0:  # noqa: SIM102 - known when it is compiled
             if block == 0:
-                to = sinks_page(raw, row, head, True)
-                _keep(to, 0, C.SINKS, row, q0, a, head, raw, C, RAW_TOKENS)
+                held, to = sinks_page(raw, row, head, True)
+                if held != 0:
+                    _keep(to, raw.sinks_token, 0, C.SINKS, row, q0, a, head, raw, C, KEPT)
 
 
 @triton.jit(do_not_specialize=["num_rows", "decode_len"])
@@ -233,7 +251,7 @@ def _store_ring(
     needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `residual.ring_start`
     if (s < b) & (s >= needed):
         page = tl.load(raw.table + row * raw.table_row + ring_entry(s, C)).to(tl.int64)
-        to = raw.ring + page * raw.page_stride + ring_slot(s, C) * raw.token_stride
+        to = raw.ring + page * raw.ring_page + ring_slot(s, C) * raw.ring_token
         token = (q0 + i).to(tl.int64)
         h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
         mask = (h < num_heads) & (d < C.D)
@@ -241,8 +259,8 @@ def _store_ring(
         v = tl.load(
             raw.value + token * raw.value_token + h * raw.value_head + d, mask=mask, other=0
         )
-        tl.store(to + h * raw.head_stride + d, k, mask=mask)
-        tl.store(to + h * raw.head_stride + C.D + d, v, mask=mask)
+        tl.store(to + h * raw.ring_head + d, k, mask=mask)
+        tl.store(to + h * raw.ring_head + C.D + d, v, mask=mask)
 
 
 def _parts(c: PageConstants) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -261,7 +279,7 @@ def store_blocks(
 
     As `reference.store_blocks`, for a `DeviceStep`; one launch.
     """
-    fmt, constants = cache.fmt, page_constants(cache.fmt)
+    fmt, residual, constants = cache.fmt, cache.residual_length, page_constants(cache)
     k, v = _parts(constants)
     parts = [B.value // k[0] * -(-fmt.head_size // k[1]), -(-fmt.head_size // v[1])]
     parts.append(len(cache.tails))
@@ -270,17 +288,14 @@ def store_blocks(
         step.query_start_loc,
         step.seq_lens,
         step.num_reqs,
-        cache.pages,
-        *cache.pages.stride()[:3:2],
-        step.block_table,
-        step.block_table.stride(0),
+        pages_arguments(step, cache),
         raw_arguments(cache, key, value),
         C=constants,
-        R=cache.residual_length,
+        R=residual,
         PARTS=tuple(parts),
         K=k,
         V=v,
-        RAW_TOKENS=triton.next_power_of_2(fmt.raw_tokens),
+        KEPT=triton.next_power_of_2(max(1, min(constants.TAIL, residual), fmt.sink_tokens)),
     )
 
 
@@ -297,6 +312,6 @@ def store_ring(step: DeviceStep, cache: LayerCache, key: torch.Tensor, value: to
         step.decode_len,
         raw_arguments(cache, key, value),
         num_heads,
-        C=page_constants(cache.fmt),
+        C=page_constants(cache),
         HEADS=triton.next_power_of_2(num_heads),
     )

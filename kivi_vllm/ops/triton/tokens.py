@@ -15,9 +15,26 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
-from kivi_vllm.ops.step import LayerCache
+from kivi_vllm.ops.step import DeviceStep, LayerCache
 
 B: tl.constexpr = tl.constexpr(BLOCK_SIZE)
+
+
+class Pages(NamedTuple):
+    """An argument of kernels: where quantized pages lie.
+
+    Attributes:
+        pages: their bytes, with the strides of a block, of a page in it, and of a head.
+        table, table_row: the step's block table and its stride.
+
+    """
+
+    pages: torch.Tensor
+    block_stride: int
+    page_stride: int
+    head_stride: int
+    table: torch.Tensor
+    table_row: int
 
 
 class RawTokens(NamedTuple):
@@ -25,10 +42,9 @@ class RawTokens(NamedTuple):
 
     Attributes:
         key, value: the step's own, with their strides of a token and of a head.
-        ring: the ring's pages; the strides of page, head and token are those of all
-            full-precision pages.
+        ring: the ring's pages, with the strides of a page, of a head and of a token.
         table, table_row: the ring's table and its stride.
-        tails: [n, 2] int64, the addresses of each tail's pages and table.
+        tails: [n, 2] int64, the addresses of each tail's pages and table; strides as the ring's.
         tails_row: stride of those tables.
         sinks, sinks_table, sinks_row: as the ring's; where there are no sinks, the ring's.
 
@@ -41,14 +57,20 @@ class RawTokens(NamedTuple):
     value_token: int
     value_head: int
     ring: torch.Tensor
-    page_stride: int
-    head_stride: int
-    token_stride: int
+    ring_page: int
+    ring_head: int
+    ring_token: int
     table: torch.Tensor
     table_row: int
     tails: torch.Tensor
+    tails_page: int
+    tails_head: int
+    tails_token: int
     tails_row: int
     sinks: torch.Tensor
+    sinks_page: int
+    sinks_head: int
+    sinks_token: int
     sinks_table: torch.Tensor
     sinks_row: int
 
@@ -87,18 +109,32 @@ def first_raw(t, R: tl.constexpr):
 
 
 @triton.jit
-def tail_page(raw, row, block, i, mask):
-    """Page id and cache of the tokens of `block` that tail i keeps; like mask, i is [n] or one."""
+def page_of(paged, row, block, head, C: tl.constexpr):
+    """The pool's block that holds the page of a row's block, 0: none does; and its address."""
+    entry = block
+    if C.PER_BLOCK > 1:
+        entry = block // C.PER_BLOCK
+    held = tl.load(paged.table + row * paged.table_row + entry).to(tl.int64)
+    page = paged.pages + held * paged.block_stride + head * paged.head_stride
+    if C.PER_BLOCK > 1:
+        page += block % C.PER_BLOCK * paged.page_stride
+    return held, page
+
+
+@triton.jit
+def tail_page(raw, row, block, head, i, mask):
+    """Page id and address of what tail i keeps of `block`; like mask, i is [n] or one."""
     cache = tl.load(raw.tails + i * 2, mask=mask, other=0).to(raw.ring.dtype)
     table = tl.load(raw.tails + i * 2 + 1, mask=mask, other=0).to(tl.pointer_type(tl.int32))
-    return tl.load(table + row * raw.tails_row + block, mask=mask, other=0).to(tl.int64), cache
+    page = tl.load(table + row * raw.tails_row + block, mask=mask, other=0).to(tl.int64)
+    return page, cache + page * raw.tails_page + head * raw.tails_head
 
 
 @triton.jit
 def sinks_page(raw, row, head, mask):
-    """Where a row's sinks lie; where not `mask`, the address must not be read."""
+    """Page id and address of a row's sinks; where not `mask`, it must not be read."""
     page = tl.load(raw.sinks_table + row * raw.sinks_row, mask=mask, other=0).to(tl.int64)
-    return raw.sinks + page * raw.page_stride + head * raw.head_stride
+    return page, raw.sinks + page * raw.sinks_page + head * raw.sinks_head
 
 
 @triton.jit
@@ -136,14 +172,14 @@ def at_full_precision(s, seen_from, C: tl.constexpr):
 @triton.jit
 def ring_entry(s, C: tl.constexpr):
     """`residual.ring_entry`."""
-    PAGES: tl.constexpr = (B + C.RAW - 1) // C.RAW
-    return s // B * PAGES + s % B // C.RAW
+    PAGES: tl.constexpr = (B + C.RING - 1) // C.RING
+    return s // B * PAGES + s % B // C.RING
 
 
 @triton.jit
 def ring_slot(s, C: tl.constexpr):
     """`residual.ring_slot`."""
-    return s % B % C.RAW
+    return s % B % C.RING
 
 
 @triton.jit
@@ -157,46 +193,51 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
     token = (q0 + s - a).to(tl.int64)
     where = raw.table + row * raw.table_row + ring_entry(s, C)
     page = tl.load(where, mask=valid & (s < a), other=0).to(tl.int64)
-    at = raw.ring + page * raw.page_stride + head * raw.head_stride
-    at += ring_slot(s, C) * raw.token_stride
+    at = raw.ring + page * raw.ring_page + head * raw.ring_head
+    at += ring_slot(s, C) * raw.ring_token
     start = a // B * B
     old = valid & (s < start)
     if C.SINKS > 0:  # from their page, if they are in no tail
         seen_from = first_raw(a, R)
         sink = valid & (s < tl.minimum(seen_from, C.SINKS))
-        kept = sinks_page(raw, row, head, seen_from > 0)
-        at = tl.where(sink, kept + s * raw.token_stride, at)
+        kept = sinks_page(raw, row, head, seen_from > 0)[1]
+        at = tl.where(sink, kept + s * raw.sinks_token, at)
         old &= ~sink
     if R > 0:
         i = tl.where(old, s - (start - R), 0)
-        page, tail = tail_page(raw, row, start // B - 1, i // C.RAW, old)
-        tail += page * raw.page_stride + head * raw.head_stride + i % C.RAW * raw.token_stride
-        at = tl.where(old, tail, at)
+        tail = tail_page(raw, row, start // B - 1, head, i // C.TAIL, old)[1]
+        at = tl.where(old, tail + i % C.TAIL * raw.tails_token, at)
     k = tl.where(own, raw.key + token * raw.key_token + head * raw.key_head, at)
     v = tl.where(own, raw.value + token * raw.value_token + head * raw.value_head, at + C.D)
     # D is a multiple of 32: with the contract of `operators`, all are multiples of 16 bytes.
     return tl.multiple_of(k, 16), tl.multiple_of(v, 16)
 
 
+def pages_arguments(step: DeviceStep, cache: LayerCache) -> Pages:
+    """Where `page_of` finds quantized pages."""
+    table = step.block_table
+    return Pages(cache.pages, *cache.pages.stride()[:3], table, table.stride(0))
+
+
 def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> RawTokens:
     """Where `raw_bases` finds the step's own K and V, the ring, the tails and the sinks.
 
     Raises:
-        ValueError: tails or sinks differ from the ring in their strides, or tails' tables
-            from each other in theirs.
+        ValueError: tails, or their tables, differ from each other in their strides.
 
     """
     ring, given = cache.ring, (key, value, cache.ring, cache.tails, cache.sinks)
     made, of = cache.native.get("raw", (None, ()))  # all launches of a step need the same
     if made and all(x is y for x, y in zip(of, given, strict=True)):
         return made
-    rows, sinks = {tail.table.stride(0) for tail in cache.tails}, cache.sinks or ring
-    if len(rows) > 1 or any(
-        raw.cache.stride() != ring.cache.stride() for raw in (*cache.tails, sinks)
-    ):
-        raise ValueError("ring, tails and sinks must have the same strides, and all tails' tables")
+    sinks, tails = cache.sinks or ring, cache.tails or (ring,)
+    strides = {(tail.cache.stride()[:3], tail.table.stride(0)) for tail in tails}
+    if len(strides) > 1:
+        raise ValueError("tails must have the same strides, and so must their tables")
+    [((tails_page, tails_head, tails_token), tails_row)] = strides
     pairs = tuple((t.cache.data_ptr(), t.table.data_ptr()) for t in cache.tails)
-    page, head, token = ring.cache.stride()[:3]
+    ring_page, ring_head, ring_token = ring.cache.stride()[:3]
+    sinks_page, sinks_head, sinks_token = sinks.cache.stride()[:3]
     made = RawTokens(
         key=key,
         key_token=key.stride(0),
@@ -205,14 +246,20 @@ def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> 
         value_token=value.stride(0),
         value_head=value.stride(1),
         ring=ring.cache,
-        page_stride=page,
-        head_stride=head,
-        token_stride=token,
+        ring_page=ring_page,
+        ring_head=ring_head,
+        ring_token=ring_token,
         table=ring.table,
         table_row=ring.table.stride(0),
         tails=_addresses(pairs, key.device),
-        tails_row=rows.pop() if rows else 0,
+        tails_page=tails_page,
+        tails_head=tails_head,
+        tails_token=tails_token,
+        tails_row=tails_row,
         sinks=sinks.cache,
+        sinks_page=sinks_page,
+        sinks_head=sinks_head,
+        sinks_token=sinks_token,
         sinks_table=sinks.table,
         sinks_row=sinks.table.stride(0),
     )

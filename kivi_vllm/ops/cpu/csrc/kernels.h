@@ -21,7 +21,6 @@ namespace KIVI_ISA {
 
 struct AttendScratch {
   float q[kMaxRows * kMaxHead];
-  int16_t fixed[kMaxRows * kMaxHead];
   float acc[kMaxRows * kMaxHead];
   float slopes[kMaxRows];
   union {
@@ -37,7 +36,6 @@ static void load_queries(const KiviCall &c, const Unit &u, AttendScratch &s, Que
   q.rows = (int)rows_of(u);
   q.start = u.start;
   q.q = s.q;
-  q.fixed = s.fixed;
   q.soft_cap = (float)c.soft_cap * log2e;
   q.window = c.sliding_window;
   q.slopes = nullptr;

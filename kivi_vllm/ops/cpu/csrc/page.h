@@ -116,7 +116,7 @@ static void rotate_back(float *x, int rows, int d) {
 }
 
 template <class KEYS, class VALUES, class LAYOUT>
-static void attend_pages_of(const KiviCall &c, const Unit &u, Queries &queries, PageScratch &s,
+static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &queries, PageScratch &s,
                             State &state) {
   const LAYOUT at(c);
   KEYS::begin(page_of(c, *u.row, u.kv_head, u.tile_block_lo), at, queries, s);
@@ -154,7 +154,7 @@ static void attend_pages_of(const KiviCall &c, const Unit &u, Queries &queries, 
 }
 
 template <class K, class V, bool TWO_LEVEL>
-static void attend_pages(const KiviCall &c, const Unit &u, Queries &q, PageScratch &s,
+static void attend_pages(const KiviCall &c, const Unit &u, const Queries &q, PageScratch &s,
                          State &state) {
   if constexpr (TWO_LEVEL)
     attend_pages_of<TwoLevelKeys<K>, TwoLevelValues<V>, TwoLevelLayout>(c, u, q, s, state);

@@ -86,23 +86,23 @@ static INLINE void zero_sums(const uint8_t *zeros, int groups, const float *x, i
 
 // Some channels of K have scales many times those of the others, on all pages. 16 bits of scale
 // times 16 bits of query would be spent on the products of large scales with large queries, which
-// need not meet: so each scale is divided by its channel's largest on the request's first page
-// (`scratch`), and the query multiplied by it. `q` is not changed, `fixed` and `unit` are made.
-static void balance_queries(int d, Queries &q, float *balance, float *scratch) {
+// need not meet: so each scale is divided by its channel's largest on the first page that the tile
+// reads (`s.unbalance`), and the query multiplied by it, which makes `s.q_fixed` and `s.q_unit`.
+static void balance_queries(int d, const Queries &q, PageScratch &s) {
   vf m = {};
-  for (int i = 0; i < d; i += W) m = vmax(m, load(scratch + i));
+  for (int i = 0; i < d; i += W) m = vmax(m, load(s.unbalance + i));
   const float top = largest(m), least = top > 0 ? top * (1.0f / 64) : 1.0f;
-  for (int i = 0; i < d; i += W) store(scratch + i, vmax(load(scratch + i), all(least)));
-  for (int i = 0; i < d; i += W) store(balance + i, 1.0f / load(scratch + i));
+  for (int i = 0; i < d; i += W) store(s.unbalance + i, vmax(load(s.unbalance + i), all(least)));
+  for (int i = 0; i < d; i += W) store(s.balance + i, 1.0f / load(s.unbalance + i));
   for (int r = 0; r < q.rows; r++) {
     const auto x = [&](int i) __attribute__((always_inline)) {
-      return load(q.q + (int64_t)r * d + i) * load(scratch + i);
+      return load(q.q + (int64_t)r * d + i) * load(s.unbalance + i);
     };
     m = vf{};
     for (int i = 0; i < d; i += W) m = vmax(m, vmax(x(i), -x(i)));
     const float most = largest(m);
-    q.unit[r] = most * (1.0f / 32767.0f);
-    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, q.fixed + (int64_t)r * d);
+    s.q_unit[r] = most * (1.0f / 32767.0f);
+    to_fixed(x, d, most > 0 ? 32767.0f / most : 0.0f, s.q_fixed + (int64_t)r * d);
   }
 }
 
@@ -110,8 +110,8 @@ template <class CODES>
 struct PaperKeys {
   static constexpr int kLines = CODES::bits + 1;  // of a page, over its vectors of codes, times 4
 
-  // With the first page of a request.
-  static void begin(const uint8_t *page, const PaperLayout &at, Queries &q, PageScratch &s) {
+  // With the first page that a tile reads: of the request's, a window may have left it to others.
+  static void begin(const uint8_t *page, const PaperLayout &at, const Queries &q, PageScratch &s) {
     const uint16_t *scale = (const uint16_t *)(page + at.k_scale);
     for (int i = 0; i < at.head_size; i += W) {
       vf most = load_half(scale + i);
@@ -119,7 +119,7 @@ struct PaperKeys {
         most = vmax(most, load_half(scale + g * at.head_size + i));
       store(s.unbalance + i, most);
     }
-    balance_queries(at.head_size, q, s.balance, s.unbalance);
+    balance_queries(at.head_size, q, s);
   }
 
   static void prepare(const uint8_t *page, const PaperLayout &at, PageScratch &s) {
@@ -135,7 +135,7 @@ struct PaperKeys {
     zero_sums<R>(page + at.k_zero, at.k_groups, queries.q + (int64_t)r0 * d, d, d, s.sums);
     for (int g = 0, tile = 0; g < at.k_groups; g++) {
       for (int r = 0; r < R; r++)
-        multiply_split(queries.fixed + (int64_t)(r0 + r) * d, s.k_fixed + g * d, d,
+        multiply_split(s.q_fixed + (int64_t)(r0 + r) * d, s.k_fixed + g * d, d,
                        s.parts[0] + 128 * r);
       for (int end = tile + at.group_tiles; tile < end; tile++) {
         dot<R, AHEAD, 0>(typename CODES::Keys(page + at.k_codes, d, tile), s.parts[0], s.dots,
@@ -143,7 +143,7 @@ struct PaperKeys {
         for (int r = 0; r < R; r++)
           for (int i = 0; i < 32; i += W)
             store(s.scores[r] + 32 * tile + i,
-                  scaled<CODES>(s.dots[r], i, queries.unit[r0 + r] * s.k_factor[g]) +
+                  scaled<CODES>(s.dots[r], i, s.q_unit[r0 + r] * s.k_factor[g]) +
                       s.sums[g * kRows + r]);
       }
     }

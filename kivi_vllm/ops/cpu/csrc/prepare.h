@@ -21,13 +21,11 @@ struct State {
   }
 };
 
-// The query rows of a unit, in the forms that the two kinds of cache want.
+// The query rows of a unit.
 struct Queries {
   int rows, heads;      // rows = tokens * heads
   int64_t start;        // position of the first token
   float *q;             // [rows][head_size], times scale * log2(e)
-  int16_t *fixed;       // [rows][head_size], and its unit: see balance_queries
-  float unit[kMaxRows];
   const float *slopes;  // [heads] of this unit, or null
   float soft_cap;       // times log2(e); 0: none
   int64_t window;       // 0: none
@@ -49,8 +47,9 @@ struct PageScratch {
   float product_sum[kRows], product_unit[kRows], weight[kRows];  // see weigh_page
   float sums[kVGroups * kRows];
   int32_t dots[kRows][32];
-  // Of the unit: see balance_queries.
-  float balance[kMaxHead], unbalance[kMaxHead];
+  // Of the unit, where pages are paper's: see balance_queries.
+  float balance[kMaxHead], unbalance[kMaxHead], q_unit[kMaxRows];
+  alignas(64) int16_t q_fixed[kMaxRows * kMaxHead];
 };
 
 // Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST together, until all are done.

@@ -149,7 +149,7 @@ template <class CODES>
 struct TwoLevelKeys {
   static constexpr int kLines = CODES::bits + 1;  // the ranges, and what there is beside V's codes
 
-  static void begin(const uint8_t *, const TwoLevelLayout &, Queries &, PageScratch &) {}
+  static void begin(const uint8_t *, const TwoLevelLayout &, const Queries &, PageScratch &) {}
 
   static void prepare(const uint8_t *page, const TwoLevelLayout &at, PageScratch &s) {
     unpack_scales(page + at.k_range, at.k_groups, at.head_size, s.k_fixed);
