@@ -30,4 +30,5 @@ def register() -> None:
     wraps.select_backend_by_dtype()
     wraps.attach_residual_to_layers()
     wraps.show_requests_to_managers()
+    wraps.plan_cache_groups()
     wraps.check_engine_config()

@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from kivi_vllm.attention.groups.pages import page_spec
 from kivi_vllm.attention.impl import KiviAttentionImpl
@@ -77,9 +82,11 @@ class KiviAttentionBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Size the layer's pages for the packed format."""
-        return page_spec(
-            spec.num_kv_heads, PageFormat.of(cls.config, spec.head_size, cls.raw_dtype)
-        )
+        fmt = PageFormat.of(cls.config, spec.head_size, cls.raw_dtype)
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+        made = page_spec(spec.num_kv_heads, fmt, window)
+        # vLLM asks for the bytes of one token so.
+        return made if spec.block_size > 1 else made.copy_with_new_block_size(1)
 
 
 def select_backend(selector_config: Any, config: KiviConfig) -> type[KiviAttentionBackend]:

@@ -13,7 +13,7 @@ from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.attention.metadata import KiviMetadata
 from kivi_vllm.attention.versions import device_kind
-from kivi_vllm.config import KiviConfig, KiviConfigError
+from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw
@@ -136,7 +136,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         if self._bound is not kv_cache:  # views that live as long as what they show
             pages = kv_cache.flatten(2).unflatten(2, (-1, self.fmt.page_bytes))
             self._pages = pages.transpose(1, 2)  # of a head, one lies after the other
-            self._raws = [self.fmt.as_raw(raw.kv_cache.flatten(2)) for raw in raws]
+            self._raws = [self._tokens(raw.kv_cache) for raw in raws]
             self._bound = kv_cache
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):  # one entry per micro-batch; there is one
@@ -152,3 +152,11 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             residual_length=self.config.residual_length,
             sinks=sinks,
         )
+
+    def _tokens(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """A cache of full-precision tokens [num_blocks, num_kv_heads, T, 2 * head_size].
+
+        Its pages are of as many bytes as quantized ones, or as `planner` has made them.
+        """
+        as_pages = kv_cache.shape[2:] == (BLOCK_SIZE, self.fmt.bytes_per_token)
+        return self.fmt.as_raw(kv_cache.flatten(2), None if as_pages else kv_cache.shape[2])

@@ -18,10 +18,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.worker.utils import customize_attention_spec
 
 from kivi_vllm.attention.groups.of_a_layer import residual_specs
 from kivi_vllm.attention.metadata import KiviMetadataBuilder
@@ -100,11 +101,27 @@ def attach(attn: Attention, config: KiviConfig) -> None:
     vllm_config = get_current_vllm_config()
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
     context = vllm_config.compilation_config.static_forward_context
+    window = attn.sliding_window or 0
+    specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window)
     caches = {}
-    for suffix, spec in residual_specs(attn.num_kv_heads, fmt, config, vllm_config).items():
+    for suffix, spec in specs.items():
         cache = RawCache(f"{attn.layer_name}.{suffix}", spec, config)
         if cache.name in context:
             raise ValueError(f"Duplicate layer name: {cache.name}")
         context[cache.name] = caches[suffix] = cache
     ring, sinks = caches.pop("kivi_ring"), caches.pop("kivi_sinks", None)
     attn.impl.bind_residual(fmt=fmt, ring=ring, tails=[*caches.values()], sinks=sinks)
+
+
+def cache_specs(vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
+    """Cache specs of the layers that have been made here, as vLLM's worker collects them."""
+    specs = {}
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
+        if getattr(layer, "kv_sharing_target_layer_name", None):
+            continue
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if isinstance(spec, AttentionSpec):
+            spec = customize_attention_spec(layer.get_attn_backend(), spec)
+        if spec is not None:
+            specs[name] = spec
+    return specs

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
-from kivi_vllm.attention.groups.pages import PageSpec
+from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
@@ -74,7 +74,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
-        if not isinstance(self.kv_cache_spec, PageSpec):
+        if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
             return KiviMetadata(m.block_table_tensor)
         ends = m.seq_lens_cpu_upper_bound
         batch = Batch(

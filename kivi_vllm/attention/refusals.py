@@ -79,7 +79,7 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
     kinds = {
         "multi-head latent attention (MLA)": model.use_mla,
         "an encoder-decoder": model.is_encoder_decoder,
-        "state-space or linear attention layers": model.is_hybrid or model.is_attention_free,
+        "no attention layers": model.is_attention_free,
         "pooling instead of generation": model.runner_type != "generate",
         "multimodal inputs (not tested)": model.is_multimodal_model,
         "chunked local attention": model.attention_chunk_size is not None,
@@ -149,6 +149,17 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "speculation in a pipeline is not tested; leave out --speculative-config or "
             "--pipeline-parallel-size"
         )
+    if vllm_config.model_config.is_hybrid:
+        if parallel.pipeline_parallel_size > 1:
+            yield (
+                "a hybrid model in a pipeline is not supported: its stages would disagree about "
+                "the tokens of a state; leave out --pipeline-parallel-size"
+            )
+        if cache.mamba_cache_mode == "all":
+            yield (
+                "--mamba-cache-mode all is not supported: states are kept at multiples of the "
+                "cache's blocks; use --mamba-cache-mode align"
+            )
     if parallel.use_ubatching:  # a layer would read the first micro-batch's tables for both
         yield "micro-batches are not supported; leave out --enable-dbo and --ubatch-size"
     if parallel.use_ray and not current_platform.ray_device_key:

@@ -207,6 +207,11 @@ class PageFormat:
         """Bytes of one token of one kv head (vLLM's `state_content_bytes`)."""
         return self.page_bytes // BLOCK_SIZE
 
+    @property
+    def raw_token_bytes(self) -> int:
+        """Bytes of K and V of one token in the model's dtype."""
+        return 2 * self.head_size * self.raw_dtype.itemsize
+
     @cached_property
     def raw_tokens(self) -> int:
         """Full-precision tokens (K and V) that one page's bytes hold.
@@ -215,7 +220,7 @@ class PageFormat:
         16-bit models with head sizes of 64 and 128. Pages of `kivi_raw` could hold 128, but take
         32 like their quantized kin, so that the diagnostic runs through as many pages.
         """
-        tokens = self.page_bytes // (2 * self.head_size * self.raw_dtype.itemsize)
+        tokens = self.page_bytes // self.raw_token_bytes
         return min(tokens, 32) if self.is_raw else tokens
 
     def as_raw(self, pages: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
@@ -224,7 +229,5 @@ class PageFormat:
         `tokens`: of a page, as far as its n bytes hold them; None: `raw_tokens`.
         """
         count = self.raw_tokens if tokens is None else tokens
-        token_bytes = 2 * self.head_size * self.raw_dtype.itemsize
-        return (
-            pages[..., : count * token_bytes].unflatten(-1, (-1, token_bytes)).view(self.raw_dtype)
-        )
+        tokens = pages[..., : count * self.raw_token_bytes]
+        return tokens.unflatten(-1, (-1, self.raw_token_bytes)).view(self.raw_dtype)

@@ -7,25 +7,51 @@ the last pages would be preempted, or others would, as soon as they grow.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kivi_vllm.config import BLOCK_SIZE
 
 
+@dataclass(frozen=True)
+class PageGroup:
+    """A cache group of quantized pages.
+
+    Attributes:
+        pages: pages of each layer in one block of the pool.
+        window: tokens that its layers see; 0: all.
+
+    """
+
+    pages: int = 1
+    window: int = 0
+
+    def held(self, lengths: np.ndarray) -> np.ndarray:
+        """Blocks of the pool that requests of these lengths hold."""
+        blocks = -(-(lengths // BLOCK_SIZE) // self.pages)
+        if not self.window:
+            return blocks
+        return np.minimum(blocks, -(-(self.window - 1) // (BLOCK_SIZE * self.pages)) + 1)
+
+
 class Forecast:
-    """Pages of all requests in each of the next steps.
+    """Blocks of the pool for all requests in each of the next steps.
 
     Args:
         rings: ring pages during a decode step that ends at length n, for n modulo their
             number.
-        num_others: pages that a request claims in other groups with its first whole
+        page_groups: the groups of quantized pages.
+        num_others: pages that a request claims in further groups with its first whole
             block, and keeps.
 
     """
 
-    def __init__(self, rings: Sequence[int], num_others: int) -> None:
+    def __init__(
+        self, rings: Sequence[int], page_groups: Sequence[PageGroup], num_others: int
+    ) -> None:
         self._rings = np.array(rings)
+        self._page_groups = page_groups
         self._num_others = num_others
 
     def most_pages(self, lengths: Sequence[int], ends: Sequence[int]) -> int:
@@ -42,7 +68,10 @@ class Forecast:
         now = np.array(lengths)[:, None]
         ahead = now + np.arange(BLOCK_SIZE + 1)
         rings = self._rings[ahead % len(self._rings)]
-        pages = ahead // BLOCK_SIZE - now // BLOCK_SIZE
-        others = ((now < BLOCK_SIZE) & (ahead >= BLOCK_SIZE)) * self._num_others
-        taken = (rings + pages + others) * (ahead <= np.array(ends)[:, None])
+        claimed = self._held_elsewhere(ahead) - self._held_elsewhere(now)
+        taken = (rings + claimed) * (ahead <= np.array(ends)[:, None])
         return int(taken.sum(0).max())
+
+    def _held_elsewhere(self, lengths: np.ndarray) -> np.ndarray:
+        others = (lengths >= BLOCK_SIZE) * self._num_others
+        return others + sum(group.held(lengths) for group in self._page_groups)

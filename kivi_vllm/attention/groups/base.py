@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
-    """Pages as `page_spec`'s; their bytes are shown as `fmt.raw_tokens` tokens later."""
+    """Pages as `page_spec`'s; their bytes are shown as `fmt.raw_tokens` tokens later.
+
+    (`plan` makes pages of other sizes out of them, see `of_tokens`.)
+    """
     return dict(
         block_size=BLOCK_SIZE,
         num_kv_heads=num_kv_heads,
@@ -24,6 +28,15 @@ def raw_fields(num_kv_heads: int, fmt: PageFormat) -> dict[str, Any]:
         dtype=torch.uint8,
         state_content_bytes=fmt.bytes_per_token,
         dcp_sharded=False,
+    )
+
+
+def of_tokens(token_bytes: int, num_tokens: int, block_size: int) -> dict[str, Any]:
+    """What makes a spec's page [num_kv_heads, num_tokens, token_bytes]."""
+    return dict(
+        block_size=block_size,
+        state_content_bytes=token_bytes,
+        tokens_per_state=Fraction(block_size, num_tokens),
     )
 
 

@@ -13,9 +13,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
-from kivi_vllm.attention.groups.admission import Forecast
+from kivi_vllm.attention.groups.admission import Forecast, PageGroup
 from kivi_vllm.attention.groups.base import SparseManager, raw_fields
-from kivi_vllm.config import BLOCK_SIZE, KiviConfigError
+from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.residual import ring_entry, ring_start
 
@@ -33,6 +33,8 @@ class RingSpec(CircularBufferSpec):
     Attributes:
         page_tokens: tokens of a page.
         num_drafts: draft tokens that one step may store for a request.
+        token_bytes: of a token of one kv head.
+        page_groups: the groups of quantized pages, for admission.
         num_others: pages that a request claims in other groups with its first whole
             block, and keeps.
 
@@ -40,17 +42,9 @@ class RingSpec(CircularBufferSpec):
 
     page_tokens: int
     num_drafts: int
+    token_bytes: int
+    page_groups: tuple[PageGroup, ...] = (PageGroup(),)
     num_others: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # vLLM makes layers of different page sizes fit by changing their block sizes:
-        # the ring would have other slots than `PageFormat.raw_tokens` says.
-        if self.block_size != BLOCK_SIZE or self.page_size_padded is not None:
-            raise KiviConfigError(
-                "the KIVI cache needs the same number and size of kv heads in all layers; "
-                "use --kv-cache-dtype auto or fp8 for this model"
-            )
 
     @cached_property
     def num_pages(self) -> int:
@@ -86,8 +80,11 @@ class RingSpec(CircularBufferSpec):
         return self.entry(cdiv(max_len, BLOCK_SIZE) * BLOCK_SIZE)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Rings group with rings of the same size only."""
-        return all(spec == self for spec in kv_cache_specs.values())
+        """Rings group with rings of as many tokens a page."""
+        return all(
+            isinstance(spec, RingSpec) and spec.page_tokens == self.page_tokens
+            for spec in kv_cache_specs.values()
+        )
 
 
 class RingManager(SparseManager, CircularBufferManager):
@@ -178,10 +175,12 @@ class RingManager(SparseManager, CircularBufferManager):
         # Those of two steps before, too, which move on to new entries before they are free: with
         # asynchronous scheduling the result of the last step is not there yet.
         rings = [max(len(spec.needed_after(m)) for m in (n - 2, n - 1, n)) for n in spec.lengths]
-        return Forecast(rings, spec.num_others)
+        return Forecast(rings, spec.page_groups, spec.num_others)
 
 
-def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0) -> RingSpec:
+def ring_spec(
+    num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0, window: int = 0
+) -> RingSpec:
     """The ring of a layer.
 
     It holds the current block and the draft tokens of the steps in flight: those
@@ -190,5 +189,10 @@ def ring_spec(num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: i
     """
     fields = raw_fields(num_kv_heads, fmt)
     return RingSpec(
-        **fields, page_tokens=fmt.raw_tokens, num_drafts=num_drafts, num_others=num_others
+        **fields,
+        page_tokens=fmt.raw_tokens,
+        num_drafts=num_drafts,
+        token_bytes=fmt.raw_token_bytes,
+        page_groups=(PageGroup(1, window),),
+        num_others=num_others,
     )

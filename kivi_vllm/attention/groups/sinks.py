@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from kivi_vllm.attention.groups.base import raw_fields
+from kivi_vllm.config import BLOCK_SIZE
 from kivi_vllm.ops.format import PageFormat
 
 if TYPE_CHECKING:
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkSpec(AttentionSpec):
-    """The first tokens of a sequence, of one layer: one page, shared like its first block."""
+    """The first tokens of a sequence, of one layer: one page, shared like its first block.
+
+    It comes with the first 128 tokens; prefix caching finds it from `block_size` tokens on.
+
+    Attributes:
+        num_tokens: how many.
+        token_bytes: of a token of one kv head.
+
+    """
+
+    num_tokens: int
+    token_bytes: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What one request can take."""
@@ -37,8 +49,8 @@ class SinkSpec(AttentionSpec):
         return False
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Sinks group with sinks of the same size only."""
-        return all(spec == self for spec in kv_cache_specs.values())
+        """Sinks group with sinks."""
+        return all(isinstance(spec, SinkSpec) for spec in kv_cache_specs.values())
 
 
 class SinkManager(SingleTypeKVCacheManager):
@@ -46,7 +58,7 @@ class SinkManager(SingleTypeKVCacheManager):
 
     def _missing(self, request_id: str, num_tokens: int) -> int:
         """Pages that a request of `num_tokens` tokens still lacks."""
-        return int(num_tokens >= self.block_size and not self.req_to_blocks.get(request_id))
+        return int(num_tokens >= BLOCK_SIZE and not self.req_to_blocks.get(request_id))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -98,4 +110,5 @@ class SinkManager(SingleTypeKVCacheManager):
 
 def sink_spec(num_kv_heads: int, fmt: PageFormat) -> SinkSpec:
     """One page of the first tokens of a sequence."""
-    return SinkSpec(**raw_fields(num_kv_heads, fmt))
+    fields = raw_fields(num_kv_heads, fmt)
+    return SinkSpec(**fields, num_tokens=fmt.sink_tokens, token_bytes=fmt.raw_token_bytes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from kivi_vllm.attention.groups.base import SparseManager, raw_fields
 from kivi_vllm.config import BLOCK_SIZE
@@ -33,6 +33,10 @@ class TailSpec(SlidingWindowSpec):
 
     num_drafts: int
     interval: int | None = 0
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Tails group with tails."""
+        return all(isinstance(spec, TailSpec) for spec in kv_cache_specs.values())
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int

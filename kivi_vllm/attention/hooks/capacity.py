@@ -98,22 +98,14 @@ def _cache_specs(config: Any) -> dict[str, Any]:
         get_supported_kv_cache_layouts,
         resolve_kv_cache_layout,
     )
-    from vllm.v1.kv_cache_interface import AttentionSpec
-    from vllm.v1.worker.utils import customize_attention_spec
+
+    from kivi_vllm.attention.layer import cache_specs
 
     with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
         initialize_model(config)
     current_platform.update_block_size_for_backend(config)
+    specs = cache_specs(config)
     layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-    specs = {}
-    for name, layer in layers.items():
-        if getattr(layer, "kv_sharing_target_layer_name", None):
-            continue
-        spec = layer.get_kv_cache_spec(config)
-        if isinstance(spec, AttentionSpec):
-            spec = customize_attention_spec(layer.get_attn_backend(), spec)
-        if spec is not None:
-            specs[name] = spec
     backends = list({layer.get_attn_backend(): None for layer in layers.values()})
     layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     resolve_kv_cache_layout(config, [layouts], list(specs.values()))

@@ -32,6 +32,13 @@ def register_dtypes() -> None:
         arg_utils._compute_kwargs.cache_clear()
 
 
+def grouping_module() -> Any:
+    """The module whose `get_kv_cache_groups` vLLM calls."""
+    from vllm.v1.core import kv_cache_utils
+
+    return kv_cache_utils
+
+
 def get_kv_cache_configs(vllm_config: Any, specs: list, memory: list[int]) -> list:
     """Cache configurations of workers that have these layers and so many bytes."""
     from vllm.v1.core import kv_cache_utils

@@ -28,6 +28,13 @@ def register_dtypes() -> None:
             register_kv_cache_dtype(name)(type("KiviDType", (Handler,), {"name": name}))
 
 
+def grouping_module() -> Any:
+    """The module whose `get_kv_cache_groups` vLLM calls."""
+    from vllm.v1.core import kv_cache_planning
+
+    return kv_cache_planning
+
+
 def get_kv_cache_configs(vllm_config: Any, specs: list, memory: list[int]) -> list:
     """Cache configurations of workers that have these layers and so many bytes."""
     from vllm.v1.core import kv_cache_planning

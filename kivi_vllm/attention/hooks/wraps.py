@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kivi_vllm.config import KiviConfigError, is_kivi
+from kivi_vllm.config import BLOCK_SIZE, KiviConfigError, is_kivi
 
 
 def register_backend_name() -> None:
@@ -28,9 +28,9 @@ def register_backend_name() -> None:
 
 
 def register_cache_specs() -> None:
-    """Register our four, after vLLM's own specs: it skips those when any are there."""
+    """Register ours, after vLLM's own specs: it skips those when any are there."""
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 
     from kivi_vllm.attention.groups import pages, ring, sinks, tails
@@ -39,8 +39,9 @@ def register_cache_specs() -> None:
         register_all_kvcache_specs(None)
     for spec, manager, base in (
         (pages.PageSpec, pages.PageManager, FullAttentionSpec),
+        (pages.WindowPageSpec, pages.WindowPageManager, pages.WindowPageSpec),
         (ring.RingSpec, ring.RingManager, ring.RingSpec),
-        (tails.TailSpec, tails.TailManager, SlidingWindowSpec),
+        (tails.TailSpec, tails.TailManager, tails.TailSpec),
         (sinks.SinkSpec, sinks.SinkManager, sinks.SinkSpec),
     ):
         KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=base)
@@ -123,6 +124,78 @@ def show_requests_to_managers() -> None:
         return allocate_slots
 
     _wrap(KVCacheManager, "allocate_slots", make)
+
+
+def plan_cache_groups() -> None:
+    """Make the cache groups of models whose layers differ; see `groups.planner`.
+
+    It takes a layout in which a block is outermost, and a block of vLLM's states as long as ours.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends import utils
+
+    from kivi_vllm.attention import hooks
+
+    _wrap(hooks.of_this_version().grouping_module(), "get_kv_cache_groups", _planned_groups)
+    _wrap(utils, "resolve_kv_cache_layout", _block_outermost)
+    core = sys.modules.get("vllm.v1.engine.core")
+    if core is not None:  # it has imported the name
+        core.resolve_kv_cache_layout = utils.resolve_kv_cache_layout  # type: ignore[attr-defined]
+    _wrap(type(current_platform), "_align_hybrid_block_size", _keep_block_size)
+
+
+def _planned_groups(original: Callable) -> Callable:
+    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
+        from kivi_vllm.attention.groups import planner
+
+        if not planner.is_needed(kv_cache_spec.values()):
+            return original(vllm_config, kv_cache_spec)
+        plan = planner.plan_for(vllm_config, kv_cache_spec)
+        cache_config = vllm_config.cache_config
+        if cache_config.mamba_cache_mode == "align":
+            cache_config.mamba_block_size = plan.span
+        return plan.groups
+
+    return get_kv_cache_groups
+
+
+def _block_outermost(original: Callable) -> Callable:
+    def resolve_kv_cache_layout(
+        vllm_config: Any, supported_layouts: list[list[str]], kv_cache_specs: Any = None
+    ) -> Any:
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+
+        from kivi_vllm.attention.groups import planner
+
+        specs = tuple(kv_cache_specs or ())
+        if planner.is_needed(specs):
+            supported_layouts = [
+                [name for name in names if KVCacheLayout[name].is_block_outermost]
+                for names in supported_layouts
+            ]
+        return original(vllm_config, supported_layouts, specs)
+
+    return resolve_kv_cache_layout
+
+
+def _keep_block_size(original: Callable) -> Callable:
+    def align(vllm_config: Any, backend_cls: Any) -> None:
+        cache_config = vllm_config.cache_config
+        if not is_kivi(cache_config.cache_dtype):
+            original(vllm_config, backend_cls)
+            return
+        from kivi_vllm.attention.groups import planner
+        from kivi_vllm.attention.layer import cache_specs
+
+        # vLLM makes pages as large as a state here; the plan makes blocks that hold both.
+        cache_config.block_size = BLOCK_SIZE
+        if cache_config.mamba_cache_mode == "align":
+            # The worker and the engine's core come to the same plan.
+            cache_config.mamba_block_size = BLOCK_SIZE
+            span = planner.plan_for(vllm_config, cache_specs(vllm_config)).span
+            cache_config.mamba_block_size = span
+
+    return align
 
 
 def check_engine_config() -> None:
