@@ -72,7 +72,8 @@ def _models_dir() -> Path:
 def _build(model_type: str, overrides: tuple[tuple[str, Any], ...]) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**BASE, **dict(overrides)})
+    given = {name: list(x) if isinstance(x, tuple) else x for name, x in overrides}
+    config = AutoConfig.for_model(model_type, **{**BASE, **given})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     path = _models_dir() / f"{model_type}-{abs(hash(overrides)):x}"

@@ -229,5 +229,5 @@ class PageFormat:
         `tokens`: of a page, as far as its n bytes hold them; None: `raw_tokens`.
         """
         count = self.raw_tokens if tokens is None else tokens
-        tokens = pages[..., : count * self.raw_token_bytes]
-        return tokens.unflatten(-1, (-1, self.raw_token_bytes)).view(self.raw_dtype)
+        held = pages[..., : count * self.raw_token_bytes]
+        return held.unflatten(-1, (-1, self.raw_token_bytes)).view(self.raw_dtype)

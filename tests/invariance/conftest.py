@@ -13,6 +13,7 @@ import tests.engine  # noqa: F401  (sets vLLM's environment before it is importe
 from kivi_vllm.ops import dispatch, reference
 from tests.quick import quick_engines
 
+TOLERANCE = 1e-4  # of log-probabilities
 POISON = 0xFF  # NaN in fp16, bf16 and fp32 alike; as codes, the largest
 
 
@@ -57,10 +58,12 @@ def _lossy(store_blocks: Callable[..., None]) -> Callable[..., None]:
     def store(step: Any, cache: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         store_blocks(step, cache, key, value)
         for row in step.rows:
-            blocks = step.block_table[row.index, row.a // 128 : row.b // 128].long()
-            pages = cache.pages[blocks, 0].view(cache.fmt.raw_dtype)
+            at = torch.arange(row.a // 128, row.b // 128)
+            per_block = cache.pages_per_block
+            where = step.block_table[row.index, at // per_block].long(), at % per_block
+            pages = cache.pages[where].view(cache.fmt.raw_dtype)
             k, v = pages.chunk(2, -1)
-            cache.pages[blocks, 0] = torch.cat([k * 0.8 + 0.05, v * 0.7], -1).view(torch.uint8)
+            cache.pages[where] = torch.cat([k * 0.8 + 0.05, v * 0.7], -1).view(torch.uint8)
 
     return store
 
@@ -87,7 +90,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int
 
     def start(llm: Any) -> list[int]:
         config = llm.llm_engine.vllm_config.compilation_config
-        caches = [layer.kv_cache for layer in config.static_forward_context.values()]
+        # States of Mamba layers are several tensors; a sharing layer's is its owner's.
+        caches = [
+            tensor.view(torch.uint8)
+            for layer in config.static_forward_context.values()
+            if getattr(layer, "kv_sharing_target_layer_name", None) is None
+            for tensor in _tensors(layer.kv_cache)
+        ]
         for cache in caches:
             cache.fill_(POISON)
         engines[:] = [(caches, [])]
@@ -98,6 +107,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int
     engines.clear()
 
 
+def _tensors(cache: Any) -> list[torch.Tensor]:
+    return [cache] if isinstance(cache, torch.Tensor) else list(cache)
+
+
 def scheduler(llm: Any) -> Any:
     """The engine's scheduler, to change its chunk size or look at its pool."""
     return llm.llm_engine.engine_core.engine_core.scheduler
@@ -106,3 +119,25 @@ def scheduler(llm: Any) -> Any:
 def free_blocks(llm: Any) -> int:
     """Pages that nobody holds."""
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def same(answers: list, truth: list) -> None:
+    """Assert that each answer is the one that is wanted."""
+    for got, want in zip(answers, truth, strict=True):
+        assert got.difference(want) <= TOLERANCE
+
+
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that were preempted so far."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    found: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    return found

@@ -16,9 +16,8 @@ from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from tests.choice import some
 from tests.engine import answer, engine, generate, random_prompt, sampling, tiny_model
-from tests.invariance.conftest import free_blocks, scheduler, use
+from tests.invariance.conftest import free_blocks, same, scheduler, use
 
-TOLERANCE = 1e-4
 PROMPTS = [random_prompt(n, seed=n) for n in (700, 129, 40, 384, 255)]
 MAX_TOKENS = 20
 
@@ -36,11 +35,6 @@ def _alone(llm: Any) -> list:
     return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in PROMPTS]
 
 
-def _same(answers: list, truth: list) -> None:
-    for got, want in zip(answers, truth, strict=True):
-        assert got.difference(want) <= TOLERANCE
-
-
 @pytest.mark.parametrize("module", some([native, reference], [0]), ids=["native", "reference"])
 @residuals
 def test_chunks_and_batch(
@@ -54,8 +48,8 @@ def test_chunks_and_batch(
         truth = _alone(llm)
         for chunk in (48, 100, 128, 2048):
             scheduler(llm).max_num_scheduled_tokens = chunk
-            _same(_alone(llm), truth)
-            _same(generate(llm, PROMPTS, MAX_TOKENS), truth)
+            same(_alone(llm), truth)
+            same(generate(llm, PROMPTS, MAX_TOKENS), truth)
         assert free_blocks(llm) == free
 
 
@@ -70,12 +64,12 @@ def test_prefix_hits(residual: int, smooth_codec: None, poison: Any) -> None:
         poison(llm)
         # Hits within one step: the same prompt three times in one batch.
         together = generate(llm, [prompts[0]] * 3, MAX_TOKENS)
-        _same(together, [truth[0]] * 3)
+        same(together, [truth[0]] * 3)
         assert [a.num_cached_tokens for a in together] == [0, 640, 640]
         # Hits on what earlier requests left behind.
         for _ in range(2):
             again = [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in prompts]
-            _same(again, truth)
+            same(again, truth)
         cached = [a.num_cached_tokens for a in again]
         assert cached[:5] == [640, 128, 0, 256, 128]
         # 600 shared tokens: four whole blocks, found by the second request at the latest.
@@ -101,24 +95,8 @@ def test_tails_of_every_block(smooth_codec: None, poison: Any) -> None:
             poison(llm)
             answers.append(generate(llm, prompts, MAX_TOKENS))
             again = generate(llm, later, MAX_TOKENS)
-    _same(*answers)
+    same(*answers)
     assert [answer.num_cached_tokens for answer in again] == [512, 256]
-
-
-@pytest.fixture
-def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The requests that were preempted so far."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    found: list[str] = []
-    preempt = Scheduler._preempt_request
-
-    def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(request.request_id)
-        return preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-    return found
 
 
 @residuals
@@ -140,7 +118,7 @@ def test_preemption(residual: int, smooth_codec: None, poison: Any, preempted: l
             free = free_blocks(llm)
             truth = [generate(llm, [prompt], 150)[0] for prompt in prompts]
             assert not preempted
-            _same(generate(llm, prompts, 150), truth)
+            same(generate(llm, prompts, 150), truth)
             assert preempted, "the pool was large enough for all: nothing was tested"
             assert free_blocks(llm) == free
         preempted.clear()
@@ -196,7 +174,7 @@ def test_aborted_neighbours(residual: int, smooth_codec: None, poison: Any) -> N
                 core.abort_request([f"drop-{step // 3}"])
             if not core.has_unfinished_requests():
                 break
-        _same([finished[f"keep-{i}"] for i in range(len(PROMPTS))], truth)
+        same([finished[f"keep-{i}"] for i in range(len(PROMPTS))], truth)
         reused = taken[before:]
         assert len(set(reused)) < len(reused), "no page changed hands: nothing was tested"
         assert free_blocks(llm) == free
@@ -240,7 +218,7 @@ def test_rejected_drafts(
             poison(llm)
             got = generate(llm, prompts, 24)
         if prefill == "cached":
-            _same(got, truth)
+            same(got, truth)
         rejected = [(start, n) for start, n in drafted if n]
         assert rejected
         assert any(start // 128 != (start + 11) // 128 for start, _ in rejected)

@@ -1,0 +1,127 @@
+"""The same of models whose layers differ: windows whose pages are freed, pages several to a block.
+
+On `planner`'s groups, with the pages of every kind poisoned whenever they change hands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kivi_vllm.attention.groups.admission import Forecast
+from kivi_vllm.attention.groups.pages import WindowPageManager
+from tests.choice import some
+from tests.engine import engine, generate, random_prompt, tiny_model
+from tests.invariance.conftest import free_blocks, same, scheduler
+
+PROMPTS = [random_prompt(n, seed=n) for n in (900, 129, 40, 384, 255)]
+MAX_TOKENS = 20
+
+
+def _windowed(**other: Any) -> str:
+    """Three layers with a window and one without, whose pages come three to a block."""
+    shape: dict[str, Any] = dict(
+        num_hidden_layers=4,
+        layer_types=("sliding_attention",) * 3 + ("full_attention",),
+        head_dim=64,
+        sliding_window=200,
+        query_pre_attn_scalar=64,
+        tie_word_embeddings=True,
+    )
+    return tiny_model("gemma3_text", **(shape | other))
+
+
+MODELS: dict[str, Callable[[], str]] = {"windows": _windowed}
+
+models = pytest.mark.parametrize("name", some([*MODELS], [0]))
+residuals = pytest.mark.parametrize("residual", some([0, 32], [0]), ids=["R0", "R32-sinks8"])
+
+
+def _options(residual: int) -> dict[str, Any]:
+    sinks = 8 if residual else 4
+    return {"prefill": "cached", "residual_length": residual, "sink_tokens": sinks}
+
+
+def _alone(llm: Any) -> list:
+    return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in PROMPTS]
+
+
+@models
+@residuals
+def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poison: Any) -> None:
+    options = _options(residual)
+    path = MODELS[name]()
+    with engine(path, "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
+        poison(llm)
+        free = free_blocks(llm)
+        truth = _alone(llm)
+        for chunk in (48, 100, 128, 2048):
+            scheduler(llm).max_num_scheduled_tokens = chunk
+            same(_alone(llm), truth)
+            same(generate(llm, PROMPTS, MAX_TOKENS), truth)
+        assert free_blocks(llm) == free
+    with engine(path, "kivi_raw", kivi=options, enable_prefix_caching=True) as llm:
+        poison(llm)
+        free = free_blocks(llm)
+        same(generate(llm, [PROMPTS[0]] * 3, MAX_TOKENS), [truth[0]] * 3)
+        for _ in range(2):
+            again = _alone(llm)
+            same(again, truth)
+        span = scheduler(llm).block_size
+        assert span > 128
+        assert [a.num_cached_tokens for a in again] == [
+            (len(prompt) - 1) // span * span for prompt in PROMPTS
+        ]
+        assert free_blocks(llm) == free
+
+
+@models
+@residuals
+def test_preemption(
+    name: str,
+    residual: int,
+    smooth_codec: None,
+    poison: Any,
+    preempted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Forecast, "most_pages", lambda *_: 0)  # admits too many
+    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 340, 246)]
+    for caching in (False, True):
+        with engine(
+            MODELS[name](),
+            "kivi_raw",
+            kivi=_options(residual),
+            enable_prefix_caching=caching,
+            num_gpu_blocks_override=22 if residual else 16,
+            max_num_batched_tokens=256,
+            max_model_len=512,
+        ) as llm:
+            poison(llm)
+            free = free_blocks(llm)
+            truth = [generate(llm, [prompt], 150)[0] for prompt in prompts]
+            assert not preempted
+            same(generate(llm, prompts, 150), truth)
+            assert preempted, "the pool was large enough for all: nothing was tested"
+            assert free_blocks(llm) == free
+        preempted.clear()
+
+
+def test_pages_that_left_the_window_are_free() -> None:
+    """A request of 900 tokens holds what a window of 200 needs, and gives the rest back."""
+    with engine(_windowed(), "kivi_raw", kivi=_options(0), enable_prefix_caching=False) as llm:
+        managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+        (windowed,) = [m for m in managers if isinstance(m, WindowPageManager)]
+        held = []
+        free = windowed.remove_skipped_blocks
+
+        def watched(request_id: str, *args: Any) -> None:
+            free(request_id, *args)
+            held.append(sum(not block.is_null for block in windowed.req_to_blocks[request_id]))
+
+        windowed.remove_skipped_blocks = watched
+        scheduler(llm).max_num_scheduled_tokens = 128
+        generate(llm, [PROMPTS[0]], MAX_TOKENS)
+    assert max(held) == 2 < 900 // 128
