@@ -95,7 +95,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int
             tensor.view(torch.uint8)
             for layer in config.static_forward_context.values()
             if getattr(layer, "kv_sharing_target_layer_name", None) is None
-            for tensor in _tensors(layer.kv_cache)
+            for tensor in _tensors(getattr(layer, "kv_cache", ()))
         ]
         for cache in caches:
             cache.fill_(POISON)

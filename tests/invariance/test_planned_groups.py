@@ -33,7 +33,27 @@ def _windowed(**other: Any) -> str:
     return tiny_model("gemma3_text", **(shape | other))
 
 
-MODELS: dict[str, Callable[[], str]] = {"windows": _windowed}
+def _hybrid() -> str:
+    """Two Mamba-2 layers and two of attention."""
+    return tiny_model(
+        "granitemoehybrid",
+        num_hidden_layers=4,
+        layer_types=("mamba", "attention") * 2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=64,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_expand=2,
+        mamba_chunk_size=64,
+    )
+
+
+MODELS: dict[str, Callable[[], str]] = {"windows": _windowed, "hybrid": _hybrid}
+NO_HITS = ("hybrid",)
+"""vLLM's Mamba-2 fails on the CPU where prefix caching is on."""
 
 models = pytest.mark.parametrize("name", some([*MODELS], [0]))
 residuals = pytest.mark.parametrize("residual", some([0, 32], [0]), ids=["R0", "R32-sinks8"])
@@ -62,6 +82,8 @@ def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poi
             same(_alone(llm), truth)
             same(generate(llm, PROMPTS, MAX_TOKENS), truth)
         assert free_blocks(llm) == free
+    if name in NO_HITS:
+        return
     with engine(path, "kivi_raw", kivi=options, enable_prefix_caching=True) as llm:
         poison(llm)
         free = free_blocks(llm)
@@ -89,7 +111,7 @@ def test_preemption(
 ) -> None:
     monkeypatch.setattr(Forecast, "most_pages", lambda *_: 0)  # admits too many
     prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 340, 246)]
-    for caching in (False, True):
+    for caching in (False,) if name in NO_HITS else (False, True):
         with engine(
             MODELS[name](),
             "kivi_raw",
