@@ -149,17 +149,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "speculation in a pipeline is not tested; leave out --speculative-config or "
             "--pipeline-parallel-size"
         )
-    if vllm_config.model_config.is_hybrid:
-        if parallel.pipeline_parallel_size > 1:
-            yield (
-                "a hybrid model in a pipeline is not supported: its stages would disagree about "
-                "the tokens of a state; leave out --pipeline-parallel-size"
-            )
-        if cache.mamba_cache_mode == "all":
-            yield (
-                "--mamba-cache-mode all is not supported: states are kept at multiples of the "
-                "cache's blocks; use --mamba-cache-mode align"
-            )
+    if vllm_config.model_config.is_hybrid and parallel.pipeline_parallel_size > 1:
+        yield (
+            "a hybrid model in a pipeline is not supported: its stages would disagree about "
+            "the tokens of a state; leave out --pipeline-parallel-size"
+        )
     if parallel.use_ubatching:  # a layer would read the first micro-batch's tables for both
         yield "micro-batches are not supported; leave out --enable-dbo and --ubatch-size"
     if parallel.use_ray and not current_platform.ray_device_key:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,18 +85,6 @@ def test_layer_with_a_backend_of_its_own(config: Any) -> None:
 def test_values_of_another_head_size(config: Any) -> None:
     with pytest.raises(KiviConfigError, match="keys and values of one head size, not 32 and 64"):
         _layer(config, head_size_v=64)
-
-
-def test_layers_of_different_page_sizes() -> None:
-    import torch
-
-    from kivi_vllm.attention.groups.ring import ring_spec
-    from kivi_vllm.ops.format import PageFormat
-
-    spec = ring_spec(2, PageFormat(2, 2, 16, 64, torch.bfloat16, two_level=True), num_drafts=0)
-    for change in (dict(block_size=256), dict(page_size_padded=2 * spec.page_size_bytes)):
-        with pytest.raises(KiviConfigError, match="the same number and size of kv heads"):
-            replace(spec, **change)
 
 
 def test_reading_without_writing(config: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.refusals.configs import config_only, gemma3n, gpt_oss, refusal
+from tests.refusals.configs import config_only, engine_config, gemma3n, gpt_oss, refusal
 
 _MLA = dict(
     kv_lora_rank=64,
@@ -31,19 +31,7 @@ _WHISPER = dict(
     [
         ("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, "multi-head latent attention (MLA)"),
         ("whisper", "WhisperForConditionalGeneration", _WHISPER, "an encoder-decoder"),
-        (
-            "jamba",
-            "JambaForCausalLM",
-            dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2),
-            "state-space or linear attention layers",
-        ),
-        (
-            "granitemoehybrid",
-            "GraniteMoeHybridForCausalLM",
-            dict(layer_types=["mamba", "attention"]),
-            "state-space or linear attention layers",
-        ),
-        ("mamba", "MambaForCausalLM", {}, "state-space or linear attention layers"),
+        ("mamba", "MambaForCausalLM", {}, "no attention layers"),
         ("bert", "BertModel", {}, "pooling instead of generation"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.islower() else "",
@@ -69,6 +57,17 @@ def test_kind_of_attention(build: Callable[[], str], kind: str) -> None:
 def test_a_generation_model_run_as_a_pooling_model() -> None:
     message = refusal(runner="pooling")
     assert "models with pooling instead of generation are not supported" in message
+
+
+_JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2)
+
+
+def test_hybrid_models() -> None:
+    model = config_only("jamba", "JambaForCausalLM", **_JAMBA)
+    engine_config(model, max_model_len=256)
+    message = refusal(model, max_model_len=256, pipeline_parallel_size=2)
+    assert "a hybrid model in a pipeline is not supported" in message
+    assert "leave out --pipeline-parallel-size" in message
 
 
 @pytest.mark.parametrize("head_size", [16, 80, 112, 512])
