@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kivi_vllm.attention import ray_nodes
+from kivi_vllm.attention import memory, ray_nodes
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
 from kivi_vllm.config import (
     BLOCK_SIZE,
     HEAD_SIZES,
     RECOMMENDED_DTYPE,
-    KiviConfig,
     KiviConfigError,
     is_kivi,
 )
@@ -60,7 +59,7 @@ def check(vllm_config: VllmConfig) -> None:
         fmt = PageFormat.of(
             config, vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
         )
-        problems += _memory(vllm_config, config, fmt)
+        problems += memory.problems(vllm_config, config, fmt)
     if not problems and vllm_config.parallel_config.use_ray:  # it takes seconds, so last
         problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
@@ -243,46 +242,3 @@ def _toolchain(vllm_config: VllmConfig) -> Iterator[str]:
         )
     elif not torch_finds(compiler):
         yield f"torch.compile looks for $CXX or g++ only; set CXX={compiler}"
-
-
-def _memory(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> Iterator[str]:
-    """Too little for one sequence, where the amount is known before the start."""
-    from vllm.utils.math_utils import cdiv
-
-    from kivi_vllm.attention.groups.of_a_layer import residual_specs
-    from kivi_vllm.attention.groups.pages import page_spec
-
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    available = cache.kv_cache_memory_bytes
-    if model.original_max_model_len == -1:  # vLLM will fit the length to the memory
-        return
-    heads = model.get_num_kv_heads(vllm_config.parallel_config)
-    pages = page_spec(heads, fmt)
-    specs = [pages, *residual_specs(heads, fmt, config, vllm_config).values()]
-    count = 1 + sum(  # one is vLLM's null block
-        cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
-    )
-    block_bytes = pages.page_size_bytes * _layers_of_a_worker(vllm_config)
-    if cache.num_gpu_blocks_override is not None:
-        available = cache.num_gpu_blocks_override * block_bytes
-    if available is None:
-        return
-    needed = count * block_bytes
-    if needed > available:
-        mib = 1 << 20
-        yield (
-            f"one sequence of --max-model-len {model.max_model_len} needs "
-            f"{needed / mib:.1f} MiB of KV cache ({count} blocks), but there are "
-            f"{available / mib:.1f} MiB ({available // block_bytes} blocks); raise "
-            "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
-        )
-
-
-def _layers_of_a_worker(vllm_config: VllmConfig) -> int:
-    """Layers of the largest pipeline stage: it has the fewest blocks, and so all stages have."""
-    from vllm.distributed.utils import get_pp_indices
-
-    layers = vllm_config.model_config.get_total_num_hidden_layers()
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    bounds = (get_pp_indices(layers, stage, stages) for stage in range(stages))
-    return max(end - start for start, end in bounds)

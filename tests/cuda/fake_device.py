@@ -230,7 +230,8 @@ def _stand_in_for_compiled_modules() -> None:
     for name in QUESTIONS:
         define(f"{name}(int cuda_device_capability) -> bool", lambda capability: False)
     # Looked up by layers that then use PyTorch.
-    define("silu_and_mul(Tensor! result, Tensor input) -> ()", _never)
+    for name in ("silu_and_mul", "gelu_tanh_and_mul", "gelu_and_mul"):
+        define(f"{name}(Tensor! result, Tensor input) -> ()", _never)
     define(
         "get_cuda_view_from_cpu_tensor(Tensor(a) cpu_tensor) -> Tensor(a)",
         lambda cpu_tensor: cpu_tensor.view_as(cpu_tensor),

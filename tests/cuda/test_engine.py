@@ -21,6 +21,9 @@ from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
 """Of the last, a first step computes 256 tokens at most, less what the others take."""
 
+LONG = PROMPTS[2] + random_prompt(150, seed=1)
+"""Long enough that pages have left a window of 100 tokens."""
+
 TOKENS = 6
 DRAFTED_TOKENS = 8
 
@@ -56,6 +59,20 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
+def windowed() -> str:
+    """Two layers with a window and one without, whose pages come two to a block."""
+    return tiny_model(
+        "gemma3_text",
+        num_hidden_layers=3,
+        layer_types=("sliding_attention",) * 2 + ("full_attention",),
+        head_dim=64,
+        sliding_window=100,
+        query_pre_attn_scalar=64,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="module")
 def sources() -> Path:
     """vLLM 0.33's, where this machine can use them."""
     if importlib.util.find_spec("triton") is None:
@@ -69,13 +86,20 @@ def sources() -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(
+    sources: Path, model: str, windowed: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """All engines in one process, which must import vLLM first."""
     raw = dict(model=model, kv_cache_dtype="kivi_raw")
     quantized = dict(model=model, **QUANTIZED)
     tasks: dict[str, dict[str, Any]] = {
         "raw": dict(engine_args=raw, batches=[PROMPTS], max_tokens=TOKENS),
         "raw, graphs": dict(engine_args={**raw, **GRAPHS}, batches=[PROMPTS], max_tokens=TOKENS),
+        "windows, graphs": dict(
+            engine_args={**raw, **GRAPHS, "model": windowed},
+            batches=[PROMPTS, [LONG]],
+            max_tokens=TOKENS,
+        ),
         "kivi2, graphs": dict(
             engine_args={**quantized, **DRAFT_GRAPHS}, batches=BATCHES, max_tokens=DRAFTED_TOKENS
         ),
@@ -159,6 +183,16 @@ def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
     assert found["replayed"] > 0
     assert found["steps"]["padding"] > 0
     assert_same(answers(found), expected)
+
+
+@pytest.mark.slow
+def test_windows(results: dict[str, Any], windowed: str) -> None:
+    found = result(results, "windows, graphs")
+    assert found["captured"] == 2
+    assert found["replayed"] > 0
+    assert_same(answers(found), [greedy(windowed, p, TOKENS) for p in (*PROMPTS, LONG)])
+    # What is beyond one block of two pages is found again.
+    assert answers(found)[-1].num_cached_tokens == 256
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def test_memory_too_small_for_one_sequence() -> None:
     assert "(22 blocks)" in message
     assert "there are 0.1 MiB (5 blocks)" in message
     assert message.endswith(
-        "raise --kv-cache-memory-bytes (or --num-gpu-blocks-override), or lower --max-model-len"
+        "raise --kv-cache-memory-bytes (or --num-gpu-blocks-override): no length fits"
     )
 
 
@@ -277,8 +277,11 @@ def test_blocks_just_too_few_and_just_enough(blocks: int) -> None:
         return engine_config(num_gpu_blocks_override=blocks)
 
     if blocks < 22:
-        with pytest.raises(KiviConfigError, match=r"\(22 blocks\).*\(21 blocks\)"):
+        with pytest.raises(KiviConfigError, match=r"\(22 blocks\).*\(21 blocks\)") as caught:
             start()
+        # Seven whole blocks of 128, and the most that a ring holds.
+        assert str(caught.value).endswith("or use --max-model-len 1023")
+        engine_config(max_model_len=1023, num_gpu_blocks_override=blocks)
     else:
         start()
 
