@@ -103,10 +103,12 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"--block-size {cache.block_size} is not supported: pages hold {BLOCK_SIZE} tokens; "
             "leave --block-size out"
         )
-    if cache.kv_cache_dtype_skip_layers:
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    known = {"sliding_window", *map(str, range(layers))}
+    if unknown := [name for name in cache.kv_cache_dtype_skip_layers if name not in known]:
         yield (
-            "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
-            "leave it out"
+            f"--kv-cache-dtype-skip-layers {' '.join(unknown)} names no layer; give numbers up to "
+            f"{layers - 1}, or sliding_window"
         )
     connector = vllm_config.kv_transfer_config is not None
     # These make vLLM itself disable the manager, and are refused by name.
@@ -120,6 +122,8 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     for backend in {attention.backend, *(attention.backend_per_kind or {}).values()} - {None}:
         if backend.name == "KIVI":
             continue
+        if cache.kv_cache_dtype_skip_layers and not current_platform.is_cpu():
+            continue  # theirs
         yield (
             f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
             "backend out, it follows from the cache dtype"

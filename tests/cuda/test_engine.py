@@ -100,6 +100,17 @@ def results(
             batches=[PROMPTS, [LONG]],
             max_tokens=TOKENS,
         ),
+        "skipped layers": dict(
+            engine_args={
+                **raw,
+                "kv_cache_dtype_skip_layers": ["0"],
+                "attention_config": {"backend": "TRITON_ATTN"},
+                "kv_cache_memory_bytes": 64 << 20,
+            },
+            batches=[PROMPTS],
+            max_tokens=TOKENS,
+            operators="reference",
+        ),
         "kivi2, graphs": dict(
             engine_args={**quantized, **DRAFT_GRAPHS}, batches=BATCHES, max_tokens=DRAFTED_TOKENS
         ),
@@ -193,6 +204,12 @@ def test_windows(results: dict[str, Any], windowed: str) -> None:
     assert_same(answers(found), [greedy(windowed, p, TOKENS) for p in (*PROMPTS, LONG)])
     # What is beyond one block of two pages is found again.
     assert answers(found)[-1].num_cached_tokens == 256
+
+
+@pytest.mark.slow
+def test_skipped_layers(results: dict[str, Any], expected: list[Answer]) -> None:
+    """vLLM's own attention in one layer and ours in the other, in one pool."""
+    assert_same(answers(result(results, "skipped layers")), expected)
 
 
 @pytest.mark.slow

@@ -27,9 +27,9 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "--block-size 256 is not supported: pages hold 128 tokens; leave --block-size out",
         ),
         (
-            dict(kv_cache_dtype_skip_layers=["0"]),
-            "--kv-cache-dtype-skip-layers is not supported: all layers share one page size; "
-            "leave it out",
+            dict(kv_cache_dtype_skip_layers=["0", "2", "windows"]),
+            "--kv-cache-dtype-skip-layers 2 windows names no layer; give numbers up to 1, or "
+            "sliding_window",
         ),
         (
             dict(disable_hybrid_kv_cache_manager=True),

@@ -53,15 +53,18 @@ def select_backend_by_dtype() -> None:
 
     def make(original: Callable) -> Callable:
         def choose(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if not is_kivi(attn_selector_config.kv_cache_dtype):
-                return original(backend, attn_selector_config, *args, **kwargs)
-            from vllm.config import get_current_vllm_config
+            from vllm.config.vllm import get_current_vllm_config_or_none
 
             from kivi_vllm.attention.backend import select_backend
-            from kivi_vllm.attention.options import kivi_config
+            from kivi_vllm.attention.options import layer_config
 
-            config = kivi_config(get_current_vllm_config())
-            return select_backend(attn_selector_config, config)
+            cache_dtype = attn_selector_config.kv_cache_dtype
+            config = layer_config(get_current_vllm_config_or_none(), cache_dtype)
+            if config is None:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            return select_backend(
+                attn_selector_config._replace(kv_cache_dtype=config.dtype), config
+            )
 
         choose.cache_clear = original.cache_clear  # type: ignore[attr-defined]
         return choose
@@ -89,11 +92,12 @@ def attach_residual_to_layers() -> None:
             if given is None and is_kivi(cache_config.cache_dtype):
                 kwargs["cache_config"] = cache_config
             original(self, *args, **kwargs)
-            if not is_kivi(self.kv_cache_dtype):
+            ours = hasattr(self.impl, "bind_residual")
+            if not ours and not is_kivi(self.kv_cache_dtype):
                 return
             # Prefix-LM, chunked local and other special layers put a backend of their own
             # making around the selected one; what it changes would go unnoticed.
-            if type(self) is not Attention or not hasattr(self.impl, "bind_residual"):
+            if type(self) is not Attention or not ours:
                 raise KiviConfigError(
                     f"--kv-cache-dtype {self.kv_cache_dtype}: attention layers of type "
                     f"{type(self).__name__} with backend {self.attn_backend.get_name()} are "
@@ -142,6 +146,7 @@ def plan_cache_groups() -> None:
     if core is not None:  # it has imported the name
         core.resolve_kv_cache_layout = utils.resolve_kv_cache_layout  # type: ignore[attr-defined]
     _wrap(type(current_platform), "_align_hybrid_block_size", _keep_block_size)
+    _wrap(type(current_platform), "_align_heterogeneous_kv_block_size", _keep_block_size)
 
 
 def _planned_groups(original: Callable) -> Callable:
@@ -187,7 +192,8 @@ def _keep_block_size(original: Callable) -> Callable:
         from kivi_vllm.attention.groups import planner
         from kivi_vllm.attention.layer import cache_specs
 
-        # vLLM makes pages as large as a state here; the plan makes blocks that hold both.
+        # vLLM makes pages as large as a state, or as other layers', here; the plan makes blocks
+        # that hold all.
         cache_config.block_size = BLOCK_SIZE
         if cache_config.mamba_cache_mode == "align":
             # The worker and the engine's core come to the same plan.
