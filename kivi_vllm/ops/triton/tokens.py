@@ -215,8 +215,8 @@ def raw_bases(s, valid, row, q0, a, head, raw, C: tl.constexpr, R: tl.constexpr)
 
 def pages_arguments(step: DeviceStep, cache: LayerCache) -> Pages:
     """Where `page_of` finds quantized pages."""
-    table = step.block_table
-    return Pages(cache.pages, *cache.pages.stride()[:3], table, table.stride(0))
+    block, page, head = cache.pages.stride()[:3]
+    return Pages(cache.pages, block, page, head, step.block_table, step.block_table.stride(0))
 
 
 def raw_arguments(cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> RawTokens:
