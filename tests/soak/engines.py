@@ -15,15 +15,22 @@ from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache dtype, its residual length, and whether n-gram drafts are made."""
+    """A cache dtype, its residual length, whether n-gram drafts are made, and a kind of model."""
 
     dtype: str
     residual: int
     drafts: bool
+    model: str = "plain"
 
     def __str__(self) -> str:
         drafts = "-drafts" if self.drafts else ""
-        return f"{self.dtype}-R{self.residual}{drafts}"
+        model = "" if self.model == "plain" else f"-{self.model}"
+        return f"{self.dtype}-R{self.residual}{drafts}{model}"
+
+    @property
+    def hits(self) -> bool:
+        """Whether prefix caching is on: vLLM's Mamba-2 fails on the CPU with it."""
+        return self.model != "hybrid"
 
     @property
     def kivi(self) -> dict[str, Any]:
@@ -31,21 +38,48 @@ class Kind:
         return {"prefill": "cached", "residual_length": self.residual}
 
 
-def model() -> str:
+BLOCKS = {"plain": 36, "windows": 48, "hybrid": 36}
+"""Of the small engine's pool, by kind of model."""
+
+
+def model(kind: str = "plain") -> str:
     """A random model whose answers repeat themselves now and then, as n-gram drafts need.
 
     Eight query heads share a kv head: so many rows the CPU kernels always take the same way, in
     decode and in prefill. Up to four read full-precision tokens in place, in another order of
     summation, with what `exact_products` is there to keep out: 1e-7, and now and then a code.
     """
-    return tiny_model(
-        initializer_range=0.1, num_attention_heads=16, num_key_value_heads=2, head_dim=32
-    )
+    heads: dict[str, Any] = dict(num_attention_heads=16, num_key_value_heads=2, head_dim=32)
+    if kind == "windows":  # pages come two to a block where there is no window
+        return tiny_model(
+            "gemma3_text",
+            **heads,
+            initializer_range=0.1,
+            num_hidden_layers=3,
+            layer_types=("sliding_attention",) * 2 + ("full_attention",),
+            sliding_window=200,
+            query_pre_attn_scalar=32,
+            tie_word_embeddings=True,
+        )
+    if kind == "hybrid":
+        return tiny_model(
+            "falcon_h1",
+            **heads,
+            initializer_range=0.1,
+            mamba_d_ssm=256,
+            mamba_n_heads=8,
+            mamba_d_head=32,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+            mamba_expand=2,
+            mamba_chunk_size=64,
+        )
+    return tiny_model(initializer_range=0.1, **heads)
 
 
 def quiet_answers(kind: Kind, prompts: Sequence[Sequence[int]]) -> list[Answer]:
     """Each prompt's greedy answer, alone in an engine without hits, drafts or want."""
-    with engine(model(), kind.dtype, kivi=kind.kivi, enable_prefix_caching=False) as llm:
+    with engine(model(kind.model), kind.dtype, kivi=kind.kivi, enable_prefix_caching=False) as llm:
         return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in prompts]
 
 
@@ -58,16 +92,16 @@ def small_engine(kind: Kind) -> Iterator[Any]:
     """
     settings: dict[str, Any] = dict(
         kivi=kind.kivi,
-        num_gpu_blocks_override=50 if kind.residual else 36,
+        num_gpu_blocks_override=BLOCKS[kind.model] + (14 if kind.residual else 0),
         max_num_batched_tokens=256,
         max_model_len=MAX_PROMPT + MAX_TOKENS,
         max_num_seqs=16,
-        enable_prefix_caching=True,
+        enable_prefix_caching=kind.hits,
     )
     if kind.drafts:
         settings["speculative_config"] = dict(
             method="ngram", num_speculative_tokens=4, prompt_lookup_min=2, prompt_lookup_max=4
         )
     reckless = patch.object(Forecast, "most_pages", lambda *_: 0)
-    with reckless, engine(model(), kind.dtype, **settings) as llm:
+    with reckless, engine(model(kind.model), kind.dtype, **settings) as llm:
         yield llm

@@ -22,7 +22,12 @@ def exact_products() -> Iterator[None]:
     """
     from vllm.model_executor.layers import utils
 
+    usual = utils.dispatch_cpu_unquantized_gemm
+
     def in_fp64(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.dim() != 2:  # a convolution's
+            usual(layer, remove_weight)
+            return
         weight = layer.weight.detach().double().t().contiguous()
 
         def linear(x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
