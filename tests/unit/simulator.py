@@ -135,7 +135,8 @@ class Simulator:
         shape = (num_blocks, 2, case.heads[1] * most)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
         self.touched = {0}
-        self.left: list[int] = []  # what windows have left, newest last
+        self.left: list[int] = []  # what windows have left and nobody has taken, newest last
+        self.num_left = 0  # blocks that windows have left so far
         self.errors: list[np.ndarray] = []  # of every row that was computed, [tokens, heads]
 
     # ------------------------------------------------------------ requests
@@ -206,6 +207,7 @@ class Simulator:
         left = [page for page in left if page not in self._used()]
         self.pool[left, 1] = POISON
         self.left += left
+        self.num_left += len(left)
 
     def _oldest_tail(self, request: Request) -> int:
         """The first block whose tail is held: the newest one's, if the window reaches it."""

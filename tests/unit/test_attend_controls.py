@@ -196,6 +196,45 @@ def test_ignored_parameter_is_noticed(change: str) -> None:
         sim.step({sim.add(300): 300})
 
 
+def reading_all_pages(*args: Any) -> None:
+    """Attention that reads the pages before a window too, and gives them no weight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "first_visible", lambda position, window: 0)
+        reference.attend(*args)
+
+
+def storing_everything(step: Any, *args: Any) -> None:
+    """Storing that takes the null block for a page as any other."""
+    table = step.block_table.where(step.block_table != 0, len(args[0].pages) - 1)
+    reference.store_blocks(replace(step, block_table=table), *args)
+
+
+@pytest.mark.parametrize("per_block", [1, 2])
+def test_reading_what_has_left_the_window_is_noticed(per_block: int) -> None:
+    for attend in (reference.attend, reading_all_pages):
+        sim = Simulator(Case(window=100, per_block=per_block), ops=operators(attend=attend))
+        request, other = sim.add(900), sim.add(500)
+        sim.step({request: 600, other: 10})
+        if attend is reference.attend:
+            sim.run(request, other)
+            assert sim.num_left >= 8 // per_block
+        else:
+            with pytest.raises(AssertionError, match="are off by up to nan"):
+                sim.step({request: 100, other: 10})
+
+
+def test_storing_what_has_no_page_is_noticed() -> None:
+    for store in (reference.store_blocks, storing_everything):
+        sim = Simulator(Case(window=100, exact=True), ops=operators(store_blocks=store))
+        sim.step({sim.add(600): 600})
+        if store is reference.store_blocks:
+            assert sim.requests[0].blocks[:3] == [0, 0, 0] and sim.requests[0].blocks[3]
+            sim.check_untouched()
+        else:
+            with pytest.raises(AssertionError):
+                sim.check_untouched()
+
+
 def test_writes_to_other_pages_are_noticed() -> None:
     sim = Simulator(Case())
     sim.run(sim.add(300))
