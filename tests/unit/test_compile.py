@@ -37,24 +37,27 @@ class Layer:
     tokens: int = 1
     residual: int = 0
     rows: int = 4
+    per_block: int = 1
+    raw: int = 0  # tokens of a full-precision page; 0: as many as fit a page
 
     def __str__(self) -> str:
         hq, hkv = self.heads
         name = f"{self.dtype}-{self.recipe}-H{hq}x{hkv}-D{self.head_size}-T{self.tokens}"
-        more = {"R": self.residual, "G": self.group}
-        return "-".join([name, *(f"{k}{n}" for k, n in more.items() if n)])
+        more = {"R": self.residual, "G": self.group or 0, "k": self.per_block, "raw": self.raw}
+        return "-".join([name, *(f"{k}{n}" for k, n in more.items() if n > (k == "k"))])
 
     def arguments(self, *, decode: bool) -> tuple[Any, ...]:
         """Of the operators, as a model would call them."""
         (hq, hkv), d = self.heads, self.head_size
         options = {"recipe": self.recipe} | ({"group_size": self.group} if self.group else {})
         fmt = PageFormat.of(KiviConfig.from_options(self.dtype, options), d, self.model)
-        pool = torch.zeros(2, 1, hkv, fmt.page_bytes, dtype=torch.uint8)
-        raw = fmt.as_raw(pool[:, 0])
+        pool = torch.zeros(2, hkv, self.per_block, fmt.page_bytes, dtype=torch.uint8)
+        raw_tokens = self.raw or fmt.raw_tokens
+        raw = torch.zeros(2, hkv, raw_tokens, 2 * d, dtype=self.model)
         table = torch.zeros(self.rows, 64, dtype=torch.int32)
-        tails = tuple(Raw(raw, table) for _ in range(-(-self.residual // fmt.raw_tokens)))
+        tails = tuple(Raw(raw, table) for _ in range(-(-self.residual // raw_tokens)))
         sinks = Raw(raw, table) if fmt.sink_tokens else None
-        cache = LayerCache(fmt, pool, Raw(raw, table), tails, self.residual, sinks)
+        cache = LayerCache(fmt, pool.transpose(1, 2), Raw(raw, table), tails, self.residual, sinks)
         n = self.rows * self.tokens
         q, k, v = torch.zeros(n, hq + 2 * hkv, d, dtype=self.model).split([hq, hkv, hkv], 1)
         lens = torch.zeros(self.rows, dtype=torch.int32)
@@ -91,6 +94,7 @@ LAYERS = [
     Layer("kivi4", "paper", head_size=64, group=64),
     Layer("kivi4", "paper"),
     Layer(recipe="paper", head_size=256, heads=(8, 4), model=torch.float16),
+    Layer(per_block=5, raw=120, residual=64),
 ]
 
 
@@ -134,6 +138,7 @@ PREFILLS = [
     Layer("kivi4", tokens=64),
     Layer(recipe="paper", tokens=64),
     Layer("kivi4", "paper", head_size=256, heads=(8, 4), group=128, tokens=64),
+    Layer(head_size=256, heads=(8, 4), tokens=64, per_block=3, raw=128, residual=128),
 ]
 
 

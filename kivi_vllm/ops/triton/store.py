@@ -143,11 +143,12 @@ def _copy(to, stride, bases, count, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _keep(to, stride, position, count, row, q0, a, head, raw, C: tl.constexpr, N: tl.constexpr):
-    """The first `count` of N tokens from `position` on go to a page at `to`, `stride` apart."""
-    n = tl.arange(0, N)
-    k, v = raw_bases(position + n, n < count, row, q0, a, head, raw, C, 0)
-    _copy(to, stride, k, count, C, N)
-    _copy(to + C.D, stride, v, count, C, N)
+    """`count` tokens from `position` on, N at a time, go to a page at `to`, `stride` apart."""
+    for first in range(0, count, N):
+        n = first + tl.arange(0, N)
+        k, v = raw_bases(position + n, n < count, row, q0, a, head, raw, C, 0)
+        _copy(to + first * stride, stride, k, count - first, C, N)
+        _copy(to + first * stride + C.D, stride, v, count - first, C, N)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def _store_blocks(
     """Grid (blocks that the step may complete, num_kv_heads, K parts + V parts + tails + sinks).
 
     PARTS: how many of K, V, and tails. K, V: (tokens, channels) of one part of theirs. KEPT: tokens
-    of a tail or of the sinks, or more.
+    of a tail or of the sinks at a time.
     """
     row, j = find_row(query_start_loc, num_rows, tl.program_id(0), B)
     head, part = tl.program_id(1), tl.program_id(2)
@@ -295,7 +296,7 @@ def store_blocks(
         PARTS=tuple(parts),
         K=k,
         V=v,
-        KEPT=triton.next_power_of_2(max(1, min(constants.TAIL, residual), fmt.sink_tokens)),
+        KEPT=16 if constants.DP > 128 else 32,
     )
 
 
