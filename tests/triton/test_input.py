@@ -102,6 +102,24 @@ def with_sinks(**other: Any) -> dict[str, Any]:
     return change("cache", kept)
 
 
+def test_what_fits_another_layer_is_not_taken_here() -> None:
+    """A query of four heads, over a cache of two kv heads and then over one of three."""
+    call(inputs())
+
+    def of_three(x: Any) -> Any:
+        if isinstance(x, Raw):
+            return replace(x, cache=x.cache[:, [0, 1, 0]])
+        return x[:, :, [0, 1, 0]] if x.dtype == torch.uint8 else x[:, [0, 1, 0]]
+
+    given = inputs()
+    cache = given["cache"]
+    cache = replace(cache, pages=of_three(cache.pages), ring=of_three(cache.ring))
+    cache = replace(cache, tails=tuple(map(of_three, cache.tails)))
+    three = {name: of_three(given[name]) for name in ("key", "value")}
+    with pytest.raises(ValueError, match=r"query is .*, but must be .* a multiple of 3, 64\]"):
+        call({**given, **three, "cache": cache})
+
+
 def test_tails_lie_alike() -> None:
     def apart(tails: tuple[Raw, ...]) -> tuple[Raw, ...]:
         return tails[0], replace(tails[1], cache=torch.cat([tails[1].cache] * 2, -1)[..., :128])

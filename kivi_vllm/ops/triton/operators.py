@@ -126,6 +126,7 @@ def attend(
     """
     form = (
         cache.fmt,
+        cache.num_kv_heads,
         step.num_tokens,
         params.alibi_slopes is None,
         _form_of(query),
