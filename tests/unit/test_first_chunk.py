@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from kivi_vllm.ops.step import AttentionParams, DeviceStep
+from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache, Raw
 from kivi_vllm.ops.triton import first_chunk, operators
 
 PARAMS = AttentionParams(0.125)
@@ -23,6 +24,11 @@ def any_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_compiled", set())
+
+
+@pytest.fixture(autouse=True)
 def nothing_chosen_yet() -> Any:
     caches = (first_chunk._chosen, first_chunk._flash_attention, first_chunk._xformers)
     for cached in caches:
@@ -30,6 +36,13 @@ def nothing_chosen_yet() -> Any:
     yield
     for cached in caches:
         cached.cache_clear()
+
+
+def cache_of(num_kv_heads: int) -> LayerCache:
+    fmt = PageFormat(2, 2, 32, 64, torch.bfloat16, two_level=True)
+    pages = torch.zeros(2, 1, num_kv_heads, fmt.page_bytes, dtype=torch.uint8)
+    ring = Raw(torch.zeros(2, num_kv_heads, 32, 128), torch.zeros(4, 8, dtype=torch.int32))
+    return LayerCache(fmt, pages, ring)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
@@ -132,7 +145,7 @@ def test_first_chunks_behind_decodes(
     step = DeviceStep(starts, ends, table, 2, 3, 33, 20, False, 2, True, lens)
     q, k, v = torch.randn(40, 12, 64).split([6, 3, 3], 1)
     output = torch.full((40, 6, 64), torch.nan)
-    cache: Any = SimpleNamespace(fmt=None, residual_length=library)
+    cache = cache_of(3)
     for _ in range(2):
         operators.attend(step, cache, q, k, v, replace(params, first_chunk=function), output)
     # The kernel runs once, so that it is compiled before the first request with a history.
@@ -152,7 +165,7 @@ def test_history_goes_to_the_own_kernel(
     starts, ends = torch.tensor([0, 5]), torch.tensor([5])
     settings: dict[str, Any] = dict(per_position=False, nothing_cached=True, prefill_lens=[5])
     step = DeviceStep(starts, ends, ends[None], 0, 0, 5, 5, **{**settings, **change})
-    cache: Any = SimpleNamespace(fmt=str(change), residual_length=0)
+    cache = cache_of(1)
     x = torch.zeros(5, 1, 64)
     for _ in range(2):
         operators.attend(step, cache, x, x, x, replace(PARAMS, first_chunk=pytest.fail), x)
