@@ -1,8 +1,9 @@
 """Where the cache lives in vLLM: page, ring, tail and sink groups of one block pool.
 
-Every attention layer has, besides its quantized **pages** (a `FullAttentionSpec`
-whose bytes a token are ours), caches of full-precision tokens, made of pages of
-the same byte size, drawn from the same pool, admitted and freed by vLLM:
+Every attention layer has, besides its quantized **pages** (a `FullAttentionSpec`, or a
+`SlidingWindowSpec`, whose bytes a token are ours), caches of full-precision tokens, drawn from
+the same pool, admitted and freed by vLLM. Where all layers are alike, the pages of all these
+caches have as many bytes; else `groups.planner` fills the pool's blocks with them.
 
 - the **ring**, the tokens of a running request's current block: a handful of
   pages a request, which come as the block grows and go when it is complete, never

@@ -51,3 +51,30 @@ def test_two_stages_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert list(answer.logprobs) == pytest.approx(logprobs, abs=LOSSLESS)
     # The deepest stage decides: 2 layers in the memory that one worker has for 3.
     assert found[1]["capacity"] == pytest.approx(tokens * 3 / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_windows_in_stages(tmp_path: Path) -> None:
+    """Planned groups; the second stage has windowed layers alone."""
+    model = tiny_model(
+        "gemma3_text",
+        num_hidden_layers=5,
+        layer_types=("sliding_attention",) * 2 + ("full_attention",) + ("sliding_attention",) * 2,
+        head_dim=64,
+        sliding_window=200,
+        query_pre_attn_scalar=64,
+        tie_word_embeddings=True,
+    )
+    expected = own_attention(model, max_tokens=12)
+    stages = dict(
+        pipeline_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=200,
+        **COMPILED,
+    )
+    [found] = results_in_child(
+        tmp_path, model, [dict(kv_cache_dtype="kivi_raw", **stages)], **ENVIRONMENT
+    )
+    for answer, chosen, logprobs in zip(expected, found["tokens"], found["logprobs"], strict=True):
+        assert list(answer.tokens) == chosen
+        assert list(answer.logprobs) == pytest.approx(logprobs, abs=LOSSLESS)
