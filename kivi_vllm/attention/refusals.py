@@ -79,8 +79,9 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
         "multi-head latent attention (MLA)": model.use_mla,
         "an encoder-decoder": model.is_encoder_decoder,
         "no attention layers": model.is_attention_free,
-        "pooling instead of generation": model.runner_type != "generate",
-        "multimodal inputs (not tested)": model.is_multimodal_model,
+        "pooling over attention that is not causal": (
+            model.pooler_config is not None and model.attn_type == "encoder_only"
+        ),
         "chunked local attention": model.attention_chunk_size is not None,
         # The layers refuse these too, but only once a worker builds them.
         "attention sinks": model.hf_text_config.model_type == "gpt_oss",
@@ -91,6 +92,12 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
     for kind, present in kinds.items():
         if present:
             yield f"models with {kind} are not supported; {_OTHER_DTYPE}"
+    if model.is_mm_prefix_lm:
+        yield (
+            "images whose tokens attend to each other in both directions are not supported; "
+            "--language-model-only serves this model for text, --kv-cache-dtype auto or fp8 for "
+            "images too"
+        )
 
 
 def _settings(vllm_config: VllmConfig) -> Iterator[str]:
@@ -140,13 +147,17 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"use one of: {', '.join(SPECULATION)}"
         )
     sizes = {
-        "data": parallel.data_parallel_size,
         "decode context": parallel.decode_context_parallel_size,
         "prefill context": parallel.prefill_context_parallel_size,
     }
     for name, size in sizes.items():
         if size > 1:
             yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
+    if parallel.data_parallel_size > 1 and parallel.data_parallel_backend != "mp":
+        yield (
+            f"--data-parallel-backend {parallel.data_parallel_backend} is not tested; "
+            "use --data-parallel-backend mp"
+        )
     if speculative is not None and parallel.pipeline_parallel_size > 1:
         yield (
             "speculation in a pipeline is not tested; leave out --speculative-config or "
@@ -166,8 +177,6 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if parallel.pipeline_parallel_size > 1 and current_platform.is_cpu():
         yield from _pipeline_on_cpus(vllm_config)
-    if vllm_config.lora_config is not None:
-        yield "LoRA adapters are not tested; leave out --enable-lora"
 
 
 def _pipeline_on_cpus(vllm_config: VllmConfig) -> Iterator[str]:

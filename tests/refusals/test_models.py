@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.models.pictures import gemma3, image_processors, llava
 from tests.refusals.configs import config_only, engine_config, gemma3n, gpt_oss, refusal
 
 _MLA = dict(
@@ -32,7 +33,7 @@ _WHISPER = dict(
         ("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, "multi-head latent attention (MLA)"),
         ("whisper", "WhisperForConditionalGeneration", _WHISPER, "an encoder-decoder"),
         ("mamba", "MambaForCausalLM", {}, "no attention layers"),
-        ("bert", "BertModel", {}, "pooling instead of generation"),
+        ("bert", "BertModel", {}, "pooling over attention that is not causal"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.islower() else "",
 )
@@ -54,9 +55,22 @@ def test_kind_of_attention(build: Callable[[], str], kind: str) -> None:
     assert f"--kv-cache-dtype kivi2: models with {kind} are not supported" in message
 
 
-def test_a_generation_model_run_as_a_pooling_model() -> None:
-    message = refusal(runner="pooling")
-    assert "models with pooling instead of generation are not supported" in message
+def test_pooling() -> None:
+    engine_config(runner="pooling")  # a model of generation, whose attention is causal
+    message = refusal(runner="pooling", hf_overrides={"is_causal": False})
+    assert "models with pooling over attention that is not causal are not supported" in message
+
+
+def test_images_whose_tokens_attend_to_each_other() -> None:
+    with image_processors():
+        model = gemma3().path
+        assert refusal(model) == (
+            "--kv-cache-dtype kivi2: images whose tokens attend to each other in both directions "
+            "are not supported; --language-model-only serves this model for text, "
+            "--kv-cache-dtype auto or fp8 for images too"
+        )
+        engine_config(model, language_model_only=True)
+        engine_config(llava().path)
 
 
 _JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2)

@@ -55,14 +55,9 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "micro-batches are not supported; leave out --enable-dbo and --ubatch-size",
         ),
         (
-            dict(data_parallel_size=2),
-            "data parallelism (2) is not tested; use --tensor-parallel-size instead",
-        ),
-        (
             dict(tensor_parallel_size=4, decode_context_parallel_size=2),
             "decode context parallelism (2) is not tested; use --tensor-parallel-size instead",
         ),
-        (dict(enable_lora=True), "LoRA adapters are not tested; leave out --enable-lora"),
         (
             dict(attention_backend="CPU_ATTN"),
             "attention backend CPU_ATTN cannot read KIVI pages; leave the attention backend out, "
@@ -88,6 +83,11 @@ def test_chunked_local_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         refusals.check(config)
     assert "models with chunked local attention are not supported" in str(caught.value)
     assert "disable-hybrid" not in str(caught.value)
+
+
+def test_data_parallel_on_ray() -> None:
+    message = refusal(data_parallel_size=2, data_parallel_backend="ray")
+    assert "--data-parallel-backend ray is not tested; use --data-parallel-backend mp" in message
 
 
 def test_kv_connector() -> None:
@@ -208,12 +208,12 @@ def test_speculation_in_a_pipeline() -> None:
 
 
 def test_every_reason_is_given_at_once() -> None:
-    message = refusal(block_size=64, enable_lora=True, data_parallel_size=2)
+    message = refusal(block_size=64, kv_cache_dtype_skip_layers=["0"], kv_offloading_size=1)
     first, *others = message.splitlines()
     assert "--block-size 64" in first
     assert [line.split()[0] for line in others] == ["also:", "also:"]
-    assert "data parallelism (2)" in message
-    assert "--enable-lora" in message
+    assert "--kv-cache-dtype-skip-layers" in message
+    assert "--kv-offloading-size" in message
 
 
 def test_what_is_supported_passes() -> None:
@@ -222,6 +222,9 @@ def test_what_is_supported_passes() -> None:
             method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=2
         ),
         tensor_parallel_size=2,
+        data_parallel_size=2,
+        enable_lora=True,
+        scheduling_policy="priority",
         block_size=128,
         attention_backend="KIVI",
         enable_prefix_caching=False,

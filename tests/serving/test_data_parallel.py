@@ -1,0 +1,126 @@
+"""`vllm serve` with two engines: one server for both, and a server for each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kivi_vllm.cli.process import running
+from kivi_vllm.cli.server import Server, free_port, serve_command, serve_environment
+from tests import metrics
+from tests.engine import Answer, engine, generate, tiny_model
+from tests.models.harness import LOSSLESS, PROMPTS, worst
+from tests.models.pictures import tokenizer
+from tests.quick import quick_engines
+from tests.serving.conftest import START_S
+
+ANSWER = 12
+ENGINES = 2
+# Of the prompts, 300, 77, 128 and 513 tokens, a second time.
+CACHED = 256 + 512
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """A mixture of experts: only of such do engines wait for each other, and run empty steps."""
+    path = tiny_model(
+        "qwen3_moe",
+        head_dim=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+    )
+    tokenizer().save_pretrained(path)
+    return Path(path)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Answer]:
+    """Answers of one engine on vLLM's own attention."""
+    with quick_engines(), engine(str(model), "auto") as llm:
+        return generate(llm, PROMPTS, ANSWER)
+
+
+@contextlib.contextmanager
+def _server(model: Path, log: Path, *options: str, port: int | None = None) -> Iterator[Server]:
+    """A server that may still be starting."""
+    port = port or free_port()
+    common = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+    common += ["--kv-cache-memory-bytes", str(32 << 20), "--max-num-batched-tokens", "200"]
+    common += ["--data-parallel-size", str(ENGINES), *options]
+    environment = serve_environment(Path(os.environ.get("TMPDIR", "/tmp")))
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with running(serve_command(model, "kivi_raw", port, common), log, environment) as process:
+        yield Server(process, log, port)
+
+
+def _ask(server: Server, name: str, rank: int | None = None) -> list[Answer]:
+    """Answers to the prompts; `rank`: of this engine, where the server has several."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=300)
+    headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
+    answers = []
+    for prompt in PROMPTS:
+        reply = client.completions.create(
+            model=name,
+            prompt=list(prompt),
+            max_tokens=ANSWER,
+            temperature=0,
+            logprobs=0,
+            extra_headers=headers,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        [choice] = reply.choices
+        tokens: Any = choice.model_extra["token_ids"]
+        answers.append(Answer(tuple(tokens), tuple(choice.logprobs.token_logprobs)))
+    return answers
+
+
+def _by_engine(server: Server, name: str) -> dict[str, float]:
+    """A metric of each engine."""
+    return {
+        sample.labels["engine"]: sample.value
+        for family in text_string_to_metric_families(metrics.read(server.port))
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+@pytest.mark.slow
+def test_one_server_for_two_engines(model: Path, expected: list[Answer], tmp_path: Path) -> None:
+    with _server(model, tmp_path / "log") as server:
+        server.wait_until_healthy(START_S, lambda text: None)
+        for rank in range(ENGINES):
+            for _ in range(2):
+                assert worst(_ask(server, model.name, rank), expected) < LOSSLESS
+        hits = _by_engine(server, "vllm:prefix_cache_hits_total")
+        assert hits == {str(rank): CACHED for rank in range(ENGINES)}
+        # Who does not choose is served too.
+        assert worst(_ask(server, model.name), expected) < LOSSLESS
+        assert _by_engine(server, "vllm:kv_cache_usage_perc") == {"0": 0.0, "1": 0.0}
+
+
+@pytest.mark.slow
+def test_a_server_for_each_engine(model: Path, expected: list[Answer], tmp_path: Path) -> None:
+    """With a load balancer outside, whom these requests stand for."""
+    meeting = ["--data-parallel-address", "127.0.0.1"]
+    meeting += ["--data-parallel-rpc-port", str(free_port())]
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                _server(model, tmp_path / f"log{rank}", "--data-parallel-rank", str(rank), *meeting)
+            )
+            for rank in range(ENGINES)
+        ]
+        for server in servers:
+            server.wait_until_healthy(START_S, lambda text: None)
+        for server in servers:
+            assert worst(_ask(server, model.name), expected) < LOSSLESS
