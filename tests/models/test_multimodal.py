@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from kivi_vllm.cli import plan
 from tests.choice import some
+from tests.engine import SETTINGS as BASE_SETTINGS
 from tests.engine import Answer, engine, random_prompt
 from tests.invariance.conftest import scheduler
-from tests.models.harness import LOSSLESS, backends, worst
+from tests.models.harness import LOSSLESS, backends, capacity, worst
 from tests.models.pictures import (
     FAMILIES,
     TEXT_TOKENS,
@@ -66,6 +68,7 @@ def test_images_with_the_lossless_codec_equal_vllms_own_attention(family: str) -
     with engine(model.path, "kivi_raw", **options, **SETTINGS) as llm:
         assert backends(llm) == {"KIVI"}
         got = _rounds(llm, model)
+        reported = capacity(llm)
     for answers, wanted in zip(got, expected, strict=True):
         assert worst(answers, wanted) < LOSSLESS
     # Again: all whole blocks, images too. The other image: only the block of text before it.
@@ -73,6 +76,13 @@ def test_images_with_the_lossless_codec_equal_vllms_own_attention(family: str) -
     assert cached[0] == [0, 0, 0]
     assert cached[1][:2] == [384, 256] and cached[1][2] >= 512
     assert cached[2] == [128]
+
+    # Planned from the shape of the text model, which is not that of the tower.
+    memory, length = int(BASE_SETTINGS["kv_cache_memory_bytes"]), BASE_SETTINGS["max_model_len"]
+    planned = plan.capacity(
+        model.path, "kivi_raw", memory, length, dtype="float32", max_num_batched_tokens=200
+    )
+    assert planned.tokens == reported
 
 
 @pytest.mark.slow

@@ -10,12 +10,15 @@ import torch
 from tests.engine import engine, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler
 from tests.models.harness import LOSSLESS, PROMPTS, backends
+from tests.models.pictures import tokenizer
 
-SETTINGS: dict[str, Any] = dict(runner="pooling", convert="embed")
+SETTINGS: dict[str, Any] = dict(runner="pooling", convert="embed", skip_tokenizer_init=False)
 
 
 def _model() -> str:
-    return tiny_model("qwen3", head_dim=64)
+    path = tiny_model("qwen3", head_dim=64)
+    tokenizer().save_pretrained(path)  # vLLM wants one here, though the prompts are token ids
+    return path
 
 
 def _embed(llm: Any, prompts: Any = PROMPTS) -> tuple[torch.Tensor, list[int]]:

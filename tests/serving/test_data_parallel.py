@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def _server(model: Path, log: Path, *options: str, port: int | None = None) -> I
     common = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     common += ["--kv-cache-memory-bytes", str(32 << 20), "--max-num-batched-tokens", "200"]
     common += ["--data-parallel-size", str(ENGINES), *options]
-    environment = serve_environment(Path(os.environ.get("TMPDIR", "/tmp")))
+    environment = serve_environment(log.parent)
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     with running(serve_command(model, "kivi_raw", port, common), log, environment) as process:
         yield Server(process, log, port)
