@@ -208,11 +208,11 @@ def test_speculation_in_a_pipeline() -> None:
 
 
 def test_every_reason_is_given_at_once() -> None:
-    message = refusal(block_size=64, kv_cache_dtype_skip_layers=["0"], kv_offloading_size=1)
+    message = refusal(block_size=64, kv_cache_dtype_skip_layers=["9"], kv_offloading_size=1)
     first, *others = message.splitlines()
     assert "--block-size 64" in first
     assert [line.split()[0] for line in others] == ["also:", "also:"]
-    assert "--kv-cache-dtype-skip-layers" in message
+    assert "--kv-cache-dtype-skip-layers 9 names no layer" in message
     assert "--kv-offloading-size" in message
 
 
