@@ -88,12 +88,10 @@ def capacity(
 
 def _cache_specs(config: Any) -> dict[str, Any]:
     """Every layer's cache spec, as vLLM's worker collects them, without weights."""
-    import torch
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,
         resolve_kv_cache_layout,
@@ -101,7 +99,7 @@ def _cache_specs(config: Any) -> dict[str, Any]:
 
     from kivi_vllm.attention.layer import cache_specs
 
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+    with _without_weights(config.model_config.dtype):
         initialize_model(config)
     current_platform.update_block_size_for_backend(config)
     specs = cache_specs(config)
@@ -110,6 +108,23 @@ def _cache_specs(config: Any) -> dict[str, Any]:
     layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     resolve_kv_cache_layout(config, [layouts], list(specs.values()))
     return specs
+
+
+@contextmanager
+def _without_weights(dtype: Any) -> Iterator[None]:
+    """Models made inside have no weights, and leave nothing behind."""
+    import torch
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    # vLLM gives a rotary embedding that it has made once to every later model of this process.
+    ropes = dict(_ROPE_DICT)
+    try:
+        with set_default_torch_dtype(dtype), torch.device("meta"):
+            yield
+    finally:
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(ropes)
 
 
 @contextmanager
