@@ -29,6 +29,7 @@ def register() -> None:
     wraps.register_cache_specs()
     wraps.select_backend_by_dtype()
     wraps.attach_residual_to_layers()
+    wraps.keep_batches_of_chunked_layers()
     wraps.show_requests_to_managers()
     wraps.plan_cache_groups()
     wraps.check_engine_config()

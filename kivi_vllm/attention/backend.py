@@ -68,6 +68,10 @@ class KiviAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # a logit of each head, and not the first tokens of a sequence
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

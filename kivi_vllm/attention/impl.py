@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> None:
         given = [name for name, value in unsupported.items() if value is not None]
@@ -56,11 +58,13 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
+        self._sinks: Any = sinks  # a weight of the model: its numbers come later
         params = AttentionParams(
             scale=self.scale,
             logits_soft_cap=logits_soft_cap or 0.0,
             alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
             sliding_window=sliding_window or 0,
+            sink_logits=None if sinks is None else torch.full_like(sinks, torch.nan).float(),
         )
         vllm_config = get_current_vllm_config()
         self.operators = dispatch.operators(device_kind())
@@ -73,6 +77,15 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             decode_len=1 + num_draft_tokens(vllm_config),
         )
         self.params = self.operators.prepare(layer, params)
+
+    def attend_in_chunks(self, chunk_size: int) -> None:
+        """Make the layer's attention local to chunks of so many tokens."""
+        self.params = replace(self.params, chunk_size=chunk_size)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take over the sink logits; called again when weights are loaded anew."""
+        if self.params.sink_logits is not None:  # to where they were: captured graphs know that
+            self.params.sink_logits.copy_(self._sinks.detach())
 
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None

@@ -75,6 +75,7 @@ def check(vllm_config: VllmConfig) -> None:
 
 def _model(vllm_config: VllmConfig) -> Iterator[str]:
     model = vllm_config.model_config
+    chunk = model.attention_chunk_size or 0
     kinds = {
         "multi-head latent attention (MLA)": model.use_mla,
         "an encoder-decoder": model.is_encoder_decoder,
@@ -82,9 +83,8 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
         "pooling over attention that is not causal": (
             model.pooler_config is not None and model.attn_type == "encoder_only"
         ),
-        "chunked local attention": model.attention_chunk_size is not None,
+        f"attention chunks of {chunk} tokens, no multiple of {BLOCK_SIZE},": chunk % BLOCK_SIZE,
         # The layers refuse these too, but only once a worker builds them.
-        "attention sinks": model.hf_text_config.model_type == "gpt_oss",
         "KV cache sharing between layers": bool(
             getattr(model.hf_text_config, "num_kv_shared_layers", 0)
         ),
@@ -118,13 +118,15 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"{layers - 1}, or sliding_window"
         )
     connector = vllm_config.kv_transfer_config is not None
-    # These make vLLM itself disable the manager, and are refused by name.
-    disabled_by_vllm = connector or vllm_config.model_config.attention_chunk_size is not None
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not disabled_by_vllm:
-        yield (
-            "the full-precision residual needs the hybrid KV cache manager; "
-            "leave out --disable-hybrid-kv-cache-manager"
-        )
+    # Connectors make vLLM itself disable the manager, and are refused by name.
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not connector:
+        remedy = "leave out --disable-hybrid-kv-cache-manager"
+        if vllm_config.model_config.attention_chunk_size:  # there, vLLM itself may disable it
+            remedy += (
+                ", leave VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE unset, and do not "
+                "speculate with EAGLE"
+            )
+        yield f"the full-precision residual needs the hybrid KV cache manager; {remedy}"
     attention = vllm_config.attention_config
     for backend in {attention.backend, *(attention.backend_per_kind or {}).values()} - {None}:
         if backend.name == "KIVI":

@@ -148,7 +148,7 @@ def check_query(
     params: AttentionParams,
     output: torch.Tensor,
 ) -> None:
-    """Raise ValueError unless the query, the output and the slopes fit each other and the cache."""
+    """Raise ValueError unless the query, the output and the params fit each other and the cache."""
     fmt, num_kv_heads = cache.fmt, cache.num_kv_heads
     heads = query.shape[1] if query.dim() == 3 else 0
     if not heads or heads % num_kv_heads:
@@ -160,14 +160,20 @@ def check_query(
             f"output is {output.dtype}, but must be one of {', '.join(map(str, DTYPES))}"
         )
     check_tokens("output", output, step, cache, heads, output.dtype)
-    slopes = params.alibi_slopes
-    if slopes is not None and not (
-        slopes.device == cache.pages.device
-        and slopes.dtype == torch.float32
-        and slopes.shape == (heads,)
-        and slopes.is_contiguous()
+    for name in ("alibi_slopes", "sink_logits"):
+        if getattr(params, name) is not None:
+            check_per_head(name, getattr(params, name), heads, cache.pages.device)
+
+
+def check_per_head(name: str, x: torch.Tensor, heads: int, device: torch.device) -> None:
+    """Raise ValueError unless `x` is a number of each query head."""
+    if not (
+        x.device == device
+        and x.dtype == torch.float32
+        and x.shape == (heads,)
+        and x.is_contiguous()
     ):
-        raise _unfit("alibi_slopes", slopes, f"float32 [{heads}]", cache.pages.device)
+        raise _unfit(name, x, f"float32 [{heads}]", device)
 
 
 def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:

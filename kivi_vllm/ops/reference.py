@@ -164,18 +164,19 @@ def attend(
         cache: read.
         query: [num_tokens, num_heads, head_size].
         key, value: [num_tokens, num_kv_heads, head_size], the step's own.
-        params: scale, soft cap, ALiBi slopes, window.
+        params: scale, soft cap, ALiBi slopes, window, sink logits, chunks.
         output: [num_tokens, num_heads, head_size], written for the rows' tokens.
 
     """
     for row in step.rows:
         tiles = list(_tiles(step, row, cache.residual_length))
-        seen = first_visible(row.a, params.sliding_window)
+        seen = first_visible(row.a, params.sliding_window, params.chunk_size)
         oldest, newest = max(seen, tiles[0][2]), tiles[-1][2]
         raw_k, raw_v = (x.float() for x in _raw_since(row, oldest, cache, key, value))
         page_k, page_v = _page_history(row, seen, newest, step, cache)
         for start, end, raw_from in tiles:
-            first = first_visible(start, params.sliding_window)
+            # All queries of a tile are in one block, so in one attention chunk.
+            first = first_visible(start, params.sliding_window, params.chunk_size)
             middle = max(first, raw_from)
             paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, end - oldest)
             k = torch.cat([page_k[:, paged], raw_k[:, raw]], 1)
@@ -232,6 +233,11 @@ def _attend_tile(
     hidden = s > t
     if params.sliding_window:
         hidden = hidden | (s <= t - params.sliding_window)
-    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if params.sink_logits is not None:
+        logits = params.sink_logits.to(scores)[:, None, None].expand(-1, n, 1)
+        p = torch.cat([scores, logits], -1).softmax(-1)[..., :-1].contiguous()
+    else:
+        p = scores.softmax(-1)
     out = p.view(num_kv_heads, -1, m) @ v
     return out.view(num_heads, n, d).transpose(0, 1)

@@ -16,9 +16,13 @@ def full_precision_from(position: int, residual_length: int) -> int:
     return max(0, position // B * B - residual_length)
 
 
-def first_visible(position: int, window: int) -> int:
-    """The first position that a position sees through a sliding window; 0: there is none."""
-    return max(0, position + 1 - window) if window else 0
+def first_visible(position: int, window: int, chunk_size: int) -> int:
+    """The first position that a position sees.
+
+    Through a sliding window, and in its attention chunk; 0: there is none.
+    """
+    in_window = max(0, position + 1 - window) if window else 0
+    return max(in_window, position // chunk_size * chunk_size) if chunk_size else in_window
 
 
 def ring_start(end: int, decode_len: int) -> int:

@@ -248,6 +248,11 @@ class AttentionParams:
         logits_soft_cap: c > 0 replaces a score x by c * tanh(x / c); 0: none.
         alibi_slopes: [num_heads] fp32 or None; adds slope * (s - t).
         sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
+        chunk_size: C > 0, a multiple of the block size: position t sees no s before C * (t // C);
+            0: all.
+        sink_logits: [num_heads] fp32 or None; each softmax of a head has one term more in its
+            denominator, exp(logit), which has no value. (vLLM calls them `sinks`. They have
+            nothing to do with the sinks of a cache, the first tokens of a sequence.)
         first_chunk: serves requests that have nothing cached, where a backend uses a
             library for them (`Operators.prepare` sets it).
 
@@ -257,7 +262,13 @@ class AttentionParams:
     logits_soft_cap: float = 0.0
     alibi_slopes: torch.Tensor | None = None
     sliding_window: int = 0
+    sink_logits: torch.Tensor | None = None
+    chunk_size: int = 0
     first_chunk: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size % B:
+            raise ValueError(f"chunk_size is {self.chunk_size}, but must be a multiple of {B}")
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,36 @@ FAMILIES = {
             tie_word_embeddings=True,
         ),
     ),
+    "gpt-oss": Family(
+        "gpt_oss",
+        {"sink_logits": None},
+        dict(
+            head_dim=64,
+            sliding_window=128,
+            intermediate_size=128,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "llama4": Family(
+        "llama4_text",
+        {"chunk_size": 0},
+        dict(
+            head_dim=64,
+            attention_chunk_size=256,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            intermediate_size=128,
+            intermediate_size_mlp=256,
+            interleave_moe_layer_step=1,
+            no_rope_layer_interval=2,
+            use_qk_norm=False,
+        ),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", some([*FAMILIES], [1, 3, 7]))
+@pytest.mark.parametrize("name", some([*FAMILIES], [1, 3, 7, 8]))
 def test_chunks_with_the_lossless_codec_equal_vllms_own_attention(name: str) -> None:
     family = FAMILIES[name]
     expected = own_attention(family.path)
@@ -90,13 +116,28 @@ def test_chunks_with_the_lossless_codec_equal_vllms_own_attention(name: str) -> 
         assert worst(generate(llm, PROMPTS[:1], 20), expected[:1]) > 1e-2
 
 
-@pytest.mark.parametrize("name", some(["mistral-window", "falcon-alibi", "gemma2"], [1]))
+@pytest.mark.parametrize(
+    "name", some(["mistral-window", "falcon-alibi", "gemma2", "gpt-oss", "llama4"], [1])
+)
 def test_whole_prompts_with_the_lossless_codec_equal_vllms_own_attention(name: str) -> None:
     path = FAMILIES[name].path
     expected = own_attention(path)
     with engine(path, "kivi_raw", kivi={"prefill": "exact", "residual_length": 64}) as llm:
         assert backends(llm) == {"KIVI"}
         assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS
+
+
+@pytest.mark.parametrize("name", some(["gpt-oss", "llama4"], [0]))
+def test_prefixes_that_are_cached_equal_vllms_own_attention(name: str) -> None:
+    """Hits of all lengths, one that ends inside of an attention chunk among them."""
+    path = FAMILIES[name].path
+    prompts = (*PROMPTS, (*PROMPTS[3][:400], *PROMPTS[1]))
+    expected = own_attention(path, prompts)
+    with engine(path, "kivi_raw", kivi={"prefill": "cached"}) as llm:
+        for _ in range(2):
+            answers = generate(llm, prompts, 20)
+            assert worst(answers, expected) < LOSSLESS
+        assert [a.num_cached_tokens for a in answers] == [256, 0, 0, 512, 384]
 
 
 @pytest.mark.slow

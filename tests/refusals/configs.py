@@ -47,10 +47,15 @@ def refusal(model: str | None = None, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-def gpt_oss() -> str:
-    """A model with attention sinks."""
+def llama4(chunk_size: int = 256) -> str:
+    """A model with chunked local attention."""
     return config_only(
-        "gpt_oss", "GptOssForCausalLM", num_local_experts=2, num_experts_per_tok=1, head_dim=64
+        "llama4_text",
+        "Llama4ForCausalLM",
+        head_dim=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        attention_chunk_size=chunk_size,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
 from tests.engine import engine
-from tests.refusals.configs import engine_config, gemma3n, gpt_oss
+from tests.refusals.configs import engine_config, gemma3n
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,6 @@ def _refusal(model: str, **kwargs: Any) -> str:
     ):
         pass
     return str(caught.value)
-
-
-def test_attention_sinks() -> None:
-    assert _refusal(gpt_oss()) == (
-        "--kv-cache-dtype kivi2 cannot serve this model: attention sinks not supported; "
-        "use --kv-cache-dtype auto or fp8"
-    )
 
 
 def test_kv_cache_shared_between_layers() -> None:

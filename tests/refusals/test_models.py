@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.models.pictures import gemma3, image_processors, llava
-from tests.refusals.configs import config_only, engine_config, gemma3n, gpt_oss, refusal
+from tests.refusals.configs import config_only, engine_config, gemma3n, llama4, refusal
 
 _MLA = dict(
     kv_lora_rank=64,
@@ -47,8 +48,11 @@ def test_kind_of_model(
 
 @pytest.mark.parametrize(
     ("build", "kind"),
-    [(gpt_oss, "attention sinks"), (gemma3n, "KV cache sharing between layers")],
-    ids=["gpt_oss", "gemma3n"],
+    [
+        (partial(llama4, 200), "attention chunks of 200 tokens, no multiple of 128,"),
+        (gemma3n, "KV cache sharing between layers"),
+    ],
+    ids=["llama4", "gemma3n"],
 )
 def test_kind_of_attention(build: Callable[[], str], kind: str) -> None:
     message = refusal(build())

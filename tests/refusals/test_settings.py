@@ -10,7 +10,7 @@ import pytest
 from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
 from tests.engine import tiny_model
-from tests.refusals.configs import config_only, engine_config, refusal
+from tests.refusals.configs import config_only, engine_config, llama4, refusal
 
 _PREFIX = "--kv-cache-dtype kivi2: "
 
@@ -76,13 +76,15 @@ def test_attention_backend_for_a_kind_of_layers() -> None:
 
 
 def test_chunked_local_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = engine_config()
-    config.model_config.attention_chunk_size = 256
-    config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM itself then does
-    with pytest.raises(KiviConfigError) as caught:
-        refusals.check(config)
-    assert "models with chunked local attention are not supported" in str(caught.value)
-    assert "disable-hybrid" not in str(caught.value)
+    """vLLM itself disables the cache manager of such models where the environment says so."""
+    config = engine_config(llama4())
+    assert config.model_config.attention_chunk_size == 256
+    monkeypatch.setenv("VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE", "0")
+    assert refusal(llama4()) == (
+        f"{_PREFIX}the full-precision residual needs the hybrid KV cache manager; leave out "
+        "--disable-hybrid-kv-cache-manager, leave "
+        "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE unset, and do not speculate with EAGLE"
+    )
 
 
 def test_data_parallel_on_ray() -> None:

@@ -8,6 +8,7 @@ from kivi_vllm.config import Recipe
 from tests.choice import some
 from tests.triton.device import BF16, FP16, simulator
 from tests.unit.simulator import Case
+from tests.unit.sink_logits import check_far_away
 
 CASES = [
     Case(recipe="paper"),
@@ -31,10 +32,16 @@ CASES = [
     Case(recipe="paper", soft_cap=5, alibi=True, window=150),
     Case(recipe="paper", group=64, head_size=128, model=FP16),
     Case(recipe="paper", sinks=16, window=150, residual=32, heads=(2, 1), model=BF16),
+    Case(sink_logits=(4, 2), exact=True, heads=(9, 3), model=BF16),
+    Case("kivi_raw", sink_logits=(3, 4), window=150, heads=(4, 1)),
+    Case(recipe="paper", sink_logits=(2, 4), residual=32, soft_cap=5, model=FP16),
+    Case(chunk=128, residual=32, heads=(9, 3), model=BF16),
+    Case("kivi_raw", chunk=128, exact=True, residual=128, heads=(4, 1)),
+    Case("kivi4", "paper", chunk=256, window=150, sinks=8, heads=(2, 1)),
 ]
 
 
-@pytest.mark.parametrize("case", some(CASES, [0, 1, 3, 4, 12, 13]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [0, 1, 3, 4, 12, 13, 21, 24]), ids=str)
 def test_ragged_batches_of_random_chunks(case: Case) -> None:
     sim = simulator(case)
     requests = [sim.add(270 + case.window), sim.add(129), sim.add(2)]
@@ -53,6 +60,10 @@ def test_a_prefix_of_another_request(exact: bool, recipe: Recipe) -> None:
     sim.step({first: 270, second: 20})
     sim.run(first, second)
     sim.check_untouched()
+
+
+def test_sink_logits_far_away() -> None:
+    check_far_away(simulator, 140)
 
 
 def test_output_in_the_models_dtype() -> None:

@@ -38,10 +38,12 @@ DRAFTS = [
     Case("kivi_k4v3", drafts=5, exact=True, model=BF16, heads=(8, 1)),
     Case(drafts=4, model=BF16, heads=(3, 1)),
     Case("kivi_k3v2", drafts=7, residual=32, window=100, heads=(3, 1)),
+    Case(drafts=2, sink_logits=(4, 2, 0), heads=(9, 3), model=BF16),
+    Case(drafts=5, chunk=128, residual=64, heads=(3, 1)),
 ]
 
 
-@pytest.mark.parametrize("case", some(DRAFTS, [4]), ids=str)
+@pytest.mark.parametrize("case", some(DRAFTS, [4, 5]), ids=str)
 def test_rejected_drafts(case: Case) -> None:
     """Drafts on both sides of the end of a block, some of which are taken back."""
     sim = simulator(case, Triton)

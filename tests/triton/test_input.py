@@ -51,9 +51,16 @@ def test_wrong_tensors_are_named(name: str, i: int) -> None:
         call(inputs())
 
 
-def test_wrong_slopes_and_numbers_are_named() -> None:
-    with pytest.raises(ValueError, match="alibi_slopes is"):
-        call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))
+@pytest.mark.parametrize("name", ["alibi_slopes", "sink_logits"])
+def test_wrong_numbers_of_heads_are_named(name: str) -> None:
+    good = torch.zeros(4, device=DEVICE)
+    for wrong in (good[:3], good.to(torch.bfloat16), good[None]):
+        call(change("params", lambda p: replace(p, **{name: good})))
+        with pytest.raises(ValueError, match=f"{name} is"):
+            call(change("params", lambda p, wrong=wrong: replace(p, **{name: wrong})))
+
+
+def test_wrong_numbers_are_named() -> None:
     with pytest.raises(ValueError, match="1 tails of 24 tokens cannot hold residual_length 32"):
         call(change("cache", lambda c: replace(c, tails=c.tails[:1])))
 

@@ -313,12 +313,16 @@ def attention(
     soft_cap: float,
     slopes: Doubles | None,
     window: int,
+    sink_logits: Doubles | None,
+    chunk: int,
 ) -> Doubles:
     """Queries [n, num_heads, D] at positions t [n] over k, v [.., num_kv_heads, D], in float64."""
     out = np.empty_like(q)
     per_kv_head = q.shape[1] // k.shape[1]
     distance = np.arange(len(k))[None] - t[:, None]  # of the key, from the query
     visible = (distance <= 0) & ((distance > -window) if window else True)
+    if chunk:
+        visible &= np.arange(len(k))[None] // chunk == t[:, None] // chunk
     for h in range(q.shape[1]):
         # einsum, for it starts no threads, which would be slow for many small products.
         scores = scale * np.einsum("td,sd->ts", q[:, h], k[:, h // per_kv_head])
@@ -327,6 +331,10 @@ def attention(
         if slopes is not None:
             scores = scores + slopes[h] * distance
         scores = np.where(visible, scores, -np.inf)
+        if sink_logits is not None:  # a key that has no value
+            more = np.full((len(scores), 1), sink_logits[h])
+            scores = np.concatenate([more, scores], 1)
         p = np.exp(scores - scores.max(1, keepdims=True))
-        out[:, h] = np.einsum("ts,sd->td", p / p.sum(1, keepdims=True), v[:, h // per_kv_head])
+        p = p[:, -len(k) :] / p.sum(1, keepdims=True)
+        out[:, h] = np.einsum("ts,sd->td", p, v[:, h // per_kv_head])
     return out

@@ -49,6 +49,8 @@ class Case:
     soft_cap: float = 0.0
     alibi: bool = False
     window: int = 0
+    chunk: int = 0
+    sink_logits: tuple[float, ...] = ()  # of the heads in turn
     tokens: int = 300
     group: int | None = None
     sinks: int | None = None
@@ -62,11 +64,13 @@ class Case:
         short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
         more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
         more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
+        more |= {"chunk": self.chunk}
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
         given = {"G": self.group, "sinks": self.sinks}
         words += [f"{k}{v}" for k, v in given.items() if v is not None]
         words += [f"k{self.per_block}"] if self.per_block > 1 else []
         words += ["raw{}.{}.{}".format(*self.raw)] if self.raw else []
+        words += ["logits" + ",".join(f"{x:g}" for x in self.sink_logits)] * bool(self.sink_logits)
         return "-".join([name + short, *words])
 
     @property
@@ -81,7 +85,10 @@ class Case:
         n = self.heads[0]
         slopes = torch.tensor([2.0 ** (-8 * (i + 1) / n) for i in range(n)]) if self.alibi else None
         scale = self.scale or self.head_size**-0.5
-        return AttentionParams(scale, self.soft_cap, slopes, self.window)
+        logits = None
+        if self.sink_logits:
+            logits = torch.tensor(self.sink_logits).repeat(n)[:n].float()
+        return AttentionParams(scale, self.soft_cap, slopes, self.window, logits, self.chunk)
 
 
 @dataclass(eq=False)
@@ -216,7 +223,9 @@ class Simulator:
 
     def _first_seen(self, t: int) -> int:
         """The first position that position t sees."""
-        return max(0, t + 1 - self.case.window) if self.case.window else 0
+        chunk = self.case.chunk
+        seen = t // chunk * chunk if chunk else 0
+        return max(seen, t + 1 - self.case.window) if self.case.window else seen
 
     def _unseen_entries(self, request: Request, upto: int) -> int:
         """Entries of whose new pages neither the step nor a later one reads any."""
@@ -404,8 +413,19 @@ def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.n
             lossy = slice(s, min(s + B, f))
             kf[lossy], vf[lossy] = (x[: lossy.stop - s] for x in request.quantized[s])
         q, params = request.q[at].double().numpy(), case.params
-        slopes = None if params.alibi_slopes is None else params.alibi_slopes.numpy()
+        slopes, logits = (
+            None if x is None else x.numpy() for x in (params.alibi_slopes, params.sink_logits)
+        )
         out[at - a] = kivi_numpy.attention(
-            q, kf, vf, at, params.scale, params.logits_soft_cap, slopes, params.sliding_window
+            q,
+            kf,
+            vf,
+            at,
+            params.scale,
+            params.logits_soft_cap,
+            slopes,
+            params.sliding_window,
+            logits,
+            params.chunk_size,
         )
     return out

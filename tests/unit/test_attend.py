@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.unit.simulator import TOLERANCE, Case, Request, Simulator
+from tests.unit.sink_logits import check_far_away
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MHA, MQA = (3, 3), (4, 1)
@@ -44,6 +45,17 @@ CASES = [
     Case(alibi=True, soft_cap=20.0, window=200, heads=MQA, exact=True),
     *(Case(window=w, residual=r) for w in (1, 16, 200) for r in (0, 64)),
     Case(window=200, exact=True, tokens=517),
+    # Sink logits.
+    Case(sink_logits=(4, 2), residual=32),
+    Case(sink_logits=(3,), heads=MQA, alibi=True, soft_cap=20.0, window=150, exact=True),
+    Case("kivi_raw", sink_logits=(4, 2, 0), head_size=128, heads=(8, 2), model=BF16, sinks=8),
+    Case(recipe="paper", sink_logits=(2, 4), drafts=3, model=FP16),
+    # Chunked local attention.
+    Case(chunk=128, residual=32),
+    Case(chunk=256, exact=True, residual=128, model=BF16, tokens=700),
+    Case("kivi_raw", chunk=256, residual=64, tokens=600),
+    Case(chunk=256, window=150, alibi=True, sinks=8, drafts=3, heads=MQA, tokens=600),
+    Case(recipe="paper", chunk=128, sink_logits=(4, 2), sinks=8),
     # Drafts.
     Case(drafts=1, residual=64),
     Case(drafts=5, exact=True, dtype="kivi4"),
@@ -136,6 +148,10 @@ def test_chunking_matters_in_exact_prefill() -> None:
 def test_output_in_the_models_dtype(model: torch.dtype, exact: bool) -> None:
     sim = Simulator(Case(model=model, exact=exact), output_dtype=model)
     sim.run(sim.add(300))
+
+
+def test_sink_logits_far_away() -> None:
+    check_far_away(Simulator)
 
 
 # ------------------------------------------------------------------ requests

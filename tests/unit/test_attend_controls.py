@@ -181,11 +181,19 @@ def test_drafts_that_no_operator_knows_of_are_noticed() -> None:
                 sim.step({request: 1})
 
 
-@pytest.mark.parametrize("change", ["scale", "soft_cap", "alibi", "window"])
+ASKED_FOR: dict[str, Any] = {
+    "scale": 0.2,
+    "soft_cap": 3.0,
+    "alibi": True,
+    "window": 299,
+    "chunk": 128,
+    "sink_logits": (2.0,),
+}
+
+
+@pytest.mark.parametrize("change", ASKED_FOR)
 def test_ignored_parameter_is_noticed(change: str) -> None:
-    case = replace(
-        Case(), **{change: {"scale": 0.2, "soft_cap": 3.0, "alibi": True, "window": 299}[change]}
-    )
+    case = replace(Case(), **{change: ASKED_FOR[change]})
 
     def ignoring(*args: Any) -> None:
         *before, _, output = args

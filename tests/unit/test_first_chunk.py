@@ -51,13 +51,25 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> Any:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    sink_logits: torch.Tensor | None = None,
+) -> Any:
     """Causal attention of one sequence, [n, heads, D]."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     n = q.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool).tril()
     if window:
         mask = mask.triu(1 - window)
+    if sink_logits is not None:
+        scores = (q @ k.repeat_interleave(len(q) // len(k), 0).mT) * scale
+        weights = scores.masked_fill(~mask, -torch.inf).exp()
+        shares = weights / (weights.sum(-1, keepdim=True) + sink_logits.exp()[:, None, None])
+        return (shares @ v.repeat_interleave(len(q) // len(v), 0)).transpose(0, 1)
     gqa = q.shape[0] != k.shape[0]
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
@@ -72,7 +84,8 @@ def flash(q: Any, k: Any, v: Any, out: Any, **given: Any) -> None:
     assert given["max_seqlen_q"] == max(b - a for a, b in pairwise(starts))
     window = given["window_size"][0] + 1 if given["window_size"] else 0
     for a, b in pairwise(starts):
-        out[a:b] = attention(q[a:b], k[a:b], v[a:b], given["softmax_scale"], window)
+        parts = (q[a:b], k[a:b], v[a:b])
+        out[a:b] = attention(*parts, given["softmax_scale"], window, given["s_aux"])
 
 
 def with_flash(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
@@ -122,17 +135,18 @@ def without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", None)
 
 
-@pytest.mark.parametrize("library", ["flash", "xformers"])
 @pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("library", ["flash", "xformers", "flash with sink logits"])
 def test_first_chunks_behind_decodes(
     library: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if library == "flash":
+    if library != "xformers":
         with_flash(monkeypatch, 3)
     else:
         without_flash(monkeypatch)
         with_xformers(monkeypatch)
-    params = AttentionParams(0.125, sliding_window=window)
+    logits = torch.randn(6) if library == "flash with sink logits" else None
+    params = AttentionParams(0.125, sliding_window=window, sink_logits=logits)
     function = first_chunk.choose(params, 64, torch.bfloat16)
     assert function is not None
     calls: list[str] = []
@@ -151,9 +165,26 @@ def test_first_chunks_behind_decodes(
     # The kernel runs once, so that it is compiled before the first request with a history.
     assert calls == ["decode", "prefill", "decode"]
     for a, b in ((3, 23), (23, 33)):
-        wanted = attention(q[a:b], k[a:b], v[a:b], 0.125, window)
+        wanted = attention(q[a:b], k[a:b], v[a:b], 0.125, window, logits)
         torch.testing.assert_close(output[a:b], wanted)
     assert output[:3].isnan().all() and output[33:].isnan().all()
+
+
+@pytest.mark.parametrize("chunk_size", [128, 256])
+def test_prompts_longer_than_a_chunk_go_to_the_own_kernel(
+    chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(operators, "prefill", lambda *_: calls.append("own"))
+    starts, ends = torch.tensor([0, 200]), torch.tensor([200])
+    step = DeviceStep(starts, ends, ends[None], 0, 0, 200, 200, False, 1, True, [200])
+    cache: Any = SimpleNamespace(fmt=chunk_size, residual_length=0)
+    params = replace(PARAMS, chunk_size=chunk_size, first_chunk=lambda *_: calls.append("library"))
+    x = torch.zeros(200, 1, 64)
+    for _ in range(2):
+        operators.attend(step, cache, x, x, x, params, x)
+    # The own kernel runs once in any case.
+    assert calls == (["own", "own"] if chunk_size == 128 else ["own", "library", "library"])
 
 
 @pytest.mark.parametrize("change", [dict(nothing_cached=False), dict(per_position=True)])
@@ -179,6 +210,11 @@ def test_what_no_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_chunk.choose(capped, 64, torch.bfloat16) is None
     assert first_chunk.choose(PARAMS, 64, torch.float32) is None
     assert first_chunk.choose(PARAMS, 64, torch.bfloat16) is not None
+    first_chunk._flash_attention.cache_clear()
+    with_flash(monkeypatch, 2)
+    assert first_chunk.choose(PARAMS, 64, torch.bfloat16) is not None
+    logits = replace(PARAMS, sink_logits=torch.zeros(6))
+    assert first_chunk.choose(logits, 64, torch.bfloat16) is None  # FlashAttention 3 has them
     without_flash(monkeypatch)
     first_chunk._flash_attention.cache_clear()
     for name in ("xformers.ops", "xformers.ops.fmha.attn_bias"):

@@ -10,6 +10,7 @@ import torch
 from tests.choice import some
 from tests.unit.native import TOLERANCE, simulator
 from tests.unit.simulator import Case
+from tests.unit.sink_logits import check_far_away
 from tests.unit.test_attend import BF16, CASES, FP16, MHA, MQA
 
 # Scores eight times as large as models have them: what 16 bits lack of them weighs more.
@@ -73,10 +74,12 @@ def test_rejected_drafts(isa: str, case: Case) -> None:
 SPLIT = [
     Case(tokens=1400, model=BF16, residual=32, heads=(4, 1)),
     Case(tokens=2600, dtype="kivi4", window=1500, alibi=True, heads=MHA),
+    Case(tokens=1400, model=BF16, sink_logits=(4, 2), heads=(4, 1)),
+    Case(tokens=1800, chunk=1024, heads=MHA),
 ]
 
 
-@pytest.mark.parametrize("case", some(SPLIT, [0]), ids=str)
+@pytest.mark.parametrize("case", some(SPLIT, [0, 2]), ids=str)
 def test_split_sequences_are_put_together(isa: str, case: Case, threads: None) -> None:
     outputs = []
     for count in (3, 1):
@@ -109,6 +112,12 @@ def test_chunks_do_not_matter(isa: str, residual: int, window: int) -> None:
 def test_output_in_the_models_dtype(isa: str, model: torch.dtype) -> None:
     sim = simulator(Case(model=model, exact=True), output_dtype=model)
     sim.run(sim.add(300))
+
+
+@pytest.mark.parametrize("tokens", [300, 1400])
+def test_sink_logits_far_away(isa: str, tokens: int, threads: None) -> None:
+    torch.set_num_threads(3)  # the longer ones' pages are split
+    check_far_away(simulator, tokens)
 
 
 @pytest.mark.parametrize("where", ["k", "v"])

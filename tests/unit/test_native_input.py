@@ -118,9 +118,21 @@ def test_what_fits_elsewhere_is_not_taken_here() -> None:
         call(inputs() | {name: far[name] for name in ("key", "value")})
 
 
-def test_wrong_slopes_and_tails_are_named() -> None:
-    with pytest.raises(ValueError, match="alibi_slopes is"):
-        call(change("params", lambda p: replace(p, alibi_slopes=torch.zeros(3))))
+@pytest.mark.parametrize("name", ["alibi_slopes", "sink_logits"])
+def test_wrong_numbers_of_heads_are_named(name: str) -> None:
+    call(change("params", lambda p: replace(p, **{name: torch.zeros(4)})))
+    for wrong in (
+        torch.zeros(3),
+        torch.zeros(4, dtype=BF16),
+        torch.zeros(8)[::2],
+        torch.zeros(1, 4),
+        torch.zeros(4, device="meta"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            call(change("params", lambda p, wrong=wrong: replace(p, **{name: wrong})))
+
+
+def test_wrong_tails_are_named() -> None:
     with pytest.raises(ValueError, match="1 tails of 24 tokens cannot hold residual_length 32"):
         call(change("cache", lambda c: replace(c, tails=c.tails[:1])))
     with pytest.raises(ValueError, match=r"tails have pages of \[16, 24\] tokens, but all must"):

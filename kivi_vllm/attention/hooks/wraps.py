@@ -77,7 +77,7 @@ def attach_residual_to_layers() -> None:
 
     The implementation never learns its layer's name, so this is the place.
     """
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
     def make(original: Callable) -> Callable:
         signature = inspect.signature(original)
@@ -95,9 +95,9 @@ def attach_residual_to_layers() -> None:
             ours = hasattr(self.impl, "bind_residual")
             if not ours and not is_kivi(self.kv_cache_dtype):
                 return
-            # Prefix-LM, chunked local and other special layers put a backend of their own
-            # making around the selected one; what it changes would go unnoticed.
-            if type(self) is not Attention or not ours:
+            # Prefix-LM and other special layers put a backend of their own making around
+            # the selected one; what it changes would go unnoticed.
+            if type(self) not in (Attention, ChunkedLocalAttention) or not ours:
                 raise KiviConfigError(
                     f"--kv-cache-dtype {self.kv_cache_dtype}: attention layers of type "
                     f"{type(self).__name__} with backend {self.attn_backend.get_name()} are "
@@ -106,10 +106,30 @@ def attach_residual_to_layers() -> None:
             from kivi_vllm.attention.layer import attach
 
             attach(self, self.impl.config)
+            if type(self) is ChunkedLocalAttention:
+                self.impl.attend_in_chunks(self.attention_chunk_size)
 
         return __init__
 
     _wrap(Attention, "__init__", make)
+
+
+def keep_batches_of_chunked_layers() -> None:
+    """Leave our backend to chunked local layers as it is: its kernels know chunks.
+
+    vLLM puts a backend around the selected one that makes every chunk a request.
+    """
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    def make(original: Callable) -> Callable:
+        def create(underlying_attn_backend: Any, *args: Any, **kwargs: Any) -> Any:
+            if underlying_attn_backend.get_name() == "KIVI":
+                return underlying_attn_backend
+            return original(underlying_attn_backend, *args, **kwargs)
+
+        return create
+
+    _wrap(chunked_local_attention, "create_chunked_local_attention_backend", make)
 
 
 def show_requests_to_managers() -> None:

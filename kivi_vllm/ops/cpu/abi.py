@@ -40,7 +40,8 @@ COMMON_FIELDS = _fields(
 """Of a KiviCall: what all three calls of a step need."""
 
 QUERY_FIELDS = _fields(
-    "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window",
+    "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window sink_logits "
+    "chunk_size",
     **dict(query=TENSOR, output=TENSOR, scale=_DOUBLE, soft_cap=_DOUBLE),
 )
 """The rest, which attention alone needs."""

@@ -61,12 +61,12 @@ def attend(
     if not step.rows:
         return
     common = _common(step, cache, key, value)
-    slopes = params.alibi_slopes
     form = _form_of("query", step, cache, query, output)
-    strides = None if slopes is not None else CHECKED_FORMS.get(form)
+    strides = CHECKED_FORMS.get(form)
     if strides is None:
         checks.check_query(step, cache, query, params, output)
         strides = _record_strides(form, query, output)
+    slopes, logits = (_per_head(n, params, query) for n in ("alibi_slopes", "sink_logits"))
     token, head, out_token, out_head = strides
     _run(
         load().attend,
@@ -82,8 +82,10 @@ def attend(
             query.shape[1],
             params.scale,
             params.logits_soft_cap,
-            0 if slopes is None else slopes.data_ptr(),
+            slopes,
             params.sliding_window,
+            logits,
+            params.chunk_size,
         ),
         cache,
     )
@@ -184,6 +186,19 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
         *_described_once(raw.cache, context, describe),
         *_table(f"{name}.table", raw.table, step),
     )
+
+
+def _per_head(name: str, params: AttentionParams, query: torch.Tensor) -> int:
+    """Address of the numbers of each query head that `params` has under this name, or 0."""
+    x, heads = getattr(params, name), query.shape[1]
+    if x is None:
+        return 0
+
+    def describe() -> int:
+        checks.check_per_head(name, x, heads, _CPU)
+        return x.data_ptr()
+
+    return _described_once(x, (heads,), describe)
 
 
 def _form_of(

@@ -17,7 +17,14 @@ from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
-from kivi_vllm.ops.triton.softmax import log2_scores, rules_of, visible, weigh
+from kivi_vllm.ops.triton.softmax import (
+    log2_scores,
+    oldest_seen,
+    rules_of,
+    visible,
+    weigh,
+    with_sink_logits,
+)
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,
@@ -57,9 +64,7 @@ def _add_raw(state, q, k, v, valid, seen, s, t, slope, scale, C: tl.constexpr, R
 @triton.jit
 def split_of(a, b, splits, RULES: tl.constexpr):
     """(first page, end, pages of a split) of a row's history."""
-    first = 0
-    if RULES.WINDOW > 0:
-        first = tl.maximum(a + 1 - RULES.WINDOW, 0) // B
+    first = oldest_seen(a, RULES) // B
     end = tl.cdiv(first_raw(b - 1, RULES.R), B)
     return first, end, tl.maximum(tl.cdiv(end - first, splits), 2)
 
@@ -106,10 +111,7 @@ def _decode(
         state = (zeros, zeros, tl.zeros((N,), tl.float32), lowest)
         if split == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
-            oldest = 0
-            if RULES.WINDOW > 0:
-                oldest = tl.maximum(a + 1 - RULES.WINDOW, 0)
-            start, lead = raw_start(first_raw(a, RULES.R), oldest, C)
+            start, lead = raw_start(first_raw(a, RULES.R), oldest_seen(a, RULES), C)
             for s0 in range(start, b, RAW_STEP):
                 s = raw_position(s0 + tl.arange(0, RAW_STEP), start, lead, C)
                 valid = s < b
@@ -185,6 +187,7 @@ def _combine(
     statistics,
     query_start_loc,
     seq_lens,
+    sink_logits,
     output,
     output_token,
     output_head,
@@ -217,12 +220,10 @@ def _combine(
         if C.RUN > 0:  # the sums over pages are of rotated values, those of the raw split not
             state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
             state = _add_splits(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
-        total, mass, _ = state
-        to = (
-            output
-            + (q0 + i).to(tl.int64) * output_token
-            + (head * GQA + column % GQA) * output_head
-        )
+        query_of = head * GQA + column % GQA
+        total, mass, m = state
+        mass = with_sink_logits(mass, m, sink_logits, query_of, RULES)
+        to = output + (q0 + i).to(tl.int64) * output_token + query_of * output_head
         tl.store(to + d, (total / mass).to(output.dtype.element_ty), mask=d < C.D)
 
 
@@ -278,6 +279,7 @@ def decode(
         statistics,
         step.query_start_loc,
         step.seq_lens,
+        params.sink_logits,
         output,
         *output.stride()[:2],
         splits,

@@ -48,10 +48,11 @@ def choose(params: AttentionParams, head_size: int, dtype: torch.dtype) -> First
     if dtype == torch.float32:
         return _chosen(None, "float32")
     alibi, cap = params.alibi_slopes is not None, params.logits_soft_cap > 0
+    sink_logits = params.sink_logits is not None
     reasons = []
     for make in (_flash_attention, _xformers):
         try:
-            function: Any = make(alibi, cap, head_size)
+            function: Any = make(alibi, cap, sink_logits, head_size)
             return _chosen(function, "")
         except (ImportError, NotImplementedError) as error:
             reasons.append(str(error))
@@ -68,7 +69,7 @@ def _chosen(function: Any, why: str) -> FirstChunk | None:
 
 
 @functools.cache
-def _flash_attention(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
+def _flash_attention(alibi: bool, cap: bool, sink_logits: bool, head_size: int) -> FirstChunk:
     """vLLM's FlashAttention.
 
     Raises:
@@ -79,13 +80,13 @@ def _flash_attention(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     version = get_flash_attn_version(
-        requires_alibi=alibi, requires_softcap=cap, head_size=head_size
+        requires_alibi=alibi, requires_softcap=cap, has_sinks=sink_logits, head_size=head_size
     )
-    if version is None:
+    if version is None or (sink_logits and version < 3):  # 2 has no `s_aux`
         raise NotImplementedError("vLLM's FlashAttention does not serve these layers here")
 
     def attend(query, key, value, output, starts, lens, params):
-        window = params.sliding_window
+        window, logits = params.sliding_window, params.sink_logits
         flash_attn_varlen_func(
             q=query,
             k=key,
@@ -100,6 +101,8 @@ def _flash_attention(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
             window_size=[window - 1, 0] if window else None,
             softcap=params.logits_soft_cap,
             alibi_slopes=params.alibi_slopes,
+            # Of the model's dtype, as vLLM loads and passes them.
+            s_aux=None if logits is None else logits.to(query.dtype),
             fa_version=version,
         )
 
@@ -108,7 +111,7 @@ def _flash_attention(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
 
 
 @functools.cache
-def _xformers(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
+def _xformers(alibi: bool, cap: bool, sink_logits: bool, head_size: int) -> FirstChunk:
     """xformers' memory-efficient attention.
 
     Raises:
@@ -116,8 +119,8 @@ def _xformers(alibi: bool, cap: bool, head_size: int) -> FirstChunk:
         NotImplementedError: it cannot do what the layers ask.
 
     """
-    if alibi or cap:
-        raise NotImplementedError("xformers has neither ALiBi nor a soft cap for GQA")
+    if alibi or cap or sink_logits:
+        raise NotImplementedError("xformers has no ALiBi, soft cap or sink logits for GQA")
     from xformers.ops import memory_efficient_attention_forward
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 

@@ -128,7 +128,7 @@ def attend(
         cache.fmt,
         cache.num_kv_heads,
         step.num_tokens,
-        params.alibi_slopes is None,
+        *map(_form_of, (params.alibi_slopes, params.sink_logits)),
         _form_of(query),
         _form_of(output),
     )
@@ -143,6 +143,8 @@ def attend(
         return
     first_chunk = params.first_chunk
     plain = first_chunk is not None and step.nothing_cached and not step.per_position
+    if params.chunk_size:  # libraries know none, but need not within the first
+        plain = plain and max(step.prefill_lens) <= params.chunk_size
     # Our kernel runs the first time in any case, so that it is compiled by vLLM's warm-up.
     rules = (cache.residual_length, params.logits_soft_cap, params.sliding_window)
     variant = (page_constants(cache), *rules)
@@ -157,8 +159,10 @@ def attend(
         first_chunk(q, k, v, out, starts, step.prefill_lens, params)
 
 
-def _form_of(x: torch.Tensor) -> tuple:
+def _form_of(x: torch.Tensor | None) -> tuple:
     """What a check of `x` depends on."""
+    if x is None:
+        return ()
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
 

@@ -15,7 +15,14 @@ import triton.language as tl
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PRECISION, keys_of, page_constants, values_of
-from kivi_vllm.ops.triton.softmax import log2_scores, rules_of, visible, weigh
+from kivi_vllm.ops.triton.softmax import (
+    log2_scores,
+    oldest_seen,
+    rules_of,
+    visible,
+    weigh,
+    with_sink_logits,
+)
 from kivi_vllm.ops.triton.tokens import (
     B,
     at_full_precision,
@@ -70,6 +77,7 @@ def _prefill(
     paged,
     raw,
     slopes,
+    sink_logits,
     scale,
     C: tl.constexpr,
     RULES: tl.constexpr,
@@ -93,9 +101,7 @@ def _prefill(
         seen_from = first_raw(tl.where(by_position, t, a), RULES.R)
         first_seen = first_raw(tl.where(by_position, start, a), RULES.R)
         last_seen = first_raw(tl.where(by_position, end - 1, a), RULES.R)
-        oldest = 0
-        if RULES.WINDOW > 0:
-            oldest = tl.maximum(start + 1 - RULES.WINDOW, 0)
+        oldest = oldest_seen(start, RULES)
         query_of = head * GQA + i % GQA
         slope = tl.zeros((M,), tl.float32)
         if RULES.ALIBI:
@@ -145,7 +151,8 @@ def _prefill(
             p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
             v = tl.load(v_at[:, None] + d, mask=mask, other=0)
             state = _add(state, p, m, alpha, v)
-        out, mass, _ = state
+        out, mass, m = state
+        mass = with_sink_logits(mass, m, sink_logits, query_of, RULES)
         to = output + token * output_token + query_of * output_head
         out = (out / tl.where(live, mass, 1.0)[:, None]).to(output.dtype.element_ty)
         tl.store(to[:, None] + d, out, mask=live[:, None] & (d < C.D))
@@ -181,6 +188,7 @@ def prefill(
         pages_arguments(step, cache),
         raw_arguments(cache, key, value),
         params.alibi_slopes,
+        params.sink_logits,
         params.scale,
         C=constants,
         RULES=rules_of(params, cache),

@@ -19,6 +19,8 @@ class Rules(NamedTuple):
         CAP: soft cap, or 0.
         ALIBI: whether there are slopes.
         WINDOW: sliding window, or 0.
+        CHUNK: chunk size of local attention, or 0.
+        SINK_LOGITS: whether there are sink logits.
         R: residual length.
 
     """
@@ -26,6 +28,8 @@ class Rules(NamedTuple):
     CAP: float
     ALIBI: bool
     WINDOW: int
+    CHUNK: int
+    SINK_LOGITS: bool
     R: int
 
 
@@ -51,15 +55,43 @@ def weigh(scores, m, AXIS: tl.constexpr):
 
 
 @triton.jit
+def with_sink_logits(mass, m, logits, head, RULES: tl.constexpr):
+    """The sum of weights of heads `head`, with that of their sink logit, which has no value."""
+    if RULES.SINK_LOGITS:
+        above = tl.load(logits + head) * LOG2E - m
+        mass += tl.exp2(tl.minimum(above, 126.0))  # that much leaves nothing of an output
+    return mass
+
+
+@triton.jit
 def visible(s, t, RULES: tl.constexpr):
-    """Whether position t sees position s, causally and through the window."""
+    """Whether position t sees position s: causally, through the window, in its chunk."""
     seen = s <= t
     if RULES.WINDOW > 0:
         seen &= s > t - RULES.WINDOW
+    if RULES.CHUNK > 0:
+        seen &= s >= t // RULES.CHUNK * RULES.CHUNK
     return seen
+
+
+@triton.jit
+def oldest_seen(t, RULES: tl.constexpr):
+    """The first position that position t sees."""
+    oldest = 0
+    if RULES.WINDOW > 0:
+        oldest = tl.maximum(t + 1 - RULES.WINDOW, 0)
+    if RULES.CHUNK > 0:
+        oldest = tl.maximum(oldest, t // RULES.CHUNK * RULES.CHUNK)
+    return oldest
 
 
 def rules_of(params: AttentionParams, cache: LayerCache) -> Rules:
     """The rules of a layer."""
-    alibi = params.alibi_slopes is not None
-    return Rules(params.logits_soft_cap, alibi, params.sliding_window, cache.residual_length)
+    return Rules(
+        CAP=params.logits_soft_cap,
+        ALIBI=params.alibi_slopes is not None,
+        WINDOW=params.sliding_window,
+        CHUNK=params.chunk_size,
+        SINK_LOGITS=params.sink_logits is not None,
+        R=cache.residual_length,
+    )

@@ -56,6 +56,8 @@ struct KiviCall {
   double scale, soft_cap;
   const float *alibi_slopes;  // [num_heads] or null
   int64_t sliding_window;     // 0: none
+  const float *sink_logits;   // [num_heads] or null
+  int64_t chunk_size;         // a multiple of 128; 0: none
 };
 
 #define KIVI_FIELDS(FIELD)                                                                     \
@@ -77,7 +79,7 @@ struct KiviCall {
   FIELD(KiviCall, key) FIELD(KiviCall, value) FIELD(KiviCall, threads) FIELD(KiviCall, query)  \
   FIELD(KiviCall, output) FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads)                \
   FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes)               \
-  FIELD(KiviCall, sliding_window)
+  FIELD(KiviCall, sliding_window) FIELD(KiviCall, sink_logits) FIELD(KiviCall, chunk_size)
 #define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
 
 // Where a field begins, or a struct (whose name has no dot) ends.

@@ -61,14 +61,24 @@ static INLINE uint8_t *output_of(const KiviCall &c, const Unit &u, int row) {
   return c.output.data + token * c.output.token_stride + head * c.output.head_stride;
 }
 
+// What makes sums of weighted values an output: one over the sum of weights, of which the sink
+// logit, if there is one, has one too, but no value.
+static INLINE float share_of(const KiviCall &c, int64_t head, float max, float sum) {
+  if (!c.sink_logits) return 1.0f / sum;
+  const float logit = c.sink_logits[head] * 1.4426950408889634f, top = max_of(max, logit);
+  const float keep = exp2s(max - top);  // the logit may be far above all scores
+  return keep / (sum * keep + exp2s(logit - top));
+}
+
 static void write_output(const KiviCall &c, const Unit &u, const State &state, int rows) {
   const int d = (int)c.head_size;
   for (int r = 0; r < rows; r++) {
     uint8_t *out = output_of(c, u, r);
-    const float inverse = 1.0f / state.sum[r];
+    const int64_t head = (int64_t)u.kv_head * (c.num_heads / c.num_kv_heads) + u.g0 + r % (u.g1 - u.g0);
+    const float share = share_of(c, head, state.max[r], state.sum[r]);
     for (int i = 0; i < d; i += W)
       store_any(c.out_dtype, out + i * dtype_bytes(c.out_dtype),
-                load(state.acc + (int64_t)r * d + i) * inverse);
+                load(state.acc + (int64_t)r * d + i) * share);
   }
 }
 
@@ -121,6 +131,7 @@ static void combine(const KiviCall &c, const Unit &u, int parts, uint8_t *scratc
       for (int i = 0; i < d; i += W)
         store(acc + i, load(acc + i) + weight * load(part + 2 * rows + (int64_t)r * d + i));
     }
+    state.max[r] = m;
     state.sum[r] = sum;
   }
   write_output(c, u, state, rows);

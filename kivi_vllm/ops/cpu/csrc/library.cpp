@@ -153,7 +153,7 @@ bool all_within(const KiviCall &c) {
 bool reads_pages(const KiviCall &c, const KiviRow &row) {
   const int64_t newest = reads_by_position(c, row) ? row.b - 1 : row.a;
   const int64_t end = max_of(0, newest / kBlock * kBlock - c.residual_length);
-  return blocks_within(c, row.index, first_visible(row.a, c.sliding_window) / kBlock,
+  return blocks_within(c, row.index, first_visible(c, row.a) / kBlock,
                        (end + kBlock - 1) / kBlock, false);
 }
 

@@ -43,7 +43,7 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
     u.start = start;
     u.end = end;
     u.raw_from = max_of(0, seen);
-    const int64_t oldest = first_visible(start, c.sliding_window);
+    const int64_t oldest = first_visible(c, start);
     if (is_raw(c)) {  // pages are read like the tokens that are not in pages
       u.raw_lo = oldest;
     } else {

@@ -66,9 +66,11 @@ static inline int64_t ring_slot(const KiviCall &c, int64_t s) {
 // Whether pages hold tokens verbatim.
 static inline bool is_raw(const KiviCall &c) { return c.k_bits == KIVI_RAW_BITS; }
 
-// The first position that a row at position `t` sees through the window.
-static inline int64_t first_visible(int64_t t, int64_t window) {
-  return window && t >= window ? t + 1 - window : 0;
+// The first position that a row at position `t` sees: residual.first_visible.
+static inline int64_t first_visible(const KiviCall &c, int64_t t) {
+  const int64_t window = c.sliding_window && t >= c.sliding_window ? t + 1 - c.sliding_window : 0;
+  const int64_t chunk = c.chunk_size ? t / c.chunk_size * c.chunk_size : 0;
+  return window > chunk ? window : chunk;
 }
 
 // The pool's block that holds the page of a request's block, or 0: it has no page.
