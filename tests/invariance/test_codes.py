@@ -17,6 +17,7 @@ import torch
 from tests.choice import some
 from tests.engine import Answer, engine, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler
+from tests.models.test_families import FAMILIES
 
 PROMPT = random_prompt(700, seed=7)
 DTYPES = ("kivi_k3v2", "kivi2", "kivi3", "kivi_k4v3", "kivi4")
@@ -58,8 +59,19 @@ def _same(got: tuple[Answer, torch.Tensor], want: tuple[Answer, torch.Tensor]) -
 @pytest.mark.parametrize("residual", [0, 32], ids=lambda r: f"R{r}")
 @pytest.mark.parametrize("dtype", some(DTYPES, [0]))
 def test_codes(dtype: str, residual: int, pages: dict) -> None:
+    check_codes(tiny_model(), dtype, residual, pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt-oss", "llama4"])
+def test_codes_with_sink_logits_or_attention_chunks(family: str, pages: dict) -> None:
+    check_codes(FAMILIES[family].path, "kivi2", 32, pages)
+
+
+def check_codes(model: str, dtype: str, residual: int, pages: dict) -> None:
+    """The bytes of a prompt's pages, and its answer, whatever the schedule."""
     options = {"prefill": "cached", "residual_length": residual}
-    with engine(tiny_model(), dtype, kivi=options) as llm:
+    with engine(model, dtype, kivi=options) as llm:
         truth = _run(llm, [PROMPT], pages)
         assert len(truth[1]) == 2 * 5  # layers × whole blocks of 700 tokens
         for chunk in (48, 100, 128):

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from tests.choice import some
-from tests.engine import engine, generate, tiny_model
+from tests.engine import engine, generate, on_worker, tiny_model
 from tests.models.harness import (
     LOSSLESS,
     PROMPTS,
@@ -138,6 +139,26 @@ def test_prefixes_that_are_cached_equal_vllms_own_attention(name: str) -> None:
             answers = generate(llm, prompts, 20)
             assert worst(answers, expected) < LOSSLESS
         assert [a.num_cached_tokens for a in answers] == [256, 0, 0, 512, 384]
+
+
+def test_sink_logits_follow_the_models_weights() -> None:
+    """The kernels' copies, in fp32, of numbers that are there only after the layers are made."""
+
+    def check(runner: Any) -> None:
+        layers = runner.model.model.layers
+        for layer in layers:
+            weight, impl = layer.attn.sinks, layer.attn.attn.impl
+            assert weight.dtype == torch.bfloat16 and weight.abs().max() > 0
+            kept = impl.params.sink_logits
+            assert kept.dtype == torch.float32 and torch.equal(kept, weight.float())
+            with torch.no_grad():
+                weight += 1  # as new weights would be loaded
+            impl.process_weights_after_loading(torch.bfloat16)
+            assert impl.params.sink_logits is kept and torch.equal(kept, weight.float())
+        assert len(layers) == 2
+
+    with engine(FAMILIES["gpt-oss"].path, "kivi2", dtype="bfloat16") as llm:
+        on_worker(llm, check)
 
 
 @pytest.mark.slow

@@ -39,12 +39,14 @@ class Layer:
     rows: int = 4
     per_block: int = 1
     raw: int = 0  # tokens of a full-precision page; 0: as many as fit a page
+    sink_logits: bool = False
 
     def __str__(self) -> str:
         hq, hkv = self.heads
         name = f"{self.dtype}-{self.recipe}-H{hq}x{hkv}-D{self.head_size}-T{self.tokens}"
         more = {"R": self.residual, "G": self.group or 0, "k": self.per_block, "raw": self.raw}
-        return "-".join([name, *(f"{k}{n}" for k, n in more.items() if n > (k == "k"))])
+        words = [f"{k}{n}" for k, n in more.items() if n > (k == "k")]
+        return "-".join([name, *words, *["logits"] * self.sink_logits])
 
     def arguments(self, *, decode: bool) -> tuple[Any, ...]:
         """Of the operators, as a model would call them."""
@@ -72,7 +74,9 @@ class Layer:
             decode_len=self.tokens if decode else 1,
             per_position=False,
         )
-        return step, cache, q, k, v, AttentionParams(d**-0.5), torch.zeros_like(q)
+        logits = torch.zeros(hq) if self.sink_logits else None
+        params = AttentionParams(d**-0.5, sink_logits=logits)
+        return step, cache, q, k, v, params, torch.zeros_like(q)
 
 
 LAYERS = [
@@ -95,6 +99,7 @@ LAYERS = [
     Layer("kivi4", "paper"),
     Layer(recipe="paper", head_size=256, heads=(8, 4), model=torch.float16),
     Layer(per_block=5, raw=120, residual=64),
+    Layer(heads=(64, 8), head_size=64, sink_logits=True),
 ]
 
 
@@ -139,6 +144,7 @@ PREFILLS = [
     Layer(recipe="paper", tokens=64),
     Layer("kivi4", "paper", head_size=256, heads=(8, 4), group=128, tokens=64),
     Layer(head_size=256, heads=(8, 4), tokens=64, per_block=3, raw=128, residual=128),
+    Layer(heads=(64, 8), head_size=64, tokens=64, sink_logits=True),
 ]
 
 

@@ -66,7 +66,7 @@ def attend(
     if strides is None:
         checks.check_query(step, cache, query, params, output)
         strides = _record_strides(form, query, output)
-    slopes, logits = (_per_head(n, params, query) for n in ("alibi_slopes", "sink_logits"))
+    slopes, logits = params.alibi_slopes, params.sink_logits
     token, head, out_token, out_head = strides
     _run(
         load().attend,
@@ -82,9 +82,9 @@ def attend(
             query.shape[1],
             params.scale,
             params.logits_soft_cap,
-            slopes,
+            0 if slopes is None else _per_head("alibi_slopes", slopes, query),
             params.sliding_window,
-            logits,
+            0 if logits is None else _per_head("sink_logits", logits, query),
             params.chunk_size,
         ),
         cache,
@@ -188,11 +188,9 @@ def _raw(name: str, raw: Raw, step: Step, cache: LayerCache) -> tuple[int, ...]:
     )
 
 
-def _per_head(name: str, params: AttentionParams, query: torch.Tensor) -> int:
-    """Address of the numbers of each query head that `params` has under this name, or 0."""
-    x, heads = getattr(params, name), query.shape[1]
-    if x is None:
-        return 0
+def _per_head(name: str, x: torch.Tensor, query: torch.Tensor) -> int:
+    """Address of `x`, a number of each query head."""
+    heads = query.shape[1]
 
     def describe() -> int:
         checks.check_per_head(name, x, heads, _CPU)
