@@ -86,12 +86,12 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
             "it has KiviCall.soft_cap at byte 460 where KiviCall.soft_cap at 464 is expected",
         ),
         (
-            [("  int64_t sliding_window; ", "  int64_t sliding_window, more; ")],
-            "it has KiviCall at byte 496 where KiviCall at 488 is expected",
+            [("  int64_t chunk_size; ", "  int64_t chunk_size, more; ")],
+            "it has KiviCall at byte 512 where KiviCall at 504 is expected",
         ),
         (
-            [("FIELD(KiviCall, sliding_window)", "")],
-            "it has KiviRow at byte 40 where KiviCall.sliding_window at 480 is expected",
+            [("FIELD(KiviCall, chunk_size)", "")],
+            "it has KiviRow at byte 40 where KiviCall.chunk_size at 496 is expected",
         ),
     ],
     ids=["order", "name", "raw", "type", "size", "missing"],
@@ -123,7 +123,7 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "_run",
         lambda function, call, cache: (calls.append((call, cache)), run(function, call, cache)),
     )
-    more = dict(sinks=8, soft_cap=30.0, window=500, per_block=3, raw=(40, 16, 9))
+    more = dict(sinks=8, soft_cap=30.0, window=500, chunk=256, per_block=3, raw=(40, 16, 9))
     case = Case("kivi_k4v3", "best", 32, (6, 2), 128, **more)
     sim = simulator(case)
     sim.step({sim.add(150): 150})
@@ -175,6 +175,8 @@ def test_calls_carry_what_the_names_say(monkeypatch: pytest.MonkeyPatch) -> None
         "soft_cap": 30.0,
         "alibi_slopes": 0,
         "sliding_window": 500,
+        "sink_logits": 0,
+        "chunk_size": 256,
     }
     assert {name: values[name] for name in expected} == expected
 

@@ -20,6 +20,7 @@ from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
 from kivi_vllm.ops.triton.page import page_constants
 from kivi_vllm.ops.triton.prefill import prefill
+from kivi_vllm.ops.triton.softmax import rules_of
 from kivi_vllm.ops.triton.workspace import reserve
 
 __all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
@@ -146,8 +147,7 @@ def attend(
     if params.chunk_size:  # libraries know none, but need not within the first
         plain = plain and max(step.prefill_lens) <= params.chunk_size
     # Our kernel runs the first time in any case, so that it is compiled by vLLM's warm-up.
-    rules = (cache.residual_length, params.logits_soft_cap, params.sliding_window)
-    variant = (page_constants(cache), *rules)
+    variant = (page_constants(cache), rules_of(params, cache))
     if not plain or variant not in _compiled:
         _compiled.add(variant)
         prefill(step, cache, query, key, value, params, output)
