@@ -179,7 +179,7 @@ def test_prompts_longer_than_a_chunk_go_to_the_own_kernel(
     monkeypatch.setattr(operators, "prefill", lambda *_: calls.append("own"))
     starts, ends = torch.tensor([0, 200]), torch.tensor([200])
     step = DeviceStep(starts, ends, ends[None], 0, 0, 200, 200, False, 1, True, [200])
-    cache: Any = SimpleNamespace(fmt=chunk_size, residual_length=0)
+    cache = cache_of(1)
     params = replace(PARAMS, chunk_size=chunk_size, first_chunk=lambda *_: calls.append("library"))
     x = torch.zeros(200, 1, 64)
     for _ in range(2):
