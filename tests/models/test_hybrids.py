@@ -22,6 +22,7 @@ from tests.models.harness import (
     prompt_logprobs,
     worst,
 )
+from tests.models.pictures import image_processors
 
 _MAMBA2: dict[str, Any] = dict(
     mamba_n_heads=8,
@@ -129,7 +130,9 @@ def test_gated_delta_nets(name: str) -> None:
     prompts = [random_prompt(n, seed=n) for n in (300, 77, 513, 900)]
     found = {}
     for dtype, chunk in (("auto", 1024), ("auto", 100), ("kivi_raw", 1024)):
-        with engine(path, dtype, dtype="bfloat16", max_num_batched_tokens=chunk) as llm:
+        # vLLM's module of Qwen3.5 has that of its images too.
+        start = engine(path, dtype, dtype="bfloat16", max_num_batched_tokens=chunk)
+        with image_processors(), start as llm:
             first, again = (generate(llm, prompts, 20) for _ in range(2))
             found[dtype, chunk] = [a.tokens for a in first], np.array(prompt_logprobs(llm, prompts))
     assert [a.num_cached_tokens for a in again] == [0, 0, 512, 512]
