@@ -21,7 +21,6 @@ PARAMS = AttentionParams(0.125)
 @pytest.fixture(autouse=True)
 def any_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators.checks, "check_query", lambda *_: None)
-    monkeypatch.setattr(operators, "page_constants", lambda cache: cache.fmt)
 
 
 @pytest.fixture(autouse=True)
