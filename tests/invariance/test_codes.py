@@ -24,17 +24,20 @@ DTYPES = ("kivi_k3v2", "kivi2", "kivi3", "kivi_k4v3", "kivi4")
 
 
 @pytest.fixture
-def pages(operators: Any) -> dict[tuple[int, int, int], torch.Tensor]:
+def pages(operators: Any) -> dict[tuple[tuple[int, int], int, int], torch.Tensor]:
     """Bytes of each block as it is stored, by (layer, request, block)."""
-    stored: dict[tuple[int, int, int], torch.Tensor] = {}
+    stored: dict[tuple[tuple[int, int], int, int], torch.Tensor] = {}
     store_blocks = operators.store_blocks
 
     def recorded(step: Any, cache: Any, key: Any, value: Any) -> None:
         store_blocks(step, cache, key, value)
         for row in step.rows:
             for block in range(row.a // 128, row.b // 128):
-                page = cache.pages[int(step.block_table[row.index, block])]
-                stored[cache.pages.data_ptr(), row.index, block] = page.clone()
+                entry, at = divmod(block, cache.pages_per_block)
+                page = cache.pages[int(step.block_table[row.index, entry]), at]
+                # Layers of two groups lie at the same place, in other blocks.
+                layer = cache.pages.data_ptr(), step.block_table.data_ptr()
+                stored[layer, row.index, block] = page.clone()
 
     operators.store_blocks = recorded
     return stored
