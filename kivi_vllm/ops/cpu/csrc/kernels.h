@@ -20,8 +20,8 @@ namespace KIVI_ISA {
 #include "encode.h"
 
 struct AttendScratch {
-  float q[kMaxRows * kMaxHead];
-  float acc[kMaxRows * kMaxHead];
+  float q[kMaxNumbers];
+  float acc[kMaxNumbers];
   float slopes[kMaxRows];
   union {
     PageScratch page;

@@ -32,7 +32,7 @@ struct Plan {
 
 void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) {
   const int64_t group = c.num_heads / c.num_kv_heads;
-  const int64_t per_tile = max_of(1, kMaxRows / group);
+  const int64_t most = most_rows(c.head_size), per_tile = max_of(1, most / group);
   const bool per_position = reads_by_position(c, row);
   for (int64_t start = row.a; start < row.b;) {
     const int64_t end =
@@ -55,10 +55,10 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
     }
     u.raw_hi = end;
     for (int64_t h = 0; h < c.num_kv_heads; h++)
-      for (int64_t g = 0; g < group; g += kMaxRows) {
+      for (int64_t g = 0; g < group; g += most) {
         u.kv_head = (int)h;
         u.g0 = (int)g;
-        u.g1 = (int)min_of(group, g + kMaxRows);
+        u.g1 = (int)min_of(group, g + most);
         units.push_back(u);
       }
     start = end;

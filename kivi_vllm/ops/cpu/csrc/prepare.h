@@ -41,7 +41,9 @@ struct PageScratch {
   int16_t k_fixed[kKGroups * kMaxHead], v_fixed[kVGroups * kBlock];
   float k_factor[kKGroups];
   // Of the rows.
-  alignas(64) int8_t parts[2][kMaxHead / 64 * kSpan];  // of q times a group's scales, then of p
+  // Of q times a group's scales, then of p. (A line more, so that what is read of one half does not
+  // seem to wait for what was written to the other.)
+  alignas(64) int8_t parts[2][kMaxHead / 64 * kSpan + 64];
   alignas(64) float scores[kRows][kBlock], products[kRows][kBlock];  // products: with v_norm
   int16_t p_fixed[kRows][kBlock];
   float product_sum[kRows], product_unit[kRows], weight[kRows];  // see weigh_page
@@ -49,7 +51,7 @@ struct PageScratch {
   int32_t dots[kRows][32];
   // Of the unit, where pages are paper's: see balance_queries.
   float balance[kMaxHead], unbalance[kMaxHead], q_unit[kMaxRows];
-  alignas(64) int16_t q_fixed[kMaxRows * kMaxHead];
+  alignas(64) int16_t q_fixed[kMaxNumbers];
 };
 
 // Do `f(g, Constant<n>())` for groups g to g + n - 1, at most MOST together, until all are done.

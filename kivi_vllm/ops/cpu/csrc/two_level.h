@@ -104,25 +104,30 @@ static INLINE void add_zeros_of(const uint8_t *zeros, const int8_t *parts, int n
   for (int k = 0; k < G * R; k++)
     s[k] = to_float((vi)_mm512_add_epi32(_mm512_slli_epi32(x[k][0], 8), x[k][1]));
 #elif defined(__AVX2__)
-  __m256i x[G * R][2] = {};  // 16 bits hold the products of eight spans: 8 * 2 * 128 * 15
-  static_assert(kMaxHead <= 256);
-  for (int i = 0; i < n; i += 32) {
-    const int8_t *p = parts + i / 64 * kSpan + i % 64;
+  __m256i sum[G * R] = {};
+  for (int first = 0; first < n; first += 256) {
+    __m256i x[G * R][2] = {};  // 16 bits hold the products of eight spans: 8 * 2 * 128 * 15
+    for (int i = first; i < min_of(n, first + 256); i += 32) {
+      const int8_t *p = parts + i / 64 * kSpan + i % 64;
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) {
-      const __m256i z = _mm256_load_si256((const __m256i *)(zeros + g * padded(n) + i));
+      for (int g = 0; g < G; g++) {
+        const __m256i z = _mm256_load_si256((const __m256i *)(zeros + g * padded(n) + i));
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++)
-          x[g * R + r][h] = _mm256_add_epi16(
-              x[g * R + r][h],
-              _mm256_maddubs_epi16(z, _mm256_load_si256((const __m256i *)(p + 128 * r + 64 * h))));
+          for (int h = 0; h < 2; h++)
+            x[g * R + r][h] = _mm256_add_epi16(
+                x[g * R + r][h], _mm256_maddubs_epi16(z, _mm256_load_si256(
+                                                             (const __m256i *)(p + 128 * r + 64 * h))));
+      }
     }
+#pragma GCC unroll 16
+    for (int k = 0; k < G * R; k++)
+      sum[k] = _mm256_add_epi32(
+          sum[k], _mm256_add_epi32(_mm256_madd_epi16(x[k][0], _mm256_set1_epi16(256)),
+                                   _mm256_madd_epi16(x[k][1], _mm256_set1_epi16(1))));
   }
-  for (int k = 0; k < G * R; k++)
-    s[k] = to_float((vi)_mm256_add_epi32(_mm256_madd_epi16(x[k][0], _mm256_set1_epi16(256)),
-                                         _mm256_madd_epi16(x[k][1], _mm256_set1_epi16(1))));
+  for (int k = 0; k < G * R; k++) s[k] = to_float((vi)sum[k]);
 #else
   for (int g = 0; g < G; g++)
     for (int r = 0; r < R; r++) {

@@ -5,8 +5,9 @@
 namespace kivi {
 
 constexpr int kBlock = 128;    // tokens of a page (BLOCK_SIZE)
-constexpr int kMaxHead = 256;  // channels of a head
+constexpr int kMaxHead = 512;  // channels of a head
 constexpr int kMaxRows = 128;  // query rows (tokens x heads) of a unit
+constexpr int kMaxNumbers = kMaxRows * 256;  // rows times channels of a unit
 constexpr int kFitRounds = 2;  // FIT_ROUNDS of two_level.py
 constexpr int kKeys = 64;      // full-precision tokens of one step of the online softmax
 
@@ -43,6 +44,11 @@ struct Kernels {
   void (*begin)();  // once per thread and call, before any of the above
   void (*end)();
 };
+
+// Query rows of a unit at most: fewer where heads are larger, so that a thread's scratch is not.
+static inline int64_t most_rows(int64_t head_size) {
+  return head_size * kMaxRows <= kMaxNumbers ? kMaxRows : kMaxNumbers / head_size;
+}
 
 static inline int64_t rows_of(const Unit &u) { return (u.end - u.start) * (u.g1 - u.g0); }
 
