@@ -13,7 +13,11 @@ from typing import Any, Literal, NamedTuple, get_args
 BLOCK_SIZE = 128
 """Tokens per page block (`B` in the documentation)."""
 
-HEAD_SIZES = (32, 64, 96, 128, 160, 192, 256)
+HEAD_SIZES = (32, 64, 96, 128, 160, 192, 256, 512)
+"""Channels of a head in pages, and in the kernels."""
+
+PADDED_HEAD_SIZES = {80: 96, 112: 128}
+"""Head sizes of models that take pages of a larger one, filled up with zeros."""
 
 RAW_BITS = 0
 """Stands for "kept as the model's own dtype" in `k_bits` and `v_bits`."""

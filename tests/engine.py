@@ -86,6 +86,48 @@ def tiny_model(model_type: str = "llama", **overrides: Any) -> str:
     return _build(model_type, tuple(sorted(overrides.items())))
 
 
+def gemma3n(layers: int = 7, shared: int = 3) -> str:
+    """A `tiny_model` whose last `shared` layers read the caches of the two before them.
+
+    vLLM takes it that these are one with a window, and one without.
+    """
+    return tiny_model(
+        "gemma3n_text",
+        num_hidden_layers=layers,
+        num_kv_shared_layers=shared,
+        layer_types=(
+            *("sliding_attention",) * (layers - shared - 1),
+            "full_attention",
+            *(("sliding_attention", "full_attention") * shared)[:shared],
+        ),
+        activation_sparsity_pattern=(0.0,) * layers,
+        head_dim=64,
+        sliding_window=200,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=32,
+        laurel_rank=8,
+        altup_num_inputs=4,
+        tie_word_embeddings=True,
+    )
+
+
+def gemma4() -> str:
+    """A `tiny_model` with windows, two head sizes and numbers of kv heads, and shared caches."""
+    return tiny_model(
+        "gemma4_text",
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        layer_types=(*("sliding_attention",) * 3, *("full_attention", "sliding_attention") * 2)[:6],
+        head_dim=64,
+        global_head_dim=128,
+        num_global_key_value_heads=1,
+        sliding_window=200,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=32,
+        tie_word_embeddings=True,
+    )
+
+
 def _let_vllm_look_at_numba() -> None:
     """Make a second engine of this process possible where the first has imported Numba.
 

@@ -20,7 +20,13 @@ from kivi_vllm.attention.layer import LAYOUTS
 from kivi_vllm.attention.metadata import KiviMetadataBuilder
 from kivi_vllm.attention.options import with_options
 from kivi_vllm.attention.versions import device_kind
-from kivi_vllm.config import BLOCK_SIZE, DTYPES, HEAD_SIZES, KiviConfig, KiviConfigError
+from kivi_vllm.config import (
+    BLOCK_SIZE,
+    DTYPES,
+    PADDED_HEAD_SIZES,
+    KiviConfig,
+    KiviConfigError,
+)
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import RAW_DTYPES, PageFormat
 
@@ -57,7 +63,8 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
+        sizes = dispatch.backend(device_kind()).operators.limits.head_sizes
+        return [*sizes, *(size for size, page in PADDED_HEAD_SIZES.items() if page in sizes)]
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

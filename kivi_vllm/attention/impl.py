@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from torch.nn.functional import pad
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -14,7 +15,7 @@ from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.attention.metadata import KiviMetadata
 from kivi_vllm.attention.versions import device_kind
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig, KiviConfigError
+from kivi_vllm.config import BLOCK_SIZE, PADDED_HEAD_SIZES, KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw
@@ -44,8 +45,6 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         **unsupported: Any,
     ) -> None:
         given = [name for name, value in unsupported.items() if value is not None]
-        if kv_sharing_target_layer_name is not None:
-            given.append("KV cache sharing between layers")
         if attn_type != AttentionType.DECODER:
             given.append(f"attention type {attn_type}")
         if given:
@@ -56,6 +55,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
+        self.page_head_size = PADDED_HEAD_SIZES.get(head_size, head_size)
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._sinks: Any = sinks  # a weight of the model: its numbers come later
@@ -71,12 +71,15 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         layer = Layer(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            head_size=head_size,
+            head_size=self.page_head_size,
             dtype=vllm_config.model_config.dtype,
             max_rows=vllm_config.scheduler_config.max_num_seqs,
             decode_len=1 + num_draft_tokens(vllm_config),
         )
         self.params = self.operators.prepare(layer, params)
+        self.owner = self  # of the caches
+        self.readers = [self]  # of the caches, in the order in which they run
+        self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
 
     def attend_in_chunks(self, chunk_size: int) -> None:
         """Make the layer's attention local to chunks of so many tokens."""
@@ -97,6 +100,11 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.sinks = sinks
         self._bound: torch.Tensor | None = None
 
+    def share(self, owner: KiviAttentionImpl) -> None:
+        """Have no caches, and read those of a layer that runs before (see `layer.attach`)."""
+        self.owner = owner
+        owner.readers.append(self)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -114,7 +122,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         Args:
             layer: the attention layer (unused: nothing is scaled).
             query: [num_tokens, num_heads, head_size].
-            key, value: [num_tokens, num_kv_heads, head_size].
+            key, value: [num_tokens, num_kv_heads, head_size]; None where the layer reads
+                the caches of another one, which has stored its own in this step.
             kv_cache: [num_blocks, num_kv_heads, k * 128, bytes_per_token] uint8, k pages of
                 every head in a block.
             attn_metadata: None while vLLM profiles or warms up.
@@ -123,10 +132,10 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
 
         Raises:
             NotImplementedError: fused output quantization was asked for, or the
-                model reads a layer's cache without new keys and values.
+                model reads a layer's own cache without new keys and values.
 
         """
-        if key is None or value is None:
+        if self.owner is self and (key is None or value is None):
             raise NotImplementedError(
                 "reading a layer's KIVI cache without new keys and values is not supported; "
                 "use --kv-cache-dtype auto or fp8 for this model"
@@ -136,12 +145,38 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
 
-        ops, step = self.operators, attn_metadata.step
-        cache = self._layer_cache(kv_cache)
-        ops.store_blocks(step, cache, key, value)
+        padding = self.page_head_size - self.head_size
+        if not padding:
+            self._attend(attn_metadata.step, kv_cache, query, key, value, output)
+            return output
+        q, k, v = (None if x is None else pad(x, (0, padding)) for x in (query, key, value))
+        wide = output.new_empty(*output.shape[:-1], self.page_head_size)
+        self._attend(attn_metadata.step, kv_cache, q, k, v, wide)
+        return output.copy_(wide[..., : self.head_size])
+
+    def _attend(
+        self,
+        step: Any,
+        kv_cache: torch.Tensor,
+        query: Any,
+        key: Any,
+        value: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """`forward`, of heads as large as those of the pages."""
+        ops, owner = self.operators, self.owner
+        if owner is self:
+            if self.compiled and len(self.readers) > 1:
+                # Compiled code, and graphs of its pieces, use the memory of keys and values
+                # again after this call: no other seems to need them.
+                key, value = key.clone(), value.clone()
+            self._stored = step, self._layer_cache(kv_cache), key, value
+            ops.store_blocks(*self._stored)
+        step, cache, key, value = owner._stored
         ops.attend(step, cache, query, key, value, self.params, output)
-        ops.store_ring(step, cache, key, value)
-        return output
+        if owner.readers[-1] is self:  # only now: the others need what the ring still holds
+            ops.store_ring(step, cache, key, value)
+            del owner._stored
 
     def _layer_cache(self, kv_cache: torch.Tensor) -> LayerCache:
         """The layer's caches as the operators see them, with this step's tables."""

@@ -16,6 +16,7 @@ caches have as many bytes; else `groups.planner` fills the pool's blocks with th
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -87,8 +88,32 @@ class RawCache(AttentionLayerBase):
         return self.spec
 
 
+def check_shared_cache(attn: Attention) -> None:
+    """Raise KiviConfigError if a layer would read the caches of another that do not fit.
+
+    That is if just one of them is ours, or if the other's window is the smaller.
+    """
+    target = attn.kv_sharing_target_layer_name
+    if target is None:
+        return
+    owner = get_current_vllm_config().compilation_config.static_forward_context[target]
+    if hasattr(owner.impl, "bind_residual") != hasattr(attn.impl, "bind_residual"):
+        raise KiviConfigError(
+            f"{attn.layer_name} reads the KV cache of {target}, but just one of them has a KIVI "
+            "cache; name both in --kv-cache-dtype-skip-layers, or neither"
+        )
+    windows = [layer.sliding_window or sys.maxsize for layer in (attn, owner)]
+    if hasattr(attn.impl, "bind_residual") and windows[0] > windows[1]:
+        raise KiviConfigError(
+            f"{attn.layer_name} reads the KV cache of {target}, which keeps {windows[1]} tokens "
+            "only; use --kv-cache-dtype auto or fp8 for this model"
+        )
+
+
 def attach(attn: Attention, config: KiviConfig) -> None:
     """Give an attention layer its ring, tails and sinks, named after it.
+
+    A layer that reads the caches of an earlier one has none of its own.
 
     Raises:
         KiviConfigError: values of another head size than keys.
@@ -100,8 +125,12 @@ def attach(attn: Attention, config: KiviConfig) -> None:
             f"{attn.head_size_v}; use --kv-cache-dtype auto or fp8 for this model"
         )
     vllm_config = get_current_vllm_config()
-    fmt = PageFormat.of(config, attn.head_size, attn.dtype)
     context = vllm_config.compilation_config.static_forward_context
+    target = attn.kv_sharing_target_layer_name
+    if target is not None:
+        attn.impl.share(context[target].impl)
+        return
+    fmt = PageFormat.of(config, attn.head_size, attn.dtype)
     window = attn.sliding_window or 0
     specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window)
     caches = {}

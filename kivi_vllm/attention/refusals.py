@@ -12,6 +12,7 @@ from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_ver
 from kivi_vllm.config import (
     BLOCK_SIZE,
     HEAD_SIZES,
+    PADDED_HEAD_SIZES,
     RECOMMENDED_DTYPE,
     KiviConfigError,
     is_kivi,
@@ -84,10 +85,6 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
             model.pooler_config is not None and model.attn_type == "encoder_only"
         ),
         f"attention chunks of {chunk} tokens, no multiple of {BLOCK_SIZE},": chunk % BLOCK_SIZE,
-        # The layers refuse these too, but only once a worker builds them.
-        "KV cache sharing between layers": bool(
-            getattr(model.hf_text_config, "num_kv_shared_layers", 0)
-        ),
     }
     for kind, present in kinds.items():
         if present:
@@ -117,6 +114,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"--kv-cache-dtype-skip-layers {' '.join(unknown)} names no layer; give numbers up to "
             f"{layers - 1}, or sliding_window"
         )
+    if cache.kv_sharing_fast_prefill:
+        yield (
+            "--kv-sharing-fast-prefill is not supported: layers that share a cache must see the "
+            "same tokens of a step; leave it out"
+        )
     connector = vllm_config.kv_transfer_config is not None
     # Connectors make vLLM itself disable the manager, and are refused by name.
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not connector:
@@ -130,6 +132,10 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     attention = vllm_config.attention_config
     for backend in {attention.backend, *(attention.backend_per_kind or {}).values()} - {None}:
         if backend.name == "KIVI":
+            continue
+        # vLLM's own choice for Gemma-4, whose layers differ in head size.
+        model_type = vllm_config.model_config.hf_text_config.model_type
+        if backend.name == "TRITON_ATTN" and model_type.startswith("gemma4"):
             continue
         if cache.kv_cache_dtype_skip_layers and not current_platform.is_cpu():
             continue  # theirs
@@ -224,9 +230,10 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         )
     model = vllm_config.model_config
     # What no device serves is refused by `PageFormat`, with its remedy.
-    if model.get_head_size() in set(HEAD_SIZES) - set(limits.head_sizes):
+    head_size = model.get_head_size()
+    if PADDED_HEAD_SIZES.get(head_size, head_size) in set(HEAD_SIZES) - set(limits.head_sizes):
         yield (
-            f"head size {model.get_head_size()} is not supported on {limits.devices} (supported: "
+            f"head size {head_size} is not supported on {limits.devices} (supported: "
             f"{', '.join(map(str, limits.head_sizes))}); {_OTHER_DTYPE}"
         )
     if model.dtype in set(RAW_DTYPES) - set(limits.model_dtypes):

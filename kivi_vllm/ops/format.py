@@ -56,6 +56,7 @@ import torch
 from kivi_vllm.config import (
     BLOCK_SIZE,
     HEAD_SIZES,
+    PADDED_HEAD_SIZES,
     PAPER_GROUP_SIZES,
     RAW_BITS,
     SINK_TOKENS,
@@ -115,10 +116,10 @@ class PageFormat:
 
     def __post_init__(self) -> None:
         if self.head_size not in HEAD_SIZES:
+            good = sorted([*HEAD_SIZES, *PADDED_HEAD_SIZES])
             raise KiviConfigError(
                 f"head size {self.head_size} is not supported by the KIVI cache (supported: "
-                f"{', '.join(map(str, HEAD_SIZES))}); serve this model with "
-                "--kv-cache-dtype auto or fp8"
+                f"{', '.join(map(str, good))}); serve this model with --kv-cache-dtype auto or fp8"
             )
         if not self.two_level and self.head_size % self.group_size:
             good = [g for g in PAPER_GROUP_SIZES if self.head_size % g == 0]
@@ -147,12 +148,15 @@ class PageFormat:
 
     @classmethod
     def of(cls, config: KiviConfig, head_size: int, raw_dtype: torch.dtype) -> PageFormat:
-        """The format that `config` asks for in a layer of this head size and dtype."""
+        """The format that `config` asks for in a layer of this head size and dtype.
+
+        Its head size is the layer's, or that of `PADDED_HEAD_SIZES`.
+        """
         return cls(
             config.k_bits,
             config.v_bits,
             config.group_size,
-            head_size,
+            PADDED_HEAD_SIZES.get(head_size, head_size),
             raw_dtype,
             config.recipe == "best",
             config.sink_tokens,

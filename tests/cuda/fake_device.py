@@ -220,6 +220,11 @@ def _stand_in_for_compiled_modules() -> None:
     warmup.kernel_warmup = lambda worker, **kwargs: None  # type: ignore[attr-defined]
     sys.modules[warmup.__name__] = warmup
 
+    # Fuses compiled operators of vLLM, which its imports ask for.
+    passes = ModuleType("vllm.compilation.passes.pass_manager")
+    passes.PostGradPassManager = type("PostGradPassManager", (), {})  # type: ignore[attr-defined]
+    sys.modules[passes.__name__] = passes
+
     library = torch.library.Library("_C", "DEF")
     _libraries.append(library)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.cuda.child import GRAPHS, results_in_child
-from tests.engine import Answer, random_prompt, tiny_model
+from tests.engine import Answer, gemma3n, random_prompt, tiny_model
 from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
 
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
@@ -120,6 +120,12 @@ def results(
             max_tokens=DRAFTED_TOKENS,
             operators="reference",
         ),
+        "shared": dict(
+            engine_args={**raw, "model": gemma3n(5, 2)},
+            batches=[PROMPTS],
+            max_tokens=TOKENS,
+            operators="reference",
+        ),
     }
     return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
 
@@ -210,6 +216,13 @@ def test_windows(results: dict[str, Any], windowed: str) -> None:
 def test_skipped_layers(results: dict[str, Any], expected: list[Answer]) -> None:
     """vLLM's own attention in one layer and ours in the other, in one pool."""
     assert_same(answers(result(results, "skipped layers")), expected)
+
+
+@pytest.mark.slow
+def test_layers_that_share_caches(results: dict[str, Any]) -> None:
+    found = result(results, "shared")
+    assert found["reference_calls"] > 0
+    assert_same(answers(found), [greedy(gemma3n(5, 2), prompt, TOKENS) for prompt in PROMPTS])
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def own_attention(
         return tuple(generate(llm, prompts, max_tokens))
 
 
-def _attention_layers(runner: Any) -> Iterator[Any]:
+def attention_layers(runner: Any) -> Iterator[Any]:
+    """The model's attention layers, in their order."""
     context = runner.compilation_config.static_forward_context
     return (layer for layer in context.values() if hasattr(layer, "impl"))
 
@@ -47,7 +48,7 @@ def _attention_layers(runner: Any) -> Iterator[Any]:
 def backends(llm: Any) -> set[str]:
     """Names of the attention backends of the model's layers."""
     return on_worker(
-        llm, lambda runner: {layer.attn_backend.get_name() for layer in _attention_layers(runner)}
+        llm, lambda runner: {layer.attn_backend.get_name() for layer in attention_layers(runner)}
     )
 
 
@@ -55,7 +56,7 @@ def change_attention(llm: Any, **wrong: Any) -> None:
     """Replace fields of every layer's `AttentionParams`, and forget cached prefixes."""
 
     def change(runner: Any) -> None:
-        for layer in _attention_layers(runner):
+        for layer in attention_layers(runner):
             layer.impl.params = dataclasses.replace(layer.impl.params, **wrong)
 
     on_worker(llm, change)

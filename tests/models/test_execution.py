@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import engine, generate, tiny_model
+from tests.engine import engine, gemma3n, generate, tiny_model
 from tests.models.child import results_in_child
 from tests.models.harness import LOSSLESS, PROMPTS, own_attention, worst
 
 
 @pytest.mark.slow
-def test_compiled_model_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["llama", "gemma3n"])
+def test_compiled_model_equals_the_eager_one(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, shared keys and values would be overwritten by what comes next, if not kept."""
     import torch._dynamo
 
-    model = tiny_model()
+    model = gemma3n(4, 1) if shared else tiny_model()
     expected = own_attention(model)
     # `tests.engine` switches compilation off for all others.
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")

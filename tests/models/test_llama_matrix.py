@@ -41,10 +41,14 @@ CASES = [
     Case(160, 2, 2, 128, "exact"),
     Case(192, 2, 1, 32, "cached"),
     Case(256, 4, 2, 64, "exact"),
+    Case(512, 4, 1, 32, "cached"),
+    # Filled up to 96 and 128.
+    Case(80, 4, 2, 64, "exact"),
+    Case(112, 4, 4, 0, "cached"),
 ]
 
 
-@pytest.mark.parametrize("case", some(CASES, [3, 6]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [3, 6, 8]), ids=str)
 def test_lossless_codec_equals_vllms_own_attention(case: Case) -> None:
     model = tiny_model(
         head_dim=case.head_size,

@@ -57,20 +57,3 @@ def llama4(chunk_size: int = 256) -> str:
         num_experts_per_tok=1,
         attention_chunk_size=chunk_size,
     )
-
-
-def gemma3n() -> str:
-    """A model whose last layers share the caches of earlier ones."""
-    return config_only(
-        "gemma3n_text",
-        "Gemma3nForCausalLM",
-        num_hidden_layers=4,
-        num_kv_shared_layers=2,
-        intermediate_size=[256] * 4,
-        activation_sparsity_pattern=[0.0] * 4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        head_dim=64,
-        vocab_size_per_layer_input=512,
-        hidden_size_per_layer_input=32,
-        laurel_rank=8,
-    )

@@ -10,8 +10,7 @@ import pytest
 
 from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
-from tests.engine import engine
-from tests.refusals.configs import engine_config, gemma3n
+from tests.refusals.configs import engine_config
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +21,6 @@ def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
-
-
-def _refusal(model: str, **kwargs: Any) -> str:
-    with (
-        pytest.raises(KiviConfigError) as caught,
-        engine(model, load_format="dummy", **kwargs),
-    ):
-        pass
-    return str(caught.value)
-
-
-def test_kv_cache_shared_between_layers() -> None:
-    message = _refusal(gemma3n())
-    assert "KV cache sharing between layers" in message
-    assert message.endswith("use --kv-cache-dtype auto or fp8")
 
 
 @pytest.fixture
@@ -78,6 +62,27 @@ def test_layer_with_a_backend_of_its_own(config: Any) -> None:
 def test_values_of_another_head_size(config: Any) -> None:
     with pytest.raises(KiviConfigError, match="keys and values of one head size, not 32 and 64"):
         _layer(config, head_size_v=64)
+
+
+@pytest.mark.parametrize("ours", ["reader", "owner"])
+def test_a_shared_cache_of_two_kinds(config: Any, ours: str) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    context = config.compilation_config.static_forward_context
+    impl = SimpleNamespace() if ours == "reader" else _layer(config).impl
+    context["l.1"] = SimpleNamespace(impl=impl, attn_type="decoder")
+    backend = {} if ours == "reader" else {"attn_backend": CPUAttentionBackend}
+    context.pop("l.0", None)
+    with pytest.raises(KiviConfigError, match=r"l\.0 reads the KV cache of l\.1, but just one"):
+        _layer(config, kv_sharing_target_layer_name="l.1", **backend)
+
+
+def test_a_shared_cache_with_a_smaller_window(config: Any) -> None:
+    context = config.compilation_config.static_forward_context
+    context["l.1"] = _layer(config, per_layer_sliding_window=100)
+    del context["l.0"], context["l.0.kivi_ring"], context["l.0.kivi_sinks"]
+    with pytest.raises(KiviConfigError, match=r"KV cache of l\.1, which keeps 100 tokens only"):
+        _layer(config, kv_sharing_target_layer_name="l.1")
 
 
 def test_reading_without_writing(config: Any) -> None:

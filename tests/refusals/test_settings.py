@@ -32,6 +32,11 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "sliding_window",
         ),
         (
+            dict(kv_sharing_fast_prefill=True),
+            "--kv-sharing-fast-prefill is not supported: layers that share a cache must see the "
+            "same tokens of a step; leave it out",
+        ),
+        (
             dict(disable_hybrid_kv_cache_manager=True),
             "the full-precision residual needs the hybrid KV cache manager; "
             "leave out --disable-hybrid-kv-cache-manager",

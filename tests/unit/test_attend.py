@@ -25,6 +25,8 @@ CASES = [
     Case(head_size=160, heads=MHA, residual=32),
     Case(head_size=192, heads=MQA, dtype="kivi4"),
     Case(head_size=256, heads=(4, 2), dtype="kivi_k4v3", exact=True),
+    Case(head_size=512, heads=(4, 2), residual=64),
+    Case("kivi4", "paper", head_size=512, heads=(2, 1), model=BF16),
     # Bits.
     Case(dtype="kivi4", residual=128),
     Case(dtype="kivi_k4v3", model=BF16, residual=64),

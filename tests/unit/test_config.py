@@ -245,12 +245,12 @@ def test_group_size_of_recipe_paper_must_divide_the_head_size(
         PageFormat.of(config, head_size, torch.bfloat16)
 
 
-@pytest.mark.parametrize("head_size", [0, -64, 16, 40, 80, 100, 112, 224, 512])
+@pytest.mark.parametrize("head_size", [0, -64, 16, 40, 72, 100, 224, 384, 1024])
 @pytest.mark.parametrize("dtype", TABLE)
 def test_head_size_is_refused_with_the_good_ones(dtype: str, head_size: int) -> None:
     message = (
         f"head size {head_size} is not supported by the KIVI cache "
-        "(supported: 32, 64, 96, 128, 160, 192, 256); "
+        "(supported: 32, 64, 80, 96, 112, 128, 160, 192, 256, 512); "
         "serve this model with --kv-cache-dtype auto or fp8"
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):

@@ -23,6 +23,9 @@ MORE = [
     Case(heads=(32, 8), head_size=128, model=BF16, tokens=200),
     Case(heads=(32, 4), head_size=256, dtype="kivi_k3v2", model=FP16, tokens=200),
     Case(heads=(32, 4), head_size=256, recipe="paper", group=64, model=FP16, tokens=200),
+    Case(heads=(8, 1), head_size=512, dtype="kivi_k3v2", model=BF16, tokens=400),
+    Case(heads=(71, 1), head_size=512, dtype="kivi3", exact=True),
+    Case(heads=(4, 1), head_size=512, dtype="kivi_raw", model=FP16, window=130),
     Case(recipe="paper", residual=128, head_size=128, group=128),
     Case(dtype="kivi_raw", residual=128, model=FP16, window=130),
     Case(heads=MHA, scale=0.5, tokens=400),  # peaked
@@ -130,6 +133,15 @@ def test_outliers(isa: str, where: str) -> None:
         request.q[..., 5] *= 0.2  # where keys are large, queries are small, or are not
     else:
         request.v[7::50] *= 10
+    sim.run(request)
+
+
+def test_large_sums_of_zeros(isa: str) -> None:
+    """All channels of a large head add up, on groups of keys with the largest zeros."""
+    sim = simulator(Case(heads=(2, 1), head_size=512, tokens=300))
+    request = sim.add(300)
+    request.k += 4 * (torch.arange(300) // 16 % 8)[:, None, None]
+    request.q[:] = 0.05
     sim.run(request)
 
 

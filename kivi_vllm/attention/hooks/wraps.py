@@ -92,6 +92,11 @@ def attach_residual_to_layers() -> None:
             if given is None and is_kivi(cache_config.cache_dtype):
                 kwargs["cache_config"] = cache_config
             original(self, *args, **kwargs)
+            if not is_kivi(cache_config.cache_dtype):
+                return
+            from kivi_vllm.attention.layer import attach, check_shared_cache
+
+            check_shared_cache(self)
             ours = hasattr(self.impl, "bind_residual")
             if not ours and not is_kivi(self.kv_cache_dtype):
                 return
@@ -103,8 +108,6 @@ def attach_residual_to_layers() -> None:
                     f"{type(self).__name__} with backend {self.attn_backend.get_name()} are "
                     "not supported; use --kv-cache-dtype auto or fp8 for this model"
                 )
-            from kivi_vllm.attention.layer import attach
-
             attach(self, self.impl.config)
             if type(self) is ChunkedLocalAttention:
                 self.impl.attend_in_chunks(self.attention_chunk_size)
