@@ -11,7 +11,12 @@ import pytest
 import tests.engine  # noqa: F401
 
 # Their processes want all cores: one worker has them all, so that never two run side by side.
-CROWDED = ("tests/ray/", "tests/serving/test_server.py", "tests/soak/test_restart.py")
+CROWDED = (
+    "tests/ray/",
+    "tests/serving/test_data_parallel.py",
+    "tests/serving/test_server.py",
+    "tests/soak/test_restart.py",
+)
 # Nothing is shared in a file that costs more than a moment: their tests are dealt out singly.
 SINGLY = ("tests/unit/", "tests/triton/")
 
