@@ -21,6 +21,7 @@ import typer
 
 from benchmarks.published import digits, fits, gains, markdown, read, span, text
 from benchmarks.quality import tables as quality
+from benchmarks.reach import tables as reach
 from kivi_vllm.config import RECOMMENDED_DTYPE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ DOCUMENTS = tuple(
         "docs/evidence.md",
         "benchmarks/results/README.md",
         "docs/quality.md",
+        "docs/support.md",
     )
 )
 MARKED = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->\n?).*?(<!-- end -->)", re.S)
@@ -296,12 +298,14 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "load-shared-float32": partial(served, "shared", "cpu-float32"),
     "rate": rate,
     "context": context,
+    "reach": reach.reach,
 }
 """By the name in the markers."""
 FIGURES: dict[str, Callable[[], str]] = {
     # Times bf16's speed: smollm2 at 1,024 tokens, one sequence and thread; prefill on the EPYC.
     "short-decode": lambda: ranges(CASCADE[0], "ratio_bf16", "{:.1f}")["smollm2", False, False],
     "avx2-prefill": lambda: span(pd.concat(read(x, "prefill")["ratio"] for x in EPYC), "{:.1f}"),
+    "reach": reach.readme,
 }
 
 

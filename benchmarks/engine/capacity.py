@@ -31,6 +31,8 @@ def command(
         for length in max_model_len or [4096, 8192]
         for dtype in CACHE_DTYPES
     ]
+    for row in rows:
+        del row["parts"]
     write_json(json_path, {"header": head, "rows": rows})
     show(pd.DataFrame(rows), forms={"tokens": ",d", "sequences": ".2f"}, by=["max_model_len"])
 

@@ -1,8 +1,8 @@
 """Draws the figures of docs/design.md: `python docs/figures/make.py`, from the repository's root.
 
 What they show comes from the code: the fields of a page from `PageFormat`, the places of codes from
-`code_index`, the rule of the residual from `residual`. `--check` writes nothing, and fails if a
-file is not what the code says.
+`code_index`, the rule of the residual from `residual`, the groups from `plan`. `--check` writes
+nothing, and fails if a file is not what the code says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -181,9 +182,9 @@ def _vector(picture: Picture, y: float, fmt: PageFormat, side: Side) -> None:
     picture.text(x, y - 5, what, anchor="start", size=11)
 
 
-def _format(dtype: str, residual_length: int = 0) -> PageFormat:
+def _format(dtype: str, residual_length: int = 0, head_size: int = 0) -> PageFormat:
     config = KiviConfig.from_options(dtype, {"residual_length": residual_length})
-    return PageFormat.of(config, HEAD_SIZE, torch.bfloat16)
+    return PageFormat.of(config, head_size or HEAD_SIZE, torch.bfloat16)
 
 
 def _colour(field: str) -> str:
@@ -291,7 +292,87 @@ def _pages(
     picture.text(x, y + 28, text, anchor="start", size=11)
 
 
-FIGURES = {"page.svg": page, "sequence.svg": sequence}
+# --------------------------------------- what a block of the pool holds, by cache group
+
+WINDOW = 1024
+STATE = ((3, 8192), (32, 128, 128))
+"""Shapes of a state of Qwen3-Next's gated delta nets."""
+
+
+def blocks() -> str:
+    """A block of each cache group, of two models whose layers differ."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    gemma: dict[str, Any] = {}
+    for i in range(62):
+        gemma |= _layer(f"{i}", 16, 128, None if i % 6 == 5 else WINDOW)
+    qwen: dict[str, Any] = {}
+    for i in range(12):
+        qwen |= _layer(f"{i}", 2, 256, None)
+    for i in range(36):
+        qwen[f"state{i}"] = MambaSpec(block_size=B, shapes=STATE, dtypes=(torch.bfloat16,) * 2)
+    picture = Picture(980, 330, "What a block of the pool holds")
+    y = _blocks(picture, 26, "Gemma-3-27B: 62 layers, 52 of them with a window", gemma)
+    y = _blocks(picture, y + 24, "Qwen3-Next-80B: 12 layers of attention, 36 of states", qwen)
+    note = (
+        "Each bar is a block, all of one byte size. A box is a layer's part of it: its pages one "
+        "behind the other, its full-precision tokens, or its state. Grey: room that stays empty."
+    )
+    picture.text(20, y + 14, note, anchor="start", size=11, fill="#444")
+    return picture.svg()
+
+
+def _layer(name: str, heads: int, head_size: int, window: int | None) -> dict[str, Any]:
+    """The cache specs of a layer of attention."""
+    from kivi_vllm.attention.groups.pages import page_spec
+    from kivi_vllm.attention.groups.ring import ring_spec
+    from kivi_vllm.attention.groups.sinks import sink_spec
+
+    fmt = _format(RECOMMENDED_DTYPE, head_size=head_size)
+    return {
+        name: page_spec(heads, fmt, window),
+        f"{name}.kivi_ring": ring_spec(heads, fmt, 0, 1, window or 0),
+        f"{name}.kivi_sinks": sink_spec(heads, fmt),
+    }
+
+
+def _blocks(picture: Picture, y: int, title: str, specs: dict[str, Any]) -> int:
+    """Draw a block of each kind of group that `plan` makes; returns where the next may begin."""
+    from kivi_vllm.attention.groups import shown
+    from kivi_vllm.attention.groups.planner import plan
+
+    made = plan(specs, 131072, align=True)
+    picture.heading(y, f"{title} ({RECOMMENDED_DTYPE}); prefix hits at multiples of {made.span}")
+    groups: dict[str, list[Any]] = {}
+    for group in made.groups:
+        groups.setdefault(shown.words(group.kv_cache_spec)[0], []).append(group)
+    parts = {
+        what: [len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in several]
+        for what, several in groups.items()
+    }
+    left, width, size = 170, 560, max(max(sizes) for sizes in parts.values())
+    colours = {shown.RING: RING, shown.SINKS: SINKS, shown.STATES: VALUES}
+    y += 14
+    for what, several in groups.items():
+        layers, tokens = len(several[0].layer_names), shown.words(several[0].kv_cache_spec)[1]
+        colour, step = colours.get(what, KEYS), parts[what][0] / size * width / layers
+        picture.text(left - 10, y + 15, what.partition(":")[0], anchor="end")
+        picture.box(left, y, width, 20, FAINT, "none")
+        pages = tokens // B if colour == KEYS else 1
+        for i in range(layers):
+            picture.box(left + i * step, y, step, 20, colour)
+            for page in range(1, pages):
+                x = left + (i + page / pages) * step
+                picture.line(x, y + 4, x, y + 16)
+        holds = f"{layers} layers × {tokens:,} tokens" if tokens else f"{layers} states"
+        if len(several) > 1:
+            holds += f", {len(several)} such groups"
+        picture.text(left + width + 10, y + 15, holds, anchor="start")
+        y += 28
+    return y
+
+
+FIGURES = {"page.svg": page, "sequence.svg": sequence, "blocks.svg": blocks}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from kivi_vllm.attention.hooks.capacity import Capacity, capacity
 from kivi_vllm.cli.errors import UserError
-from kivi_vllm.config import QUANTIZED_DTYPES
+from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE
 
 CACHE_DTYPES = ("auto", "fp8", *reversed(QUANTIZED_DTYPES))
 
@@ -62,8 +62,10 @@ def plan_table(
         ) from None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     table = Table(title=f"{model}: {memory} of KV cache")
-    for column in ("--kv-cache-dtype", "tokens", "sequences of --max-model-len", "ratio"):
-        table.add_column(column, justify="left" if column.startswith("--kv") else "right")
+    columns = ("tokens", "sequences of --max-model-len", "ratio", "prefix hits at multiples of")
+    table.add_column("--kv-cache-dtype")
+    for column in columns:
+        table.add_column(column, justify="right")
     plans: list[Capacity] = []
     refused: list[str] = []
     for cache_dtype in CACHE_DTYPES:
@@ -82,10 +84,14 @@ def plan_table(
         plans.append(plan)
         own = f"auto ({plan.raw_dtype})" if cache_dtype == "auto" else cache_dtype
         ratio = f"{plan.tokens / plans[0].tokens:.2f}" if plans[0].cache_dtype == "auto" else ""
-        table.add_row(own, f"{plan.tokens:,}", f"{plan.sequences:.2f}", ratio)
+        hits = f"{plan.hits_at:,}" if plan.hits_at else "no prefix caching"
+        table.add_row(own, f"{plan.tokens:,}", f"{plan.sequences:.2f}", ratio, hits)
     if plans:
         table.caption = f"--max-model-len {plans[0].max_model_len:,}"
         console.print(table)
+        for plan in plans:
+            if plan.cache_dtype == RECOMMENDED_DTYPE:
+                _show_parts(plan)
     for line in refused:
         console.print(f"not possible: {line}", markup=False, soft_wrap=True)
     if not plans:
@@ -94,3 +100,27 @@ def plan_table(
             "see the reasons above: more --memory, a smaller --max-model-len, or another folder",
         )
     return plans
+
+
+def _show_parts(plan: Capacity) -> None:
+    """What a sequence's memory holds, if the model's layers differ."""
+    from rich.table import Table
+
+    from kivi_vllm.attention.groups.shown import STATES, layers_differ
+    from kivi_vllm.cli.progress import console
+
+    if not layers_differ(plan.parts):
+        return
+    title = f"{plan.cache_dtype}: the blocks of a sequence of {plan.max_model_len:,} tokens"
+    table = Table(title=title)
+    table.add_column("what they hold")
+    for column in ("layers", "block tables", "tokens a block", "share"):
+        table.add_column(column, justify="right")
+    blocks = sum(part.blocks for part in plan.parts)
+    for part in plan.parts:
+        tokens = f"{part.tokens:,}" if part.tokens else "–"
+        share = f"{part.blocks / blocks:.1%}".replace("%", " %")
+        table.add_row(part.what, str(part.layers), str(part.groups), tokens, share)
+    if any(part.what == STATES for part in plan.parts):
+        table.caption = "States are as large with every cache dtype: they bound the gain."
+    console.print(table)

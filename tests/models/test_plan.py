@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
+from kivi_vllm.attention.groups import shown
 from kivi_vllm.cli import plan
 from kivi_vllm.cli.errors import UserError
 from tests.engine import engine, tiny_model
+from tests.models.test_hybrids import HYBRIDS
 
 WINDOWED: dict[str, Any] = dict(
     num_hidden_layers=4,
@@ -27,6 +30,7 @@ WINDOWED: dict[str, Any] = dict(
         ("llama", {}, "kivi4", 32),
         ("gemma2", WINDOWED, "auto", 0),
         ("gemma2", WINDOWED, "kivi_k4v3", 0),
+        ("lfm2", HYBRIDS["lfm2"].shape, "kivi2", 32),
     ],
     ids=lambda value: str(value) if not isinstance(value, dict) else "",
 )
@@ -41,6 +45,10 @@ def test_plan_is_what_the_engine_reports(
         reported = llm.llm_engine.vllm_config.cache_config
         assert planned.tokens == reported.kv_cache_size_tokens
         assert planned.sequences == reported.kv_cache_max_concurrency
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert planned.hits_at == scheduler.kv_cache_manager.coordinator.scheduler_block_size
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        assert planned.parts == shown.parts(groups, llm.llm_engine.vllm_config)
     assert planned.tokens > 1024
 
 
@@ -70,3 +78,44 @@ def test_no_memory(text: str) -> None:
 def test_options_that_are_no_object() -> None:
     with pytest.raises(UserError, match="is no JSON object"):
         plan.plan_table("model", "1GiB", None, "residual_length=32")
+
+
+def _said(capsys: pytest.CaptureFixture[str], model: str) -> dict[str, list[str]]:
+    """Rows of the second table that `plan` prints, by what they name; empty without one."""
+    plan.plan_table(model, "24MiB", 1024)
+    _, *second = capsys.readouterr().err.split("a sequence of 1,024 tokens")
+    rows = [
+        re.findall(r"[^│\s][^│]*", line) for line in "".join(second).splitlines() if "│" in line
+    ]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
+
+
+def test_layers_that_differ_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 6 layers, 4 have a window: their pages fill the block, the others' come in twos."""
+    monkeypatch.setattr(plan, "CACHE_DTYPES", ("kivi_k3v2",))
+    kinds = ("sliding_attention", "sliding_attention", "full_attention") * 2
+    shape = WINDOWED | dict(num_hidden_layers=6, layer_types=kinds)
+    said = _said(capsys, tiny_model("gemma2", **shape))
+    assert said.pop("pages, all tokens")[:3] == ["2", "1", "256"]
+    assert said.pop("pages, window of 256")[:3] == ["4", "1", "128"]
+    assert [name.split(":")[0] for name in said] == ["ring", "sinks"]
+    shares = [float(cells[-1].rstrip(" %")) for cells in said.values()]
+    assert 0 < sum(shares) < 100
+
+
+def test_states_are_said_to_bound_the_gain(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "CACHE_DTYPES", ("kivi_k3v2",))
+    plan.plan_table(HYBRIDS["lfm2"].path, "24MiB", 1024)
+    said = capsys.readouterr().err
+    assert re.search(r"states +│ +2 │", said) and "they bound the gain" in said
+
+
+def test_layers_that_are_alike_need_no_second_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "CACHE_DTYPES", ("kivi_k3v2",))
+    assert _said(capsys, tiny_model("llama")) == {}

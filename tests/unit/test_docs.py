@@ -36,7 +36,8 @@ def test_the_figures_show_what_the_code_says(figures: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "value"), [("page", "HEAD_SIZE", 64), ("sequence", "RESIDUAL", 64)]
+    ("name", "setting", "value"),
+    [("page", "HEAD_SIZE", 64), ("sequence", "RESIDUAL", 64), ("blocks", "WINDOW", 512)],
 )
 def test_figures_of_another_format_differ(
     figures: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, setting: str, value: int

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kivi_vllm.attention import hooks
+
+if TYPE_CHECKING:
+    from kivi_vllm.attention.groups.shown import Part
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Capacity:
         max_model_len: longest sequence.
         tokens: "KV cache size", in tokens.
         sequences: "Maximum concurrency" at `max_model_len`.
+        hits_at: tokens on whose multiples prefix hits land; None without prefix caching.
+        parts: how the layers share the memory.
 
     """
 
@@ -35,6 +40,8 @@ class Capacity:
     max_model_len: int
     tokens: int
     sequences: float
+    hits_at: int | None
+    parts: list[Part]
 
 
 def capacity(
@@ -61,6 +68,8 @@ def capacity(
         get_kv_cache_capacity,
     )
 
+    from kivi_vllm.attention.groups import shown
+
     load_general_plugins()
     args = EngineArgs(
         model=model,
@@ -76,13 +85,16 @@ def capacity(
     with _one_worker(config):
         specs = _cache_specs(config)
     configs = hooks.of_this_version().get_kv_cache_configs(config, [specs], [memory_bytes])
-    tokens, sequences = get_kv_cache_capacity(config, generate_scheduler_kv_cache_config(configs))
+    pool = generate_scheduler_kv_cache_config(configs)
+    tokens, sequences = get_kv_cache_capacity(config, pool)
     return Capacity(
         cache_dtype=cache_dtype,
         raw_dtype=str(config.model_config.dtype).removeprefix("torch."),
         max_model_len=config.model_config.max_model_len,
         tokens=tokens,
         sequences=sequences,
+        hits_at=shown.hits_at(pool.kv_cache_groups, config),
+        parts=shown.parts(pool.kv_cache_groups, config),
     )
 
 

@@ -1,0 +1,57 @@
+"""The tables of `benchmarks/results/reach.json`."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from benchmarks.published import read, text
+
+OWN = "auto"
+README = {"Qwen3-32B": "", "Gemma-3-27B": " (windows)", "Qwen3-Next-80B-A3B": " (states)"}
+"""The models of the README's sentence, and what is special about them."""
+
+
+def reach() -> pd.DataFrame:
+    """How many sequences of three lengths fit, or why a model is not served."""
+    rows = read("reach", "rows")
+    held = rows.pivot(index=["model", "cache_dtype"], columns="max_model_len", values="sequences")
+    lines = []
+    for model, of in rows.groupby("model", sort=False):
+        line = {"model": model, "layers": _layers(of.iloc[0].filter(like="parts."))}
+        for dtype, one in of.groupby("cache_dtype", sort=False):
+            own, mine = held.loc[model, OWN], held.loc[model, dtype]
+            cells = text(mine, "{:.1f}") if dtype == OWN else text(mine / own, "{:.2f}")
+            line[_title(dtype)] = " / ".join(cells) if one["refused"].isna().any() else "–"
+        if isinstance(why := of["refused"].iloc[-1], str):
+            where = "" if of["refused"].isna().any() else "not built here: "
+            line[_title(of["cache_dtype"].iloc[-1])] = where + _short(why)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def readme() -> str:
+    """`kivi2` against bf16 at 32,768 tokens, for a few kinds of models."""
+    rows = read("reach", "rows", max_model_len=32768)
+    held = rows.pivot(index="model", columns="cache_dtype", values="sequences")
+    ratios = held["kivi2"] / held[OWN]
+    return ", ".join(f"{ratios[name]:.2f} for {name}{what}" for name, what in README.items())
+
+
+def _title(dtype: str) -> str:
+    return "bf16, sequences" if dtype == OWN else f"`{dtype}`"
+
+
+def _layers(parts: pd.Series) -> str:
+    """Kinds of a model's layers, from the groups of its own cache."""
+    parts = parts.dropna()
+    names = parts.index.str.removeprefix("parts.").str.removeprefix("bfloat16, ")
+    counts = dict(zip(names, parts.astype(int), strict=True))
+    kinds = sorted(counts, key=lambda kind: kind != "all tokens")
+    if kinds == ["all tokens"]:
+        return str(counts["all tokens"])
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) or "–"
+
+
+def _short(why: str) -> str:
+    """A refusal without what was asked for, the remedy, and further reasons."""
+    return why.removeprefix("--kv-cache-dtype ").partition(": ")[2].partition(";")[0] or why
