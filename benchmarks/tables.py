@@ -305,7 +305,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     # Times bf16's speed: smollm2 at 1,024 tokens, one sequence and thread; prefill on the EPYC.
     "short-decode": lambda: ranges(CASCADE[0], "ratio_bf16", "{:.1f}")["smollm2", False, False],
     "avx2-prefill": lambda: span(pd.concat(read(x, "prefill")["ratio"] for x in EPYC), "{:.1f}"),
-    "reach": reach.readme,
+    "reach-kivi2": reach.readme,
 }
 
 

@@ -6,8 +6,12 @@ import pandas as pd
 
 from benchmarks.published import read, text
 
-OWN = "auto"
-README = {"Qwen3-32B": "", "Gemma-3-27B": " (windows)", "Qwen3-Next-80B-A3B": " (states)"}
+OWN, LAST = "auto", "kivi2"
+README = {
+    "Qwen3-32B": " (layers alike)",
+    "Gemma-3-27B": " (windows)",
+    "Qwen3-Next-80B-A3B": " (states)",
+}
 """The models of the README's sentence, and what is special about them."""
 
 
@@ -22,19 +26,26 @@ def reach() -> pd.DataFrame:
             own, mine = held.loc[model, OWN], held.loc[model, dtype]
             cells = text(mine, "{:.1f}") if dtype == OWN else text(mine / own, "{:.2f}")
             line[_title(dtype)] = " / ".join(cells) if one["refused"].isna().any() else "–"
+        line["hits at"] = _hits(of)
         if isinstance(why := of["refused"].iloc[-1], str):
             where = "" if of["refused"].isna().any() else "not built here: "
-            line[_title(of["cache_dtype"].iloc[-1])] = where + _short(why)
+            line[_title(LAST)] = where + _short(why)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def readme() -> str:
-    """`kivi2` against bf16 at 32,768 tokens, for a few kinds of models."""
+    """The last dtype against bf16 at 32,768 tokens, for a few kinds of models."""
     rows = read("reach", "rows", max_model_len=32768)
     held = rows.pivot(index="model", columns="cache_dtype", values="sequences")
-    ratios = held["kivi2"] / held[OWN]
+    ratios = held[LAST] / held[OWN]
     return ", ".join(f"{ratios[name]:.2f} for {name}{what}" for name, what in README.items())
+
+
+def _hits(of: pd.DataFrame) -> str:
+    """What prefix hits are multiples of, with bf16's own cache and with the last dtype."""
+    spans = [of[of["cache_dtype"] == dtype]["hits_at"].iloc[0] for dtype in (OWN, LAST)]
+    return " / ".join(text(pd.Series(spans), "{:,.0f}"))
 
 
 def _title(dtype: str) -> str:

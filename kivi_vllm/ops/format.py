@@ -1,7 +1,7 @@
 """The page format: what the bytes of one block of one kv head mean.
 
-A page holds `BLOCK_SIZE` = 128 tokens. vLLM sees it as `[num_blocks,
-num_kv_heads, 128, page_bytes / 128]` bytes; all that matters here is that the
+A page holds `BLOCK_SIZE` = 128 tokens. A layer's are `[blocks of the pool, k, num_kv_heads,
+page_bytes]` bytes, k pages to a block of the pool; all that matters here is that the
 `page_bytes` of one (block, kv head) are contiguous. They hold, in this order
 (D = head_size, b = bits, G = group_size, little endian throughout), under recipe "best":
 

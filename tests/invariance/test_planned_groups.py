@@ -13,7 +13,7 @@ import pytest
 from kivi_vllm.attention.groups.admission import Forecast
 from kivi_vllm.attention.groups.pages import WindowPageManager
 from tests.choice import some
-from tests.engine import engine, gemma3n, generate, random_prompt, tiny_model
+from tests.engine import engine, gemma3n, gemma4, generate, random_prompt, tiny_model
 from tests.invariance.conftest import free_blocks, same, scheduler
 from tests.models.test_families import FAMILIES
 
@@ -58,8 +58,9 @@ MODELS: dict[str, Callable[[], str]] = {
     "gpt-oss": lambda: FAMILIES["gpt-oss"].path,
     "llama4": lambda: FAMILIES["llama4"].path,
     "shared caches": gemma3n,
+    "two head sizes": gemma4,
 }
-SEVERAL_PAGES_A_BLOCK = ("windows", "hybrid", "shared caches")
+SEVERAL_PAGES_A_BLOCK = ("windows", "hybrid", "shared caches", "two head sizes")
 NO_HITS = ("hybrid",)
 """vLLM's Mamba-2 fails on the CPU where prefix caching is on."""
 
