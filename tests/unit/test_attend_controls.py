@@ -207,7 +207,7 @@ def test_ignored_parameter_is_noticed(change: str) -> None:
 def reading_all_pages(*args: Any) -> None:
     """Attention that reads the pages before a window too, and gives them no weight."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "first_visible", lambda position, window: 0)
+        patch.setattr(reference, "first_visible", lambda *_: 0)
         reference.attend(*args)
 
 
