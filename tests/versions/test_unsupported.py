@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from inspect import signature
-from types import FunctionType
-from typing import Any
+from types import FunctionType, SimpleNamespace
 
 import pytest
+import vllm.logger
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm import plugin
@@ -48,22 +47,13 @@ def test_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hooks.of_this_version() is v032
     monkeypatch.setattr(v032, "register_dtypes", lambda: called.append("register_dtypes"))
     warnings: list[str] = []
-
-    class Catch(logging.Handler):
-        def emit(self, record: Any) -> None:
-            warnings.append(record.getMessage())
-
-    logger = logging.getLogger("vllm.kivi_vllm")
-    handler = Catch()
-    logger.addHandler(handler)
-    try:
-        monkeypatch.setattr(versions, "vllm_version", lambda: "0.31.2")
-        plugin.register()
-        assert not called
-        assert len(warnings) == 1
-        assert "found vLLM 0.31.2, not one of 0.32, 0.33" in warnings[0]
-        monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.0")
-        plugin.register()
-        assert len(called) == 1 + len(steps)
-    finally:
-        logger.removeHandler(handler)
+    logger = SimpleNamespace(warning=lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(vllm.logger, "init_logger", {"vllm.kivi_vllm": logger}.__getitem__)
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.31.2")
+    plugin.register()
+    assert not called
+    [warning] = warnings
+    assert "found vLLM 0.31.2, not one of 0.32, 0.33" in warning
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.0")
+    plugin.register()
+    assert len(called) == 1 + len(steps)
