@@ -32,4 +32,5 @@ def register() -> None:
     wraps.keep_batches_of_chunked_layers()
     wraps.show_requests_to_managers()
     wraps.plan_cache_groups()
+    wraps.keep_images_whole()
     wraps.check_engine_config()

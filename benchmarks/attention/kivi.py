@@ -42,6 +42,7 @@ def batch_of(step: Step) -> Batch:
         max_query_len=int(lens.max()) if n else 0,
         per_position=step.per_position,
         decode_len=step.decode_len,
+        last_visible=step.last_visible,
     )
 
 

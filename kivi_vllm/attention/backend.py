@@ -79,6 +79,10 @@ class KiviAttentionBackend(AttentionBackend):
         return True  # a logit of each head, and not the first tokens of a sequence
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True  # images whose tokens see each other
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
+from kivi_vllm.ops.spans import last_visible
 from kivi_vllm.ops.step import Batch
 
 
@@ -35,6 +36,17 @@ class KiviMetadata:
 
     block_table: torch.Tensor
     step: Any = None
+
+    @property
+    def mm_prefix_range(self) -> torch.Tensor | None:
+        """What each token sees after itself, see `ops.spans`."""
+        return None if self.step is None else self.step.last_visible
+
+    @mm_prefix_range.setter
+    def mm_prefix_range(self, none: None) -> None:
+        """Forget it: vLLM's Gemma-4 asks for this, by this name, for layers without a window."""
+        if self.mm_prefix_range is not None:
+            self.step = replace(self.step, last_visible=none)
 
 
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
@@ -59,6 +71,15 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Of decodes; of one token each, where several might be the end of an image."""
+        if vllm_config.model_config.is_mm_prefix_lm:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return cls._cudagraph_support
+
     def build(
         self,
         common_prefix_len: int,
@@ -76,10 +97,14 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             raise NotImplementedError("the KIVI cache serves causal attention only")
         if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
             return KiviMetadata(m.block_table_tensor)
-        ends = m.seq_lens_cpu_upper_bound
+        starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
+        seen = None
+        if m.mm_req_doc_ranges:
+            exact = m.seq_lens.cpu() if ends is None else ends
+            seen = last_visible(m.mm_req_doc_ranges, starts, exact)
         batch = Batch(
             query_start_loc=m.query_start_loc[: m.num_reqs + 1],
-            query_start_loc_cpu=m.query_start_loc_cpu[: m.num_reqs + 1],
+            query_start_loc_cpu=starts,
             seq_lens=m.seq_lens[: m.num_reqs],
             seq_lens_cpu=None if ends is None else ends[: m.num_reqs],
             block_table=m.block_table_tensor,
@@ -87,5 +112,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             max_query_len=m.max_query_len,
             per_position=self.per_position,
             decode_len=self.decode_len,
+            last_visible=seen,
         )
         return KiviMetadata(batch.block_table, self.operators.step(batch))

@@ -89,12 +89,6 @@ def _model(vllm_config: VllmConfig) -> Iterator[str]:
     for kind, present in kinds.items():
         if present:
             yield f"models with {kind} are not supported; {_OTHER_DTYPE}"
-    if model.is_mm_prefix_lm:
-        yield (
-            "images whose tokens attend to each other in both directions are not supported; "
-            "--language-model-only serves this model for text, --kv-cache-dtype auto or fp8 for "
-            "images too"
-        )
 
 
 def _settings(vllm_config: VllmConfig) -> Iterator[str]:

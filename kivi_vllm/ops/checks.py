@@ -176,6 +176,18 @@ def check_per_head(name: str, x: torch.Tensor, heads: int, device: torch.device)
         raise _unfit(name, x, f"float32 [{heads}]", device)
 
 
+def check_last_visible(x: torch.Tensor, num_tokens: int, device: torch.device) -> None:
+    """Raise ValueError unless `x` has a position of each token of a step."""
+    if not (
+        x.device == device
+        and x.dtype == torch.int32
+        and x.dim() == 1
+        and x.shape[0] >= num_tokens
+        and x.is_contiguous()
+    ):
+        raise _unfit("last_visible", x, f"int32 [>= {num_tokens}]", device)
+
+
 def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:
     """Raise ValueError unless all pages that the step reads or writes are there.
 

@@ -159,6 +159,8 @@ def attend(
 ) -> None:
     """Causal attention of the step's queries over pages, residual and the step itself.
 
+    Tokens of an image may see those after them, too: `Step.last_visible`.
+
     Args:
         step: the step; `store_blocks` has run for it.
         cache: read.
@@ -178,11 +180,15 @@ def attend(
             # All queries of a tile are in one block, so in one attention chunk.
             first = first_visible(start, params.sliding_window, params.chunk_size)
             middle = max(first, raw_from)
-            paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, end - oldest)
+            tokens = slice(row.q0 + start - row.a, row.q0 + end - row.a)
+            t = last = torch.arange(start, end, device=key.device)
+            if step.last_visible is not None:
+                last = step.last_visible[tokens].to(t)
+            until = int(last.max()) + 1
+            paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, until - oldest)
             k = torch.cat([page_k[:, paged], raw_k[:, raw]], 1)
             v = torch.cat([page_v[:, paged], raw_v[:, raw]], 1)
-            tokens = slice(row.q0 + start - row.a, row.q0 + end - row.a)
-            output[tokens] = _attend_tile(query[tokens].float(), k, v, start, params)
+            output[tokens] = _attend_tile(query[tokens].float(), k, v, t, last, params)
 
 
 def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]]:
@@ -216,13 +222,21 @@ def _page_history(
 
 
 def _attend_tile(
-    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, params: AttentionParams
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    t: torch.Tensor,
+    last: torch.Tensor,
+    params: AttentionParams,
 ) -> torch.Tensor:
-    """Queries [n, num_heads, D] at positions start.. over k, v [num_kv_heads, m, D] up to them."""
+    """Queries [n, num_heads, D] at positions t [n], which see up to positions `last` [n].
+
+    k, v [num_kv_heads, m, D] are those of the m positions up to the largest of them.
+    """
     n, num_heads, d = query.shape
     num_kv_heads, m, _ = k.shape
-    t = torch.arange(start, start + n, device=k.device)[:, None]
-    s = torch.arange(start + n - m, start + n, device=k.device)[None]
+    s = torch.arange(1 - m, 1, device=k.device)[None] + last.max()
+    t, last = t[:, None], last[:, None]
     q = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # [H, G*n, D]
     scores = (q * params.scale) @ k.transpose(1, 2)
     scores = scores.view(num_heads, n, m)
@@ -230,7 +244,7 @@ def _attend_tile(
         scores = params.logits_soft_cap * torch.tanh(scores / params.logits_soft_cap)
     if params.alibi_slopes is not None:
         scores = scores + params.alibi_slopes.to(scores)[:, None, None] * (s - t)
-    hidden = s > t
+    hidden = s > last
     if params.sliding_window:
         hidden = hidden | (s <= t - params.sliding_window)
     scores = scores.masked_fill(hidden, float("-inf"))

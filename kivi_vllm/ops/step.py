@@ -30,6 +30,7 @@ class Batch:
         num_tokens: tokens of the step, or more.
         max_query_len: tokens of the longest request, or more.
         per_position, decode_len: see `Step`.
+        last_visible: see `Step`; on the CPU.
 
     """
 
@@ -42,6 +43,7 @@ class Batch:
     max_query_len: int
     per_position: bool
     decode_len: int
+    last_visible: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Step:
             ("cached"); otherwise those of rows longer than `decode_len` take
             F(a) of the row's first ("exact").
         decode_len: longest row that counts as decode: 1 + draft tokens.
+        last_visible: [num_tokens] int32, the last position that each token sees, where it is not
+            its own for all: images whose tokens see each other (see `spans`).
 
     """
 
@@ -76,6 +80,7 @@ class Step:
     block_table: torch.Tensor
     per_position: bool = True
     decode_len: int = 1
+    last_visible: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Step:
@@ -86,7 +91,9 @@ class Step:
             for i, (q0, q1, end) in enumerate(zip(starts, starts[1:], ends, strict=False))
             if q1 > q0
         ]
-        return cls(rows, batch.block_table, batch.per_position, batch.decode_len)
+        return cls(
+            rows, batch.block_table, batch.per_position, batch.decode_len, batch.last_visible
+        )
 
     @functools.cached_property
     def row_array(self) -> torch.Tensor:
@@ -121,11 +128,12 @@ class DeviceStep:
 
     Attributes:
         query_start_loc, seq_lens, block_table: see `Batch`.
-        num_decodes: leading requests that have at most `decode_len` tokens.
+        num_decodes: leading requests that have at most `decode_len` tokens; at most one token,
+            where there is `last_visible`: decodes see nothing after themselves.
         num_decode_tokens: tokens of the step that are theirs, or more.
         num_tokens: tokens of the step, or more.
         max_query_len: tokens of the longest request, or more.
-        per_position, decode_len: see `Step`.
+        per_position, decode_len, last_visible: see `Step`.
         nothing_cached: requests after the decodes have all their tokens in this step.
         prefill_lens: tokens of each of those requests in this step.
 
@@ -142,6 +150,7 @@ class DeviceStep:
     decode_len: int = 1
     nothing_cached: bool = False
     prefill_lens: list[int] = field(default_factory=list)
+    last_visible: torch.Tensor | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -158,7 +167,8 @@ class DeviceStep:
         """The step of a batch: from counts on the host, and from tensors on the device."""
         starts = batch.query_start_loc_cpu
         lens = starts[1:] - starts[:-1]
-        long = lens > batch.decode_len
+        seen = batch.last_visible
+        long = lens > (batch.decode_len if seen is None else 1)
         num_decodes = int(long.int().argmax()) if bool(long.any()) else len(lens)
         only_decodes = num_decodes == len(lens)
         prefills, ends = slice(num_decodes, len(lens)), batch.seq_lens_cpu
@@ -176,6 +186,7 @@ class DeviceStep:
             and ends is not None
             and bool((ends[prefills] == lens[prefills]).all()),
             prefill_lens=lens[prefills].tolist(),
+            last_visible=None if seen is None else seen.to(batch.query_start_loc.device),
         )
 
 

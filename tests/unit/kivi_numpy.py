@@ -6,6 +6,7 @@ Nothing here imports `kivi_vllm`: the tests compare the two. All sums are of who
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -315,12 +316,20 @@ def attention(
     window: int,
     sink_logits: Doubles | None,
     chunk: int,
+    images: Sequence[tuple[int, int]] = (),
 ) -> Doubles:
-    """Queries [n, num_heads, D] at positions t [n] over k, v [.., num_kv_heads, D], in float64."""
+    """Queries [n, num_heads, D] at positions t [n] over k, v [.., num_kv_heads, D], in float64.
+
+    Tokens of an image, from its first position to its last, see each other.
+    """
     out = np.empty_like(q)
     per_kv_head = q.shape[1] // k.shape[1]
     distance = np.arange(len(k))[None] - t[:, None]  # of the key, from the query
-    visible = (distance <= 0) & ((distance > -window) if window else True)
+    visible = distance <= 0
+    for first, last in images:
+        of_query, of_key = ((first <= x) & (x <= last) for x in (t, np.arange(len(k))))
+        visible |= of_query[:, None] & of_key[None]
+    visible &= (distance > -window) if window else True
     if chunk:
         visible &= np.arange(len(k))[None] // chunk == t[:, None] // chunk
     for h in range(q.shape[1]):

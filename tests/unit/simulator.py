@@ -19,6 +19,7 @@ import torch
 from kivi_vllm.config import KiviConfig, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.format import PageFormat
+from kivi_vllm.ops.spans import last_visible
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 
@@ -99,6 +100,7 @@ class Request:
     k: torch.Tensor
     v: torch.Tensor
     output: torch.Tensor
+    images: list[tuple[int, int]] = field(default_factory=list)  # first and last position
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # 0: it left the window, or was not wanted
     stale: dict[int, int] = field(default_factory=dict)  # what is left in entries of the table
@@ -170,6 +172,22 @@ class Simulator:
             new.sinks = like.sinks
         self.requests.append(new)
         return new
+
+    def show(self, request: Request, *, longest: int = 90) -> None:
+        """Make about every second token one of an image, whose tokens see each other."""
+        at = int(self.rng.integers(0, 3))
+        while (last := at + int(self.rng.integers(0, longest))) < len(request):
+            request.images.append((at, last))
+            at = last + 1 + int(self.rng.integers(0, longest)) * int(self.rng.integers(0, 2))
+
+    def _whole_images(self, request: Request, n: int) -> int:
+        """About n tokens that no image goes beyond."""
+        end = request.computed + n
+        for first, last in request.images:
+            if n and first < end <= last:
+                early = first > request.computed and self.rng.random() < 0.5
+                end = first if early else last + 1
+        return end - request.computed
 
     def rewind(self, request: Request, to: int) -> None:
         """The tokens from position `to` on were rejected: others take their place."""
@@ -276,7 +294,7 @@ class Simulator:
 
     def step(self, counts: Mapping[Request, int]) -> None:
         """Compute the next tokens of some requests in one batch, and compare with the truth."""
-        counts = {r: min(n, len(r) - r.computed) for r, n in counts.items()}
+        counts = {r: self._whole_images(r, min(n, len(r) - r.computed)) for r, n in counts.items()}
         for request, n in counts.items():
             self._grow(request, request.computed + n)
         order = [self.requests[i] for i in self.rng.permutation(len(self.requests))]
@@ -288,7 +306,8 @@ class Simulator:
         table = self._table(
             [[page or r.stale.get(i, 0) for i, page in enumerate(r.blocks)] for r in order]
         )
-        step = Step(rows, table, not self.case.exact, self.decode_len)
+        seen = self._last_visible(rows, order)
+        step = Step(rows, table, not self.case.exact, self.decode_len, seen)
         q, k, v = self._inputs(rows, order, at)
         shape = (at + SPARE, *order[0].q.shape[1:])
         output = torch.full(shape, torch.nan, dtype=self.output_dtype, device=self.device)
@@ -311,6 +330,14 @@ class Simulator:
             counts = {r: int(self.rng.integers(0, longest)) for r in live}
             # Some decode, some prefill, some have nothing in this step.
             self.step({r: n if self.rng.random() < 0.6 else min(n, 1) for r, n in counts.items()})
+
+    def _last_visible(self, rows: list[Row], order: list[Request]) -> torch.Tensor | None:
+        images = {row.index: order[row.index].images for row in rows}
+        starts, ends = torch.zeros(len(order) + 1), torch.zeros(len(order))
+        for row in rows:
+            starts[row.index + 1], ends[row.index] = row.q1 - row.q0, row.b
+        seen = last_visible(images, starts.cumsum(0).int(), ends.int())
+        return None if seen is None else seen.to(self.device)
 
     def _table(self, rows: list[list[int]]) -> torch.Tensor:
         table = torch.zeros(len(rows), max(map(len, rows)) + SPARE, dtype=torch.int32)
@@ -427,5 +454,6 @@ def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.n
             params.sliding_window,
             logits,
             params.chunk_size,
+            images=request.images,
         )
     return out

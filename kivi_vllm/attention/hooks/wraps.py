@@ -227,6 +227,15 @@ def _keep_block_size(original: Callable) -> Callable:
     return align
 
 
+def keep_images_whole() -> None:
+    """Let no step of the scheduler end within an image whose tokens see each other."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from kivi_vllm.attention.hooks.images import whole_images
+
+    _wrap(Scheduler, "_try_schedule_encoder_inputs", whole_images)
+
+
 def check_engine_config() -> None:
     """Refuse what cannot be served as soon as vLLM has put its configuration together."""
     from vllm.engine.arg_utils import EngineArgs
@@ -234,7 +243,10 @@ def check_engine_config() -> None:
     def make(original: Callable) -> Callable:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             vllm_config = original(self, *args, **kwargs)
+            from kivi_vllm.attention.hooks.images import ask_for_whole
             from kivi_vllm.attention.refusals import check
+
+            ask_for_whole(vllm_config)
 
             try:
                 check(vllm_config)

@@ -41,7 +41,7 @@ COMMON_FIELDS = _fields(
 
 QUERY_FIELDS = _fields(
     "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window sink_logits "
-    "chunk_size",
+    "chunk_size last_visible",
     **dict(query=TENSOR, output=TENSOR, scale=_DOUBLE, soft_cap=_DOUBLE),
 )
 """The rest, which attention alone needs."""

@@ -86,6 +86,7 @@ def attend(
             params.sliding_window,
             0 if logits is None else _per_head("sink_logits", logits, query),
             params.chunk_size,
+            _last_visible(step),
         ),
         cache,
     )
@@ -197,6 +198,18 @@ def _per_head(name: str, x: torch.Tensor, query: torch.Tensor) -> int:
         return x.data_ptr()
 
     return _described_once(x, (heads,), describe)
+
+
+def _last_visible(step: Step) -> int:
+    x = step.last_visible
+    if x is None:
+        return 0
+
+    def describe() -> int:
+        checks.check_last_visible(x, step.num_tokens, _CPU)
+        return x.data_ptr()
+
+    return _described_once(x, (step.num_tokens,), describe)
 
 
 def _form_of(

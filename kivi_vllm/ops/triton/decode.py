@@ -56,7 +56,7 @@ def _add_raw(state, q, k, v, valid, seen, s, t, slope, scale, C: tl.constexpr, R
     """`state` with raw tokens at positions s [n], K and V at addresses k, v; `seen` [n, N]."""
     scores = raw_scores(k, valid, q, C) * scale
     scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
-    seen &= visible(s[:, None], t[None], RULES)
+    seen &= visible(s[:, None], t[None], t[None], RULES)
     p, m, alpha = weigh(tl.where(seen, scores, float("-inf")), state[3], 0)
     return _add(state, p, m, alpha, raw_values(v, valid, p.to(q.dtype), C))
 
@@ -143,7 +143,8 @@ def _decode(
                 scores = packed_scores(page, x, y, C) * factor[None]
                 scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
                 if MASKED:  # else all columns see all of these pages
-                    seen = visible(s[:, None], t[None], RULES) & (s[:, None] < seen_from[None])
+                    seen = s[:, None] < seen_from[None]
+                    seen &= visible(s[:, None], t[None], t[None], RULES)
                     scores = tl.where(seen, scores, float("-inf"))
                 if C.SINKS > 0:  # noqa: SIM102 - known when it is compiled
                     if n == 0:  # not on every page: that would cost registers

@@ -134,9 +134,13 @@ def attend(
         *map(_form_of, (params.alibi_slopes, params.sink_logits)),
         _form_of(query),
         _form_of(output),
+        None if step.last_visible is None else _form_of(step.last_visible),
     )
     if form not in CHECKED_FORMS:
         checks.check_query(step, cache, query, params, output)
+        if step.last_visible is not None:
+            tokens = step.num_decode_tokens + sum(step.prefill_lens)
+            checks.check_last_visible(step.last_visible, tokens, query.device)
         _check_alignment("query", query)
         _check_alignment("output", output)
         record_form(form)
@@ -148,8 +152,10 @@ def attend(
     plain = first_chunk is not None and step.nothing_cached and not step.per_position
     if params.chunk_size:  # libraries know none, but need not within the first
         plain = plain and max(step.prefill_lens) <= params.chunk_size
+    # Libraries attend causally.
+    plain = plain and step.last_visible is None
     # Our kernel runs the first time in any case, so that it is compiled by vLLM's warm-up.
-    variant = (page_constants(cache), rules_of(params, cache))
+    variant = (page_constants(cache), rules_of(params, cache), step.last_visible is None)
     if not plain or variant not in _compiled:
         _compiled.add(variant)
         prefill(step, cache, query, key, value, params, output)

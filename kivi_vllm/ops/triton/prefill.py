@@ -46,11 +46,11 @@ STEP: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit
-def _weigh(state, q, k, s, t, seen, slope, scale, RULES: tl.constexpr):
+def _weigh(state, q, k, s, t, last, seen, slope, scale, RULES: tl.constexpr):
     """Weights [M, n] of keys k [n, D] for queries q [M, D]; what they see: `seen` [M, n]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
     scores = log2_scores(scores, s[None], t[:, None], slope[:, None], RULES)
-    seen &= visible(s[None], t[:, None], RULES)
+    seen &= visible(s[None], t[:, None], last[:, None], RULES)
     return weigh(tl.where(seen, scores, float("-inf")), state[2], 1)
 
 
@@ -71,6 +71,7 @@ def _prefill(
     output_head,
     query_start_loc,
     seq_lens,
+    last_visible,
     first_row,
     num_rows,
     decode_len,
@@ -108,6 +109,10 @@ def _prefill(
             slope = tl.load(slopes + query_of)
         d = tl.arange(0, C.DP)[None]
         token = (q0 + t - a).to(tl.int64)
+        last, until = t, end
+        if last_visible is not None:
+            last = tl.load(last_visible + token, mask=live, other=0)
+            until = tl.minimum(tl.max(last, 0) + 1, b)
         q = query + token * query_token + query_of * query_head
         q = tl.load(q[:, None] + d, mask=live[:, None] & (d < C.D), other=0)
         state = (
@@ -130,25 +135,25 @@ def _prefill(
             seen = ~at_full_precision(s[None], seen_from[:, None], C)
             if C.PACKED:
                 k = keys_of(page, half, C).to(T)
-                p, m, alpha = _weigh(state, x, k, s, t, seen, slope, largest * scale, RULES)
+                p, m, alpha = _weigh(state, x, k, s, t, last, seen, slope, largest * scale, RULES)
                 state = _add(state, p, m, alpha, values_of(page, half, C).to(T))
             else:
                 at = (half * STEP + tl.arange(0, STEP))[:, None] * C.D + d
                 k = tl.load((page + C.K[-1]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
-                p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
+                p, m, alpha = _weigh(state, q, k, s, t, last, seen, slope, same, RULES)
                 v = tl.load((page + C.V[-1]).to(raw.key.dtype) + at, mask=d < C.D, other=0)
                 state = _add(state, p, m, alpha, v)
         if C.RUN > 0:  # noqa: SIM102 - known when it is compiled
             if oldest < last_seen:  # there are pages
                 state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
         first, lead = raw_start(first_seen, oldest, C)
-        for s0 in range(first, end, STEP):
+        for s0 in range(first, until, STEP):
             s = raw_position(s0 + tl.arange(0, STEP), first, lead, C)
-            k_at, v_at = raw_bases(s, s < end, row, q0, a, head, raw, C, RULES.R)
-            mask = (s < end)[:, None] & (d < C.D)
+            k_at, v_at = raw_bases(s, s < until, row, q0, a, head, raw, C, RULES.R)
+            mask = (s < until)[:, None] & (d < C.D)
             k = tl.load(k_at[:, None] + d, mask=mask, other=0)
-            seen = at_full_precision(s[None], seen_from[:, None], C) & (s < end)[None]
-            p, m, alpha = _weigh(state, q, k, s, t, seen, slope, same, RULES)
+            seen = at_full_precision(s[None], seen_from[:, None], C) & (s < until)[None]
+            p, m, alpha = _weigh(state, q, k, s, t, last, seen, slope, same, RULES)
             v = tl.load(v_at[:, None] + d, mask=mask, other=0)
             state = _add(state, p, m, alpha, v)
         out, mass, m = state
@@ -182,6 +187,7 @@ def prefill(
         *output.stride()[:2],
         step.query_start_loc,
         step.seq_lens,
+        step.last_visible,
         step.num_decodes,
         step.num_prefills,
         step.decode_len,

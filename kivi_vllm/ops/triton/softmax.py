@@ -64,9 +64,9 @@ def with_sink_logits(mass, m, logits, head, RULES: tl.constexpr):
 
 
 @triton.jit
-def visible(s, t, RULES: tl.constexpr):
-    """Whether position t sees position s: causally, through the window, in its chunk."""
-    seen = s <= t
+def visible(s, t, last, RULES: tl.constexpr):
+    """Whether t sees s, both positions: up to `last`, through the window, in its chunk."""
+    seen = s <= last
     if RULES.WINDOW > 0:
         seen &= s > t - RULES.WINDOW
     if RULES.CHUNK > 0:

@@ -58,6 +58,7 @@ struct KiviCall {
   int64_t sliding_window;     // 0: none
   const float *sink_logits;   // [num_heads] or null
   int64_t chunk_size;         // a multiple of 128; 0: none
+  const int32_t *last_visible;  // [num_tokens] or null: each token sees up to itself
 };
 
 #define KIVI_FIELDS(FIELD)                                                                     \
@@ -79,7 +80,8 @@ struct KiviCall {
   FIELD(KiviCall, key) FIELD(KiviCall, value) FIELD(KiviCall, threads) FIELD(KiviCall, query)  \
   FIELD(KiviCall, output) FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads)                \
   FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes)               \
-  FIELD(KiviCall, sliding_window) FIELD(KiviCall, sink_logits) FIELD(KiviCall, chunk_size)
+  FIELD(KiviCall, sliding_window) FIELD(KiviCall, sink_logits) FIELD(KiviCall, chunk_size)      \
+  FIELD(KiviCall, last_visible)
 #define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
 
 // Where a field begins, or a struct (whose name has no dot) ends.

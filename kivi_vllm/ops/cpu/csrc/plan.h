@@ -54,6 +54,8 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
       u.sink_hi = u.raw_from > 0 ? max_of(oldest, c.sink_tokens) : oldest;
     }
     u.raw_hi = end;
+    if (c.last_visible)
+      for (int64_t t = start; t < end; t++) u.raw_hi = max_of(u.raw_hi, last_visible(c, row, t) + 1);
     for (int64_t h = 0; h < c.num_kv_heads; h++)
       for (int64_t g = 0; g < group; g += most) {
         u.kv_head = (int)h;

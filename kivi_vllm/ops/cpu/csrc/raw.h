@@ -189,8 +189,10 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
     source.find(0, led, s.k, s.v);
     source.find(first + led, n - led, s.k + led, s.v + led);
     const int columns = (n + W - 1) / W * W;
-    // Earlier tokens of the unit than the tile's first see none of it.
-    const int r0 = (int)max_of<int64_t>(0, first - q.start) * q.heads;
+    // Earlier tokens of the unit than the tile's first see none of it, or their image reaches it.
+    int64_t t0 = max_of<int64_t>(u.start, c.last_visible ? 0 : first);
+    while (last_visible(c, *u.row, t0) < first) t0++;
+    const int r0 = (int)(t0 - u.start) * q.heads;
     const int rows = q.rows - r0;
     const bool in_place = rows <= kInPlace;
     const float *query = q.q + (int64_t)r0 * d;
@@ -209,7 +211,8 @@ static void attend_raw(const KiviCall &c, const Unit &u, int lead, int64_t low, 
       const int64_t t = q.position(r0 + r);
       if (q.soft_cap > 0 || q.slopes) modify_scores(q, r0 + r, first, columns, x);
       const int64_t oldest = q.window ? max_of<int64_t>(0, t + 1 - q.window - first) : 0;
-      hide((int)min_of<int64_t>(oldest, columns), (int)min_of<int64_t>(n, t + 1 - first), columns, x);
+      const int64_t end = last_visible(c, *u.row, t) + 1 - first;
+      hide((int)min_of<int64_t>(oldest, columns), (int)min_of<int64_t>(n, end), columns, x);
       softmax_row(state, r0 + r, d, x, columns);
     }
     if (in_place)

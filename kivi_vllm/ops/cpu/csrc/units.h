@@ -79,6 +79,13 @@ static inline int64_t first_visible(const KiviCall &c, int64_t t) {
   return window > chunk ? window : chunk;
 }
 
+// The last position that the row's token at position `t` sees (spans.last_visible).
+static inline int64_t last_visible(const KiviCall &c, const KiviRow &row, int64_t t) {
+  if (!c.last_visible) return t;
+  const int64_t seen = c.last_visible[row.q0 + t - row.a];
+  return seen < t ? t : seen < row.b ? seen : row.b - 1;
+}
+
 // The pool's block that holds the page of a request's block, or 0: it has no page.
 static inline int64_t pool_block(const KiviCall &c, const KiviRow &row, int64_t block) {
   const uint32_t entry = (uint32_t)block / (uint32_t)c.pages_per_block;
