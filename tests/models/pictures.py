@@ -113,7 +113,11 @@ def _save(config: Any, processor: Any, model_class: str) -> str:
 
     path = Path(tempfile.mkdtemp(prefix=f"kivi-{config.model_type}-"))
     torch.manual_seed(0)
-    getattr(transformers, model_class)(config).float().save_pretrained(path)
+    model = getattr(transformers, model_class)(config).float()
+    for name, weight in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # of Gemma-3: zeros would see nothing
+            torch.nn.init.normal_(weight, std=0.15)
+    model.save_pretrained(path)
     processor.save_pretrained(path)
     # Towers of CLIP and SigLIP, under the names that published weights have.
     file = path / "model.safetensors"
@@ -233,7 +237,7 @@ def qwen3_vl() -> Seeing:
 
 @functools.cache
 def gemma3() -> Seeing:
-    """Gemma-3: the tokens of an image attend to each other in both directions."""
+    """Gemma-3: the tokens of an image, 100, attend to each other in both directions."""
     import transformers as hf
 
     names = ("boi_token", "eoi_token", "image_token")
@@ -242,7 +246,7 @@ def gemma3() -> Seeing:
         ["\n", "\n\n", "\n\n\n", "\n\n\n\n", *words], **dict(zip(names, words, strict=True))
     )
     start, end, image = numbers.convert_tokens_to_ids(list(words))
-    side = 56
+    side, tokens = 140, 100
     text = dict(
         head_dim=64,
         sliding_window=128,
@@ -263,17 +267,17 @@ def gemma3() -> Seeing:
     config = hf.Gemma3Config(
         text_config={**BASE, "model_type": "gemma3_text", **text},
         vision_config={"model_type": "siglip_vision_model", **vision},
-        mm_tokens_per_image=16,
+        mm_tokens_per_image=tokens,
         boi_token_index=start,
         eoi_token_index=end,
         image_token_index=image,
     )
     processor = hf.Gemma3Processor(
         image_processor=hf.Gemma3ImageProcessorPil(
-            size={"height": side, "width": side}, image_seq_length=16
+            size={"height": side, "width": side}, image_seq_length=tokens
         ),
         tokenizer=numbers,
-        image_seq_length=16,
+        image_seq_length=tokens,
     )
     path = _save(config, processor, "Gemma3ForConditionalGeneration")
     return Seeing(path, (start,))
