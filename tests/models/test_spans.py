@@ -6,6 +6,7 @@ vLLM's own attention on CPUs does not let them see each other, so it is no truth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,25 @@ def test_the_lossless_codec_equals_transformers() -> None:
         [third] = ask(llm, [other])
         assert third.num_cached_tokens == 0 and third.difference(answers[0]) > 10 * LOSSLESS
         assert worst([third], _transformers([other], [third])) < LOSSLESS
+
+
+def test_gemma4_takes_images_from_layers_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's function, on the metadata of two groups of pages and of a ring."""
+    from vllm import forward_context
+    from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration
+
+    from kivi_vllm.attention.metadata import KiviMetadata
+    from kivi_vllm.ops.step import Step
+
+    table, seen = torch.zeros(1, 1), torch.tensor([1, 1])
+    groups = [KiviMetadata(table, Step([], table, last_visible=seen)) for _ in range(2)]
+    metadata = {f"model.layers.{i}.self_attn.attn": group for i, group in enumerate(groups)}
+    metadata["model.layers.1.self_attn.attn.ring"] = KiviMetadata(table)
+    context = SimpleNamespace(attn_metadata=metadata)
+    monkeypatch.setattr(forward_context, "get_forward_context", lambda: context)
+    model = SimpleNamespace(_full_attn_layer_idxs={1})
+    Gemma4ForConditionalGeneration._clear_mm_prefix_for_full_attn_layers(model)
+    assert groups[0].step.last_visible is seen and groups[1].step.last_visible is None
 
 
 @pytest.mark.slow

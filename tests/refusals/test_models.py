@@ -56,16 +56,14 @@ def test_pooling() -> None:
     assert "models with pooling over attention that is not causal are not supported" in message
 
 
-def test_images_whose_tokens_attend_to_each_other() -> None:
+def test_images_whose_tokens_attend_to_each_other_are_kept_whole() -> None:
     with image_processors():
-        model = gemma3().path
-        assert refusal(model) == (
-            "--kv-cache-dtype kivi2: images whose tokens attend to each other in both directions "
-            "are not supported; --language-model-only serves this model for text, "
-            "--kv-cache-dtype auto or fp8 for images too"
-        )
-        engine_config(model, language_model_only=True)
-        engine_config(llava().path)
+        for model, whole in ((gemma3().path, True), (llava().path, False)):
+            scheduler = engine_config(model).scheduler_config
+            assert scheduler.disable_chunked_mm_input == whole
+        other = engine_config(gemma3().path, kv_cache_dtype="auto").scheduler_config
+        assert not other.disable_chunked_mm_input
+        engine_config(gemma3().path, language_model_only=True)
 
 
 _JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2)
