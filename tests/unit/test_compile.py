@@ -40,13 +40,15 @@ class Layer:
     per_block: int = 1
     raw: int = 0  # tokens of a full-precision page; 0: as many as fit a page
     sink_logits: bool = False
+    images: bool = False  # whose tokens see each other
 
     def __str__(self) -> str:
         hq, hkv = self.heads
         name = f"{self.dtype}-{self.recipe}-H{hq}x{hkv}-D{self.head_size}-T{self.tokens}"
         more = {"R": self.residual, "G": self.group or 0, "k": self.per_block, "raw": self.raw}
         words = [f"{k}{n}" for k, n in more.items() if n > (k == "k")]
-        return "-".join([name, *words, *["logits"] * self.sink_logits])
+        words += ["logits"] * self.sink_logits + ["images"] * self.images
+        return "-".join([name, *words])
 
     def arguments(self, *, decode: bool) -> tuple[Any, ...]:
         """Of the operators, as a model would call them."""
@@ -73,6 +75,7 @@ class Layer:
             max_query_len=self.tokens,
             decode_len=self.tokens if decode else 1,
             per_position=False,
+            last_visible=torch.zeros(n, dtype=torch.int32) if self.images else None,
         )
         logits = torch.zeros(hq) if self.sink_logits else None
         params = AttentionParams(d**-0.5, sink_logits=logits)
@@ -145,6 +148,7 @@ PREFILLS = [
     Layer("kivi4", "paper", head_size=256, heads=(8, 4), group=128, tokens=64),
     Layer(head_size=256, heads=(8, 4), tokens=64, per_block=3, raw=128, residual=128),
     Layer(heads=(64, 8), head_size=64, tokens=64, sink_logits=True),
+    Layer(head_size=256, heads=(16, 8), tokens=64, images=True),
 ]
 
 

@@ -34,7 +34,7 @@ CASES = [
     Case(drafts=5, exact=True, heads=(40, 2)),
 ]
 
-cases = pytest.mark.parametrize("case", CASES, ids=str)
+cases = pytest.mark.parametrize("case", some(CASES, [0, 2, 3, 6, 7, 8, 10]), ids=str)
 
 
 def _seeing(sim: Simulator, tokens: int, **options: Any) -> Request:
@@ -58,7 +58,7 @@ def test_ragged_batches_of_random_chunks(case: Case) -> None:
     _ragged(Simulator(case))
 
 
-@pytest.mark.parametrize("case", some(CASES, range(0, len(CASES), 2)), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [0, 4, 8]), ids=str)
 def test_native_ragged_batches_of_random_chunks(isa: str, case: Case) -> None:
     _ragged(native.simulator(case))
 
