@@ -187,9 +187,17 @@ def test_prompts_longer_than_a_chunk_go_to_the_own_kernel(
     assert calls == (["own", "own"] if chunk_size == 128 else ["own", "library", "library"])
 
 
-@pytest.mark.parametrize("change", [dict(nothing_cached=False), dict(per_position=True)])
-def test_history_goes_to_the_own_kernel(
-    change: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(nothing_cached=False),
+        dict(per_position=True),
+        dict(last_visible=torch.tensor([0, 3, 3, 3, 4], dtype=torch.int32)),
+    ],
+    ids=["history", "cached", "images"],
+)
+def test_what_is_not_plain_goes_to_the_own_kernel(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     monkeypatch.setattr(operators, "prefill", lambda *_: calls.append("prefill"))

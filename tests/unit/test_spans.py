@@ -139,6 +139,22 @@ def test_wrong_ends_of_images_are_noticed(name: str, case: Case) -> None:
         sim.step({request: 300})
 
 
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.long, lambda x: x[:-1], lambda x: x.repeat(2)[::2]]
+)
+def test_positions_that_the_kernels_do_not_take(change: Callable[[Any], Any]) -> None:
+    def attend(step: Any, *args: Any) -> None:
+        native.operators.attend(replace(step, last_visible=change(step.last_visible)), *args)
+
+    names = ("store_blocks", "store_ring")
+    ops = {name: getattr(native.operators, name) for name in names}
+    sim = Simulator(Case(), ops=SimpleNamespace(attend=attend, **ops))
+    request = sim.add(100)
+    request.images.append((20, 60))
+    with pytest.raises(ValueError, match=r"last_visible is .* but must be int32"):
+        sim.step({request: 100})
+
+
 # ------------------------------------------------------------- the function
 
 
