@@ -147,6 +147,16 @@ def test_steps_that_end_within_an_image_are_noticed(monkeypatch: pytest.MonkeyPa
         assert _difference(llm, prompts[:1]) > 10 * LOSSLESS
 
 
+@pytest.mark.slow
+def test_steps_too_short_for_an_image_are_refused() -> None:
+    settings = dict(kivi=CACHED, max_num_batched_tokens=99, **SETTINGS)
+    with (
+        pytest.raises(ValueError, match=r"max_tokens_per_mm_item \(1\d\d\) is larger"),
+        engine(gemma3().path, "kivi2", **settings),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
     some([("kivi2", {}), ("kivi2", {"residual_length": 32, "sink_tokens": 8})], []),
