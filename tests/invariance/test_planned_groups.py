@@ -98,11 +98,15 @@ def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poi
     with engine(path, "kivi_raw", kivi=options, enable_prefix_caching=True) as llm:
         poison(llm)
         free = free_blocks(llm)
-        same(generate(llm, [PROMPTS[0]] * 3, MAX_TOKENS), [truth[0]] * 3)
+        # Found again as soon as it is there.
+        span = scheduler(llm).block_size
+        together = generate(llm, [PROMPTS[0]] * 3, MAX_TOKENS)
+        same(together, [truth[0]] * 3)
+        long = (len(PROMPTS[0]) - 1) // span * span
+        assert [a.num_cached_tokens for a in together] == [0, long, long]
         for _ in range(2):
             again = _alone(llm)
             same(again, truth)
-        span = scheduler(llm).block_size
         assert (span > 128) == (name in SEVERAL_PAGES_A_BLOCK)
         assert [a.num_cached_tokens for a in again] == [
             (len(prompt) - 1) // span * span for prompt in PROMPTS
