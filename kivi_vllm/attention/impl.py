@@ -58,7 +58,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.page_head_size = PADDED_HEAD_SIZES.get(head_size, head_size)
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self._sinks: Any = sinks  # a weight of the model: its numbers come later
+        self._sink_weights: Any = sinks  # a weight of the model: its numbers come later
         params = AttentionParams(
             scale=self.scale,
             logits_soft_cap=logits_soft_cap or 0.0,
@@ -88,7 +88,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take over the sink logits; called again when weights are loaded anew."""
         if self.params.sink_logits is not None:  # to where they were: captured graphs know that
-            self.params.sink_logits.copy_(self._sinks.detach())
+            self.params.sink_logits.copy_(self._sink_weights.detach())
 
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None

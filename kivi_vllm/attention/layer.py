@@ -71,8 +71,9 @@ class RawBackend(AttentionBackend):
 class RawCache(AttentionLayerBase):
     """A cache of full-precision tokens beside an attention layer.
 
-    vLLM finds it in the static forward context and binds `kv_cache`:
-    [num_blocks, num_kv_heads, 128, bytes_per_token] uint8, as quantized pages are.
+    vLLM finds it in the static forward context and binds `kv_cache`, uint8: where all layers are
+    alike [num_blocks, num_kv_heads, 128, bytes_per_token], as quantized pages are; on planned
+    groups [num_blocks, num_kv_heads, tokens of a page, bytes of a token].
     """
 
     def __init__(self, name: str, spec: KVCacheSpec, config: KiviConfig) -> None:
@@ -97,10 +98,11 @@ def check_shared_cache(attn: Attention) -> None:
     if target is None:
         return
     owner = get_current_vllm_config().compilation_config.static_forward_context[target]
-    if hasattr(owner.impl, "bind_residual") != hasattr(attn.impl, "bind_residual"):
+    ours, theirs = (getattr(layer.impl, "config", None) for layer in (attn, owner))
+    if ours != theirs:
         raise KiviConfigError(
-            f"{attn.layer_name} reads the KV cache of {target}, but just one of them has a KIVI "
-            "cache; name both in --kv-cache-dtype-skip-layers, or neither"
+            f"{attn.layer_name} reads the KV cache of {target}, but just one of them is in "
+            "--kv-cache-dtype-skip-layers; name both, or neither"
         )
     windows = [layer.sliding_window or sys.maxsize for layer in (attn, owner)]
     if hasattr(attn.impl, "bind_residual") and windows[0] > windows[1]:

@@ -68,7 +68,8 @@ def _layers_are_alike(model: ModelConfig) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ())
     shared = getattr(text, "num_kv_shared_layers", 0)
     windowed = model.get_sliding_window()
-    return not (model.is_hybrid or windowed or shared or len(kinds) > 1)
+    each = getattr(text, "block_configs", None)  # of searched architectures: heads by layer
+    return not (model.is_hybrid or windowed or shared or each or len(kinds) > 1)
 
 
 def _layers_of_a_worker(vllm_config: VllmConfig) -> int:

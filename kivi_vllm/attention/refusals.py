@@ -165,7 +165,13 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "speculation in a pipeline is not tested; leave out --speculative-config or "
             "--pipeline-parallel-size"
         )
-    if vllm_config.model_config.is_hybrid and parallel.pipeline_parallel_size > 1:
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    if model.is_mm_prefix_lm and scheduler.long_prefill_token_threshold:
+        yield (
+            "images whose tokens see each other are computed in one step, which "
+            "--long-prefill-token-threshold may forbid forever; leave it out"
+        )
+    if model.is_hybrid and parallel.pipeline_parallel_size > 1:
         yield (
             "a hybrid model in a pipeline is not supported: its stages would disagree about "
             "the tokens of a state; leave out --pipeline-parallel-size"
@@ -224,8 +230,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         )
     model = vllm_config.model_config
     # What no device serves is refused by `PageFormat`, with its remedy.
-    head_size = model.get_head_size()
-    if PADDED_HEAD_SIZES.get(head_size, head_size) in set(HEAD_SIZES) - set(limits.head_sizes):
+    unserved = set(HEAD_SIZES) - set(limits.head_sizes)
+    # Gemma-4's layers without a window have a size of their own.
+    for head_size in (model.get_head_size(), getattr(model.hf_text_config, "global_head_dim", 0)):
+        if PADDED_HEAD_SIZES.get(head_size, head_size) not in unserved:
+            continue
         yield (
             f"head size {head_size} is not supported on {limits.devices} (supported: "
             f"{', '.join(map(str, limits.head_sizes))}); {_OTHER_DTYPE}"

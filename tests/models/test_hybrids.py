@@ -14,6 +14,7 @@ import pytest
 
 from tests.choice import some
 from tests.engine import engine, generate, random_prompt, tiny_model
+from tests.invariance.conftest import scheduler
 from tests.models.harness import (
     LOSSLESS,
     PROMPTS,
@@ -140,3 +141,28 @@ def test_gated_delta_nets(name: str) -> None:
     (tokens, truth), (_, other), (ours, got) = found.values()
     assert ours == tokens
     assert np.abs(got - truth).mean() < 0.1 * np.abs(other - truth).mean()
+
+
+@pytest.mark.slow
+def test_prompts_are_cut_where_states_are_kept() -> None:
+    """Also where another group, of tails here, has blocks of fewer tokens."""
+    path = GATED_DELTA_NETS["qwen3-next"].path
+    prompt = random_prompt(1500, seed=1)
+    settings: dict[str, Any] = dict(max_model_len=2048, max_num_batched_tokens=700)
+    options = {"residual_length": 32}
+    with engine(path, "kivi_raw", kivi=options, dtype="bfloat16", **settings) as llm:
+        core = scheduler(llm)
+        span, ends = core.block_size, [0]
+        assert span == 512
+        schedule = core.schedule
+
+        def watched(*args: Any) -> Any:
+            scheduled = schedule(*args)
+            ends.extend(ends[-1] + n for n in scheduled.num_scheduled_tokens.values())
+            return scheduled
+
+        core.schedule = watched
+        answers = [generate(llm, [prompt], 20)[0] for _ in range(3)]
+    assert ends[1:4] == [512, 1024, 1500]
+    assert [a.num_cached_tokens for a in answers] == [0, 1024, 1024]
+    assert len({a.tokens for a in answers}) == 1

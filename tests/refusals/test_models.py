@@ -64,6 +64,8 @@ def test_images_whose_tokens_attend_to_each_other_are_kept_whole() -> None:
         other = engine_config(gemma3().path, kv_cache_dtype="auto").scheduler_config
         assert not other.disable_chunked_mm_input
         engine_config(gemma3().path, language_model_only=True)
+        message = refusal(gemma3().path, long_prefill_token_threshold=64)
+        assert "--long-prefill-token-threshold may forbid forever; leave it out" in message
 
 
 _JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2)

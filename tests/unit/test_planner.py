@@ -150,3 +150,16 @@ def test_blocks_that_requests_hold() -> None:
     lengths = np.array([0, 127, 128, 640, 641, 768, 5000])
     assert PageGroup(5).held(lengths).tolist() == [0, 0, 1, 1, 1, 2, 8]
     assert PageGroup(1, 300).held(lengths).tolist() == [0, 0, 1, 4, 4, 4, 4]
+
+
+def test_hits_land_on_multiples_of_the_largest_block() -> None:
+    """Nine and seven pages of the small groups fit a block: nine and three are taken."""
+    specs = gemma(7, 0) | {f"a.{k}": v for k, v in gemma(0, 9, window=1024).items()}
+    specs |= {f"b.{k}": v for k, v in gemma(0, 63, window=512).items()}
+    made = plan(specs, 131072, align=False)
+    assert [s.kv_cache_spec.block_size // 128 for s in named(made, "PageSpec")] == [9]
+    assert sorted(s.kv_cache_spec.block_size // 128 for s in named(made, "WindowPageSpec")) == [
+        1,
+        3,
+    ]
+    assert made.span == 9 * 128

@@ -8,7 +8,7 @@ is 128 k tokens then.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
@@ -56,6 +56,9 @@ def whole_blocks(num_tokens: int, block_size: int) -> int:
 
 class _WithTheStepThatCompletes(SingleTypeKVCacheManager):
     """Gives a request a page with the step that completes its 128 tokens: none is read before."""
+
+    # A hit within a block of several pages would share it with who writes the rest.
+    supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any

@@ -87,14 +87,21 @@ def plan(specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool) -> P
         block_bytes = max(block_bytes, cdiv(len(states), num_state_groups) * largest)
     groups: list[Specs] = []
     page_groups = []
+    fitting = _pages_a_block(kinds, block_bytes, cdiv(max_model_len, BLOCK_SIZE))
     for window, layers in kinds.pages.items():
-        pages = min(block_bytes // _bytes(layers), cdiv(max_model_len, BLOCK_SIZE))
+        pages = fitting[window]
         groups.append(_replaced(layers, block_size=pages * BLOCK_SIZE))
         page_groups.append(PageGroup(pages, window))
     span = lcm(*(group.pages * BLOCK_SIZE for group in page_groups))
     tails = [part for layers in kinds.tails.values() for part in _parts(layers, block_bytes)]
+    # Layers with another cache dtype hold a block for every 128 tokens. (States are not foreseen:
+    # a request holds one or two blocks of each group of theirs, from its first token on.)
+    held_by_others = [PageGroup(1, window or 0) for _, window in kinds.others]
     num_others = len(tails) + bool(kinds.sinks)
-    groups += [_rings(kinds.rings, block_bytes, tuple(page_groups), num_others), *tails]
+    groups += [
+        _rings(kinds.rings, block_bytes, (*page_groups, *held_by_others), num_others),
+        *tails,
+    ]
     if kinds.sinks:
         groups.append(
             {
@@ -160,6 +167,16 @@ class _Kinds:
 
 def _bytes(layers: Specs) -> int:
     return sum(spec.page_size_bytes for spec in layers.values())
+
+
+def _pages_a_block(kinds: _Kinds, block_bytes: int, most: int) -> dict[int, int]:
+    """Pages of each group in a block, by window.
+
+    All divide the largest: hits land on their least common multiple.
+    """
+    fitting = {w: min(block_bytes // _bytes(layers), most) for w, layers in kinds.pages.items()}
+    largest = max(fitting.values())
+    return {w: max(k for k in range(1, n + 1) if largest % k == 0) for w, n in fitting.items()}
 
 
 def _sink_bytes(kinds: _Kinds) -> int:

@@ -160,10 +160,12 @@ def plan_cache_groups() -> None:
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends import utils
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     from kivi_vllm.attention import hooks
 
     _wrap(hooks.of_this_version().grouping_module(), "get_kv_cache_groups", _planned_groups)
+    _wrap(Scheduler, "__init__", _steps_end_where_states_are_kept)
     _wrap(utils, "resolve_kv_cache_layout", _block_outermost)
     core = sys.modules.get("vllm.v1.engine.core")
     if core is not None:  # it has imported the name
@@ -187,6 +189,22 @@ def _planned_groups(original: Callable) -> Callable:
     return get_kv_cache_groups
 
 
+def _steps_end_where_states_are_kept(original: Callable) -> Callable:
+    """Let a hybrid's prompts be cut at multiples of what a block of states stands for.
+
+    vLLM cuts them by the smallest block size of all groups, which it takes to be that of the
+    states. Where some group of ours has a smaller one, a state would be cached as another's.
+    """
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        cache_config = vllm_config.cache_config
+        if is_kivi(cache_config.cache_dtype) and cache_config.mamba_cache_mode == "align":
+            cache_config.block_size = cache_config.mamba_block_size
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
 def _block_outermost(original: Callable) -> Callable:
     def resolve_kv_cache_layout(
         vllm_config: Any, supported_layouts: list[list[str]], kv_cache_specs: Any = None
@@ -197,10 +215,18 @@ def _block_outermost(original: Callable) -> Callable:
 
         specs = tuple(kv_cache_specs or ())
         if planner.is_needed(specs):
+            given = supported_layouts
             supported_layouts = [
                 [name for name in names if KVCacheLayout[name].is_block_outermost]
-                for names in supported_layouts
+                for names in given
             ]
+            if not all(supported_layouts):
+                raise KiviConfigError(
+                    "the layers of this model differ, and so need a KV cache layout with the "
+                    f"block outermost; its attention backends have {given} in common: leave out "
+                    "--kv-cache-dtype-skip-layers, or give those layers another "
+                    "--attention-backend"
+                )
         return original(vllm_config, supported_layouts, specs)
 
     return resolve_kv_cache_layout
@@ -217,12 +243,14 @@ def _keep_block_size(original: Callable) -> Callable:
 
         # vLLM makes pages as large as a state, or as other layers', here; the plan makes blocks
         # that hold all.
+        specs = cache_specs(vllm_config)
+        if not planner.is_needed(specs.values()):  # no layer is ours
+            original(vllm_config, backend_cls)
+            return
         cache_config.block_size = BLOCK_SIZE
         if cache_config.mamba_cache_mode == "align":
             # The worker and the engine's core come to the same plan.
-            cache_config.mamba_block_size = BLOCK_SIZE
-            span = planner.plan_for(vllm_config, cache_specs(vllm_config)).span
-            cache_config.mamba_block_size = span
+            cache_config.mamba_block_size = planner.plan_for(vllm_config, specs).span
 
     return align
 
