@@ -52,6 +52,16 @@ BASE = dict(
     pad_token_id=0,
 )
 
+MAMBA2: dict[str, Any] = dict(
+    mamba_n_heads=8,
+    mamba_d_head=32,
+    mamba_d_state=16,
+    mamba_n_groups=1,
+    mamba_expand=2,
+    mamba_chunk_size=64,
+)
+"""Of models with Mamba-2 layers."""
+
 SETTINGS: dict[str, Any] = dict(
     dtype="float32",
     max_model_len=1024,
@@ -84,6 +94,21 @@ def _build(model_type: str, overrides: tuple[tuple[str, Any], ...]) -> str:
 def tiny_model(model_type: str = "llama", **overrides: Any) -> str:
     """Path of a random-weight fp32 model of a transformers family, built from its config."""
     return _build(model_type, tuple(sorted(overrides.items())))
+
+
+def gemma3(layers: str, window: int = 200, head_dim: int = 64, **overrides: Any) -> str:
+    """A `tiny_model` of layers with a window ("w") and without ("f")."""
+    kinds = {"w": "sliding_attention", "f": "full_attention"}
+    return tiny_model(
+        "gemma3_text",
+        num_hidden_layers=len(layers),
+        layer_types=tuple(kinds[letter] for letter in layers),
+        head_dim=head_dim,
+        sliding_window=window,
+        query_pre_attn_scalar=head_dim,
+        tie_word_embeddings=True,
+        **overrides,
+    )
 
 
 def gemma3n(layers: int = 7, shared: int = 3) -> str:

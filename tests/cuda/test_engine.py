@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.cuda.child import GRAPHS, results_in_child
-from tests.engine import Answer, gemma3n, random_prompt, tiny_model
+from tests.engine import Answer, gemma3, gemma3n, random_prompt, tiny_model
 from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
 
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
@@ -61,15 +61,7 @@ def model() -> str:
 @pytest.fixture(scope="module")
 def windowed() -> str:
     """Two layers with a window and one without, whose pages come two to a block."""
-    return tiny_model(
-        "gemma3_text",
-        num_hidden_layers=3,
-        layer_types=("sliding_attention",) * 2 + ("full_attention",),
-        head_dim=64,
-        sliding_window=100,
-        query_pre_attn_scalar=64,
-        tie_word_embeddings=True,
-    )
+    return gemma3("wwf", window=100)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm.ops import dispatch, reference
+from tests.engine import generate, random_prompt
 from tests.quick import quick_engines
 
 TOLERANCE = 1e-4  # of log-probabilities
@@ -141,3 +142,21 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
     return found
+
+
+def check_preemption(llm: Any, preempted: list[str]) -> None:
+    """Assert that requests which take pages from each other answer as each does alone.
+
+    Raises:
+        AssertionError: an answer differs, nobody was preempted, or a page was not given back.
+
+    """
+    # Long answers: what a new request leaves free is not enough for them.
+    prompts = [random_prompt(n, seed=n) for n in (250, 240, 120, 340, 246)]
+    free = free_blocks(llm)
+    truth = [generate(llm, [prompt], 150)[0] for prompt in prompts]
+    assert not preempted
+    same(generate(llm, prompts, 150), truth)
+    assert preempted, "the pool was large enough for all: nothing was tested"
+    assert free_blocks(llm) == free
+    preempted.clear()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.choice import some
-from tests.engine import engine, generate, random_prompt, tiny_model
+from tests.engine import MAMBA2, engine, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler
 from tests.models.harness import (
     LOSSLESS,
@@ -24,15 +24,6 @@ from tests.models.harness import (
     worst,
 )
 from tests.models.pictures import image_processors
-
-_MAMBA2: dict[str, Any] = dict(
-    mamba_n_heads=8,
-    mamba_d_head=32,
-    mamba_d_state=16,
-    mamba_n_groups=1,
-    mamba_expand=2,
-    mamba_chunk_size=64,
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ HYBRIDS = {
             num_local_experts=2,
             num_experts_per_tok=1,
             shared_intermediate_size=64,
-            **_MAMBA2,
+            **MAMBA2,
         ),
     ),
     "nemotron-h": Hybrid(
@@ -86,7 +77,7 @@ HYBRIDS = {
             chunk_size=64,
         ),
     ),
-    "falcon-h1": Hybrid("falcon_h1", dict(head_dim=64, mamba_d_ssm=256, **_MAMBA2)),
+    "falcon-h1": Hybrid("falcon_h1", dict(head_dim=64, mamba_d_ssm=256, **MAMBA2)),
 }
 
 _GATED_DELTA_NET: dict[str, Any] = dict(

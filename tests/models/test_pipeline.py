@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine import engine, generate, tiny_model
+from tests.engine import engine, gemma3, generate, tiny_model
 from tests.models.child import results_in_child
 from tests.models.harness import LOSSLESS, PROMPTS, capacity, own_attention
 
@@ -56,15 +56,7 @@ def test_two_stages_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_windows_in_stages(tmp_path: Path) -> None:
     """Planned groups; the second stage has windowed layers alone."""
-    model = tiny_model(
-        "gemma3_text",
-        num_hidden_layers=5,
-        layer_types=("sliding_attention",) * 2 + ("full_attention",) + ("sliding_attention",) * 2,
-        head_dim=64,
-        sliding_window=200,
-        query_pre_attn_scalar=64,
-        tie_word_embeddings=True,
-    )
+    model = gemma3("wwfww")
     expected = own_attention(model, max_tokens=12)
     stages = dict(
         pipeline_parallel_size=2,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine import engine, generate, random_prompt, tiny_model
+from tests.engine import engine, gemma3, generate, random_prompt, tiny_model
 from tests.models.harness import LOSSLESS, PROMPTS, backends, own_attention, prompt_logprobs, worst
 
 PATH: dict[str, Any] = dict(num_hidden_layers=4)
@@ -43,15 +43,7 @@ def test_each_skipped_layer_makes_the_rest_better() -> None:
 
 @pytest.mark.slow
 def test_layers_with_a_window() -> None:
-    model = tiny_model(
-        "gemma3_text",
-        num_hidden_layers=4,
-        layer_types=("sliding_attention",) * 3 + ("full_attention",),
-        head_dim=64,
-        sliding_window=200,
-        query_pre_attn_scalar=64,
-        tie_word_embeddings=True,
-    )
+    model = gemma3("wwwf")
     expected = own_attention(model)
     with engine(model, "kivi_raw", kv_cache_dtype_skip_layers=["sliding_window"]) as llm:
         assert worst(generate(llm, PROMPTS, 20), expected) < LOSSLESS

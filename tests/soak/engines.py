@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from kivi_vllm.attention.groups.admission import Forecast
-from tests.engine import Answer, engine, generate, tiny_model
+from tests.engine import MAMBA2, Answer, engine, gemma3, generate, tiny_model
 from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
 
@@ -49,32 +49,14 @@ def model(kind: str = "plain") -> str:
     decode and in prefill. Up to four read full-precision tokens in place, in another order of
     summation, with what `exact_products` is there to keep out: 1e-7, and now and then a code.
     """
-    heads: dict[str, Any] = dict(num_attention_heads=16, num_key_value_heads=2, head_dim=32)
+    shape: dict[str, Any] = dict(
+        num_attention_heads=16, num_key_value_heads=2, head_dim=32, initializer_range=0.1
+    )
     if kind == "windows":  # pages come two to a block where there is no window
-        return tiny_model(
-            "gemma3_text",
-            **heads,
-            initializer_range=0.1,
-            num_hidden_layers=3,
-            layer_types=("sliding_attention",) * 2 + ("full_attention",),
-            sliding_window=200,
-            query_pre_attn_scalar=32,
-            tie_word_embeddings=True,
-        )
+        return gemma3("wwf", **shape)
     if kind == "hybrid":
-        return tiny_model(
-            "falcon_h1",
-            **heads,
-            initializer_range=0.1,
-            mamba_d_ssm=256,
-            mamba_n_heads=8,
-            mamba_d_head=32,
-            mamba_d_state=16,
-            mamba_n_groups=1,
-            mamba_expand=2,
-            mamba_chunk_size=64,
-        )
-    return tiny_model(initializer_range=0.1, **heads)
+        return tiny_model("falcon_h1", **shape, mamba_d_ssm=256, **MAMBA2)
+    return tiny_model(**shape)
 
 
 def quiet_answers(kind: Kind, prompts: Sequence[Sequence[int]]) -> list[Answer]:

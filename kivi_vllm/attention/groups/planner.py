@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import lcm
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -92,7 +91,7 @@ def plan(specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool) -> P
         pages = fitting[window]
         groups.append(_replaced(layers, block_size=pages * BLOCK_SIZE))
         page_groups.append(PageGroup(pages, window))
-    span = lcm(*(group.pages * BLOCK_SIZE for group in page_groups))
+    span = max(fitting.values()) * BLOCK_SIZE  # the others divide it
     tails = [part for layers in kinds.tails.values() for part in _parts(layers, block_bytes)]
     # Layers with another cache dtype hold a block for every 128 tokens. (States are not foreseen:
     # a request holds one or two blocks of each group of theirs, from its first token on.)
@@ -200,13 +199,13 @@ def _rings(
     fit = max(1, block_bytes // token_bytes)
     raw = any(spec.token_bytes == spec.state_content_bytes for spec in rings.values())
     tokens = min(fit, most if raw else BLOCK_SIZE)
-    admission = {"page_groups": page_groups, "num_others": num_others}
     return {
         name: replace(
             spec,
             page_tokens=tokens,
+            page_groups=page_groups,
+            num_others=num_others,
             **of_tokens(spec.token_bytes, tokens, BLOCK_SIZE),
-            **admission,
         )
         for name, spec in rings.items()
     }
