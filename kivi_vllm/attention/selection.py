@@ -55,7 +55,7 @@ def end_line() -> str:
 
 @functools.cache
 def report_at_the_end() -> None:
-    """Log `end_line` when this process ends."""
+    """Log `end_line` when this process ends: also a worker, which runs no `atexit`."""
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.kivi_vllm")

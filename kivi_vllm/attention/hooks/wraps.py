@@ -295,6 +295,17 @@ def _is_vllm_command_line() -> bool:
     return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
 
 
+def publish_counts() -> None:
+    """Let the server's metrics say what generated tokens have read of pages."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from kivi_vllm.attention.hooks import counts
+
+    _wrap(Scheduler, "make_stats", counts.send)
+    _wrap(StatLoggerManager, "record", counts.receive)
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace `owner.name` by `make(owner.name)`, once."""
     original = getattr(owner, name)
