@@ -53,7 +53,7 @@ class Machine:
         blocks: Array,
         block: tuple[int, int, int],
         grid: tuple[int, int, int],
-        parameters: dict[str, bytes],
+        parameters: Array,
         memory: GlobalMemory,
         shared: int,
     ) -> None:
@@ -251,10 +251,10 @@ def run(
     if not threads or threads % 32 or kernel.threads not in (None, threads):
         raise Fault(f"a block of {threads} threads; {kernel.name} is for {kernel.threads}")
     memory = GlobalMemory([*(x for x in arguments if isinstance(x, torch.Tensor)), *reachable])
-    parameters = {
-        name: _bytes(kind, size, value)
-        for (name, (kind, size)), value in zip(kernel.parameters.items(), arguments, strict=True)
-    }
+    parameters = np.zeros(program.parameter_bytes, np.uint8)
+    for (name, (kind, size)), value in zip(kernel.parameters.items(), arguments, strict=True):
+        at = program.parameters[name][0]
+        parameters[at : at + size] = np.frombuffer(_bytes(kind, size, value), np.uint8)
     blocks, each = math.prod(sizes[1]), max(1, THREADS // threads)
     total = kernel.shared_bytes + shared
     with np.errstate(all="ignore"):

@@ -60,8 +60,9 @@ class GlobalMemory:
         if (address % size).any():
             raise Fault(f"{size} bytes of global memory are {done} at an odd address")
         index = np.searchsorted(self._bases, address, "right") - 1
-        for i in np.unique(index):
-            which: Any = slice(None) if (index == i).all() else index == i
+        one = not len(index) or index.min() == index.max()
+        for i in index[:1] if one else np.unique(index):
+            which: Any = slice(None) if one else index == i
             at = address[which] - (self._bases[i] if i >= 0 else 0)
             if i < 0 or (at + size > len(self._parts[i])).any():
                 raise Fault(f"{size} bytes are {done} outside of all tensors")
@@ -118,7 +119,9 @@ class SharedMemory:
         self.time = 1
         # Of the last write: time and thread; a thread that is none: on its way.
         self._wrote = np.zeros(count, np.int64)
-        self._read = np.zeros((self.warps, count), np.int32)  # last time, for each warp
+        # Of each warp's last read: time, and lane, or 32: several.
+        self._read = np.zeros((self.warps, count), np.int32)
+        self._reader = np.zeros((self.warps, count), np.int8)
         self.seen = np.zeros((blocks * self.warps, self.warps + 1), np.int64)
 
     def load(self, address: Array, size: int, threads: Array) -> Array:
@@ -128,7 +131,7 @@ class SharedMemory:
         conflict = self._unknown_writes(units, threads)
         if conflict.any():
             raise Fault(self._story("read", units, conflict))
-        self._read[threads // 32 % self.warps, units.T] = self.time
+        self._note(units, threads)
         return self.bytes.reshape(-1, size)[at // size]
 
     def store(self, address: Array, data: Array, threads: Array) -> None:
@@ -195,10 +198,21 @@ class SharedMemory:
         return (last >> 12 > known) & (writer != (threads % self.threads)[:, None])
 
     def _unknown_reads(self, units: Array, threads: Array) -> Array:
-        warp = threads // 32
+        warp, lane = threads // 32, threads % 32
         unknown = self._read[:, units] > self.seen[warp, : self.warps].T[:, :, None]
-        unknown[warp % self.warps, np.arange(len(warp))] = False
+        own = warp % self.warps, np.arange(len(warp))
+        unknown[own] &= self._reader[own[0][:, None], units] != lane[:, None]
         return unknown.any(0)
+
+    def _note(self, units: Array, threads: Array) -> None:
+        """These threads have read there."""
+        warp, lane = threads // 32, (threads % 32).astype(np.int8)[:, None]
+        own = (warp % self.warps)[:, None], units
+        again = self._read[own] > self.seen[warp, warp % self.warps][:, None]
+        before = np.where(again, self._reader[own], lane)
+        self._reader[own] = np.where(before == lane, lane, np.int8(32))
+        self._reader[own] = np.where(self._reader[own] == lane, lane, np.int8(32))
+        self._read[own] = self.time
 
     def _on_the_way(self, units: Array) -> Array:
         return self._wrote[units] >> 12 > self.time

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,33 @@ from numpy.typing import NDArray
 from tests.ptx.parse import Fault, bits_of
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Calculation:
+    """What an instruction makes of numbers.
+
+    Attributes:
+        result: its type.
+        operands: theirs.
+        value: of the operands, arrays of a number a lane.
+
+    """
+
+    result: str
+    operands: tuple[str, ...]
+    value: Callable[..., Array]
+
+
+Maker = Callable[[str, str, list[str]], Calculation]
+"""Of an instruction's name, its last type, and what stands between them."""
+
+
+def only(known: set[str], modifiers: list[str]) -> None:
+    """Raise KeyError for a modifier that is not known."""
+    if unknown := {*modifiers} - known:
+        raise KeyError(unknown)
+
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
