@@ -16,13 +16,10 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 class Compiled:
-    """The operators for a `capability`; what they store must be the reference's bytes.
+    """The operators for a `capability`; what they store must be the reference's bytes."""
 
-    `prompts`: attend to those too; else the reference does it, in steps of more than decodes.
-    """
-
-    def __init__(self, capability: int, *, prompts: bool = True) -> None:
-        self.capability, self.prompts = capability, prompts
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def store_blocks(self, step: Step, cache: LayerCache, *tokens: torch.Tensor) -> None:
         self._store("store_blocks", step, cache, *tokens)
@@ -31,9 +28,6 @@ class Compiled:
         self._store("store_ring", step, cache, *tokens)
 
     def attend(self, step: Step, cache: LayerCache, *args: Any) -> None:
-        if not self.prompts and any(row.b - row.a > step.decode_len for row in step.rows):
-            reference.attend(step, cache, *args)
-            return
         with device(self.capability, _reachable(cache)):
             Triton.attend(step, cache, *args)
 

@@ -21,6 +21,7 @@ from tests.ptx.memory import GlobalMemory, SharedMemory
 from tests.ptx.numbers import Array, storage
 from tests.ptx.parse import Fault, Kernel, parse
 from tests.ptx.program import Program
+from tests.ptx.warpgroup import Products
 
 THREADS = 4096  # that go in lock-step, about: more only fill the caches
 
@@ -63,6 +64,7 @@ class Machine:
         self.threads = np.arange(self.count)
         self.block_of = np.repeat(blocks, self.block_threads)
         self.shared = SharedMemory(len(blocks), self.block_threads, shared, program.shared_unit)
+        self.products = Products(self)
         self.active: Array | None = None
         self.pcs = np.zeros(self.count, np.int64)
         self.done = np.zeros(self.count, bool)

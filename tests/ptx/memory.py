@@ -16,6 +16,7 @@ from tests.ptx.numbers import Array
 from tests.ptx.parse import Fault
 
 POISON = 0xFF  # NaN in every type
+NEVER = 2**31 - 1  # later than all synchronizations
 
 
 class GlobalMemory:
@@ -122,6 +123,7 @@ class SharedMemory:
         # Of each warp's last read: time, and lane, or 32: several.
         self._read = np.zeros((self.warps, count), np.int32)
         self._reader = np.zeros((self.warps, count), np.int8)
+        self._fenced = np.zeros(blocks * threads, np.int64)
         self.seen = np.zeros((blocks * self.warps, self.warps + 1), np.int64)
 
     def load(self, address: Array, size: int, threads: Array) -> Array:
@@ -166,6 +168,34 @@ class SharedMemory:
         at = address + threads // self.threads * self.stride
         self.bytes.reshape(-1, size)[at // size] = data
         self._wrote[self._units(at, size)] = (self.time * 4096 + threads % self.threads)[:, None]
+
+    def hold(self, address: Array, size: int, threads: Array) -> Array:
+        """As `load`, by something asynchronous: nobody may write there until `release`.
+
+        What was written must have passed a `fence`.
+        """
+        data = self.load(address, size, threads)
+        units = self._units(self._place(address, size, threads, "read"), size)
+        last = self._wrote[units]
+        writer = (threads // self.threads * self.threads)[:, None] + (last & 4095)
+        if (last >> 12 > self._fenced[writer]).any():
+            raise Fault("shared memory is read asynchronously, without a fence after a write")
+        self._set_read(units, threads, NEVER)
+        return data
+
+    def release(self, address: Array, size: int, threads: Array) -> None:
+        """What was held has been read."""
+        units = self._units(self._place(address, size, threads, "read"), size)
+        self._set_read(units, threads, self.time)
+
+    def fence(self, threads: Array) -> None:
+        """What these threads have written so far may be read asynchronously."""
+        self._fenced[threads] = self.time
+        self.time += 1
+
+    def _set_read(self, units: Array, threads: Array, time: int) -> None:
+        own = (threads // 32 % self.warps)[:, None], units
+        self._read[own], self._reader[own] = time, 32
 
     def synchronize(self, warps: Array) -> None:
         """These warps [blocks, n] of each block know from now on what they all have done."""

@@ -84,6 +84,11 @@ def narrowed(x: Array) -> Array:
     return np.where(x != x, np.uint16(0x7FFF), rounded)
 
 
+def halves(x: Array, kind: str) -> Array:
+    """Of bits, numbers of f16 or bf16 in float32."""
+    return x.view(np.float16).astype(np.float32) if kind == "f16" else widened(x.view(np.uint16))
+
+
 def reader(kind: str, bits: int) -> Callable[[Array], Array]:
     """Numbers of a type from registers of so many bits, whose lowest they are."""
     width, dtype = bits_of(kind), dtype_of(kind)

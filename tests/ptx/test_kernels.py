@@ -30,12 +30,12 @@ HOPPER = [
 ]
 
 
-def follow(case: Case, capability: int, *, prompts: bool) -> None:
+def follow(case: Case, capability: int) -> None:
     """A prompt over pages, which completes a block, and one without; then all decode."""
     sim, tokens = simulator(case), 1 + case.drafts
     long, short, new = (sim.add(n + 3 * tokens) for n in (398, 4, 20))
     sim.step({long: 378, short: 3})
-    sim.ops = Compiled(capability, prompts=prompts)
+    sim.ops = Compiled(capability)
     sim.step({long: 20, short: 1, new: 20})
     for _ in range(2):
         sim.step(dict.fromkeys([long, short, new], tokens))
@@ -43,11 +43,12 @@ def follow(case: Case, capability: int, *, prompts: bool) -> None:
 
 
 @pytest.mark.parametrize("case", some(AMPERE, [0]), ids=str)
-def test_all_kernels_on_ampere(case: Case) -> None:
-    follow(case, 80, prompts=True)
+def test_ampere(case: Case) -> None:
+    follow(case, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HOPPER, ids=str)
-def test_stores_and_decodes_on_hopper(case: Case) -> None:
-    follow(case, 90, prompts=False)
+def test_hopper(case: Case) -> None:
+    """Programs of four warps and more multiply asynchronously there: `wgmma`."""
+    follow(case, 90)
