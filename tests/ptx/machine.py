@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.memory import GlobalMemory, SharedMemory
+from tests.ptx.memory import MOST_BLOCKS, GlobalMemory, SharedMemory
 from tests.ptx.numbers import Array, storage
 from tests.ptx.parse import Fault, Kernel, parse
 from tests.ptx.program import Program
@@ -69,7 +69,6 @@ class Machine:
         self.pcs = np.zeros(self.count, np.int64)
         self.done = np.zeros(self.count, bool)
         self.waiting = np.full(self.count, -1)  # the barrier that a thread waits at
-        self.expected = np.zeros(self.count, np.int64)  # threads that it waits for
         self._join = -1
         self._pending: list[tuple[Array, Array, Array]] = []
         self._groups: list[_Copies] = []
@@ -162,8 +161,7 @@ class Machine:
             self.shared.synchronize(self.threads[: self.count // 32].reshape(-1, self.shared.warps))
             return False
         self.warps()
-        which = self.which()
-        self.waiting[which], self.expected[which] = barrier, expected
+        self.waiting[self.which()] = barrier
         self.go(then)
         waiting = self.waiting.reshape(-1, self.block_threads) == barrier
         for i in np.flatnonzero(waiting.sum(1) >= expected):
@@ -258,6 +256,8 @@ def run(
         at = program.parameters[name][0]
         parameters[at : at + size] = np.frombuffer(_bytes(kind, size, value), np.uint8)
     blocks, each = math.prod(sizes[1]), max(1, THREADS // threads)
+    if blocks > MOST_BLOCKS:
+        raise Fault(f"{blocks} blocks; {MOST_BLOCKS} can be told apart")
     total = kernel.shared_bytes + shared
     with np.errstate(all="ignore"):
         for start in range(0, blocks, each):

@@ -16,6 +16,7 @@ from tests.ptx.numbers import Array
 from tests.ptx.parse import Fault
 
 POISON = 0xFF  # NaN in every type
+MOST_BLOCKS = 1 << 15  # that can be told apart
 NEVER = 2**31 - 1  # later than all synchronizations
 
 
@@ -97,8 +98,8 @@ def _bytes_of(accesses: list[tuple[Array, int, Array]]) -> tuple[Array, Array]:
     addresses = [(a[:, None] + np.arange(size)).ravel() for a, size, _ in accesses]
     blocks = [np.repeat(b, size) for _, size, b in accesses]
     # Addresses have 48 bits at most, so blocks fit beside them.
-    keys = np.unique(np.concatenate(addresses) << 15 | np.concatenate(blocks))
-    return keys >> 15, keys & (1 << 15) - 1
+    keys = np.unique(np.concatenate(addresses) * MOST_BLOCKS + np.concatenate(blocks))
+    return keys // MOST_BLOCKS, keys % MOST_BLOCKS
 
 
 class SharedMemory:
@@ -242,7 +243,7 @@ class SharedMemory:
         before = np.where(again, self._reader[own], lane)
         self._reader[own] = np.where(before == lane, lane, np.int8(32))
         self._reader[own] = np.where(self._reader[own] == lane, lane, np.int8(32))
-        self._read[own] = self.time
+        self._read[own] = np.maximum(self._read[own], self.time)
 
     def _on_the_way(self, units: Array) -> Array:
         return self._wrote[units] >> 12 > self.time
