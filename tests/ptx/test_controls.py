@@ -48,21 +48,21 @@ def guarded(capability: int, name: str, tokens: int, *guards: str) -> tuple[int,
         except Fault:
             continue
         passed.append(str(kernel.instructions[i]))
-    print(f"{len(places) - len(passed)} of {len(places)} are missed; not:", *passed, sep="\n")
+    print(f"{len(places) - len(passed)} of {len(places)} are noticed; not:", *passed, sep="\n")
     return len(places), passed
 
 
 @pytest.mark.slow
-def test_barriers_and_waits_are_missed() -> None:
-    """Of decode: all that it has, but for what another barrier makes up for."""
+def test_decode_without_a_barrier_or_wait_is_noticed() -> None:
+    """All but what another barrier makes up for."""
     count, passed = guarded(80, "_decode", 1, "bar.", "cp.async.wait")
     assert count > 20
     assert len(passed) <= count // 20
 
 
 @pytest.mark.slow
-def test_fences_and_waits_of_asynchronous_products_are_missed() -> None:
-    """Of prefill on Hopper."""
+def test_prefill_without_a_fence_or_wait_is_noticed() -> None:
+    """Of its asynchronous products, on Hopper."""
     count, passed = guarded(90, "_prefill", 20, "fence.proxy.async", "wgmma.wait_group")
     assert count >= 4
     assert not passed
