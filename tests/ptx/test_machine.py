@@ -98,6 +98,22 @@ def test_bytes_of_registers_and_signs() -> None:
     assert of_bits("mov.b32 {_, %h2}, %r4; mov.b32 %r9, {%h2, %h2};", 0x1234FF80) == 0x12341234
 
 
+def test_scopes_have_registers_and_labels_of_their_own() -> None:
+    one = "{ .reg .b32 x; mov.b32 x, %r1; $on: add.s32 %r9, x, 1; @%p1 bra $on; }"
+    other = "{ .reg .b16 x; mov.b32 {x, _}, %r9; bra.uni $on; $on: cvt.u32.u16 %r9, x; }"
+    assert result("mov.pred %p1, 0;" + one + other).tolist() == [*range(1, 65)]
+
+
+def test_generic_addresses_and_parameters_by_address() -> None:
+    body = """
+        cvt.u64.u32 %rd4, %r3; cvta.shared.u64 %rd5, %rd4; st.b32 [%rd5], %r1;
+        cvta.to.shared.u64 %rd6, %rd5; cvt.u32.u64 %r4, %rd6; ld.shared.b32 %r5, [%r4];
+        mov.b64 %rd7, test_param_0; ld.param.b64 %rd8, [%rd7 + 16]; add.s64 %rd8, %rd8, %rd3;
+        cvta.to.global.u64 %rd8, %rd8; ld.b32 %r6, [%rd8]; add.s32 %r9, %r5, %r6;
+    """
+    assert result(body, shared=256).tolist() == [2 * i for i in range(64)]
+
+
 def test_lanes_exchange() -> None:
     lanes = torch.arange(64, dtype=torch.int32) % 32
     first = torch.arange(64, dtype=torch.int32) // 32 * 32
