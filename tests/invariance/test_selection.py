@@ -10,6 +10,7 @@ import torch
 
 from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection
+from kivi_vllm.ops.step import AttentionParams
 from tests.choice import some
 from tests.engine import Answer, engine, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler, use
@@ -91,12 +92,12 @@ def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
     poisoned: list[int] = []
 
     def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
-        with unread_poisoned(step, cache, selection) as pages:
+        with unread_poisoned(step, cache, selection, AttentionParams(1.0)) as pages:
             poisoned.append(pages)
             attend()
 
     def swapped(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
-        with unread_poisoned(step, cache, selection):
+        with unread_poisoned(step, cache, selection, AttentionParams(1.0)):
             if selection is None:
                 return attend()
             attend(replace(selection, blocks=selection.blocks.flip(0)))
@@ -147,7 +148,7 @@ def test_each_draft_chooses_for_itself(budget: Any) -> None:
     """Drafts and neighbours change nothing but the order of sums."""
 
     def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
-        with unread_poisoned(step, cache, selection):
+        with unread_poisoned(step, cache, selection, AttentionParams(1.0)):
             attend()
         for row in step.rows if selection else ():
             widths.append(row.b - row.a)
