@@ -1,8 +1,8 @@
 """What generated tokens have read of pages, as metrics of the server.
 
-The kernels count where the workers are. Where these are in the engine core's process, as those of
-one device are, the counts travel with its scheduler's statistics, in the place of a KV connector's,
-of which the KIVI cache has none. The metrics are `kivi:pages_seen` and `kivi:pages_read`.
+The kernels count in the workers. The counts of the first one travel with what it answers to a step
+to the scheduler, and from there with its statistics, in the place of a KV connector's, of which the
+KIVI cache has none. The metrics are `kivi:pages_seen` and `kivi:pages_read`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,37 @@ METRICS = {
 """One for each page, token and head of keys and values."""
 
 
+def answer(original: Callable) -> Callable:
+    """`ModelRunnerOutput.__init__`, with the counts of the worker that makes it."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        counts = COUNTED.tolist()
+        if counts[0]:
+            setattr(self, KEY, counts)
+
+    return __init__
+
+
+def keep(original: Callable) -> Callable:
+    """`Scheduler.update_from_output`, which hears of them."""
+
+    def update_from_output(
+        self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if (counts := getattr(output, KEY, None)) is not None:
+            setattr(self, KEY, counts)
+        return original(self, scheduled, output, *args, **kwargs)
+
+    return update_from_output
+
+
 def send(original: Callable) -> Callable:
-    """`Scheduler.make_stats`, with the counts of this process."""
+    """`Scheduler.make_stats`, with what it has heard."""
 
     def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
-        stats = original(self, *args, **kwargs)
-        counts = COUNTED.tolist()
-        if stats is not None and counts[0] and stats.kv_connector_stats is None:
+        stats, counts = original(self, *args, **kwargs), getattr(self, KEY, None)
+        if stats is not None and counts and stats.kv_connector_stats is None:
             stats.kv_connector_stats = {KEY: counts}
         return stats
 
