@@ -153,7 +153,7 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_lists_are_checked_before_anything_is_read(fault: str) -> None:
-    sim = make(Case(budget=256, tokens=660, heads=(2, 2), residual=32))  # no page is cut
+    sim = make(Case(budget=256, tokens=660, heads=(2, 2), residual=32))
     request = sim.add(660)
     generate(sim, request, 9, until=652)
     sim.change = BAD[fault]
