@@ -1,0 +1,181 @@
+"""The loop over pages, played on one multiprocessor."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from benchmarks.attention.gpu.model.gpus import Gpu, cost
+from benchmarks.attention.gpu.model.sass import Instruction
+
+L2_LATENCY = 270
+PORT_QUEUE = 24  # cycles of work that the port to shared memory accepts ahead
+BARRIER = 18  # cycles from the last arrival to the first instruction
+MOST_CYCLES = 600_000
+
+
+@dataclass
+class Loop:
+    """A page loop.
+
+    Attributes:
+        code: its instructions; what is rarely taken must not be among them.
+        warps: of a program.
+        programs: of a multiprocessor.
+        page_bytes: that a program reads in a turn.
+
+    """
+
+    code: list[Instruction]
+    warps: int
+    programs: int
+    page_bytes: int
+
+
+@dataclass(eq=False)
+class _Warp:
+    program: int
+    ready: int
+    at: int = 0
+    turns: list[int] = field(default_factory=list)  # when each ended
+    pending: list[list[float]] = field(default_factory=lambda: [[] for _ in range(6)])
+    groups: list[float] = field(default_factory=list)  # of asynchronous copies: when they land
+    landing: float = 0.0  # of those that are in no group yet
+    products: dict[int, float] = field(default_factory=dict)  # when a register's is there
+    waiting: bool = False
+
+
+def cycles_per_page(loop: Loop, gpu: Gpu, turns: int = 18) -> tuple[float, dict[str, float]]:
+    """Cycles in which a multiprocessor takes a page, and shares of the reasons for idling."""
+    play = _Play(loop, gpu, turns)
+    while not play.done and play.now < MOST_CYCLES:
+        play.cycle()
+    first = max(w.turns[4] for w in play.warps)
+    last = min(w.turns[-1] for w in play.warps)
+    pages = sum(first < t <= last for w in play.warps for t in w.turns) / loop.warps
+    idle = sum(play.idle.values())
+    return (last - first) / pages, {why: n / idle for why, n in play.idle.most_common(4)}
+
+
+class _Play:
+    def __init__(self, loop: Loop, gpu: Gpu, turns: int) -> None:
+        self.loop, self.gpu, self.turns = loop, gpu, turns
+        self.now, self.idle, self.memory, self.port = 0, Counter[str](), 0.0, 0.0
+        self.costs = [cost(x.opcode, gpu) for x in loop.code]
+        chance = random.Random(0)
+        starts = [chance.randrange(4000) for _ in range(loop.programs)]
+        self.warps = [_Warp(p, starts[p]) for p in range(loop.programs) for _ in range(loop.warps)]
+        self.cores = [self.warps[i::4] for i in range(4)]
+        self.pipes: list[dict[str, int]] = [{} for _ in range(4)]
+        self.last = [0] * 4
+        # Loads of two bytes are of a page; others that go to registers, of tables.
+        self.bytes = [_bytes(x) for x in loop.code]
+        self.scale = loop.page_bytes / (sum(self.bytes) * loop.warps)
+
+    @property
+    def done(self) -> bool:
+        return all(len(w.turns) == self.turns for w in self.warps)
+
+    def cycle(self) -> None:
+        for core, warps in enumerate(self.cores):
+            why = "ended"
+            for warp in warps[self.last[core] :] + warps[: self.last[core]]:
+                blocked = self._blocked(warp, core)
+                if blocked is None:
+                    self.last[core] = warps.index(warp)
+                    self._issue(warp, core)
+                    break
+                why = blocked
+            else:
+                self.idle[why] += 1
+        self.now += 1
+
+    def _blocked(self, warp: _Warp, core: int) -> str | None:
+        """Why a warp's next instruction cannot go now, or None."""
+        if len(warp.turns) == self.turns:
+            return "ended"
+        if warp.waiting:
+            return "barrier"
+        if self.now < warp.ready:
+            return "stall"
+        one, of = self.loop.code[warp.at], self.costs[warp.at]
+        for b in range(6):
+            if one.waits >> b & 1:
+                warp.pending[b] = [t for t in warp.pending[b] if t > self.now]
+                if warp.pending[b]:
+                    return "a result"
+        if one.opcode.startswith("DEPBAR"):
+            keep = int(one.operands.split(",")[1], 16)
+            landed = len(warp.groups) - keep
+            if landed > 0 and warp.groups[landed - 1] > self.now:
+                return "a copy"
+        if of.pipe and self.pipes[core].get(of.pipe, 0) > self.now:
+            return of.pipe
+        if of.port and self.port > self.now + PORT_QUEUE:
+            return "shared memory"
+        if one.opcode.startswith("HMMA"):
+            used = (re.match(r"\s*R(\d+)", x) for x in one.operands.split(",")[1:])
+            if any(warp.products.get(int(r[1]), 0) > self.now for r in used if r):
+                return "a product"
+        if one.opcode.startswith("WARPGROUP.DEPBAR") and warp.products.get(-1, 0) > self.now:
+            return "a product"
+        return None
+
+    def _issue(self, warp: _Warp, core: int) -> None:
+        one, of = self.loop.code[warp.at], self.costs[warp.at]
+        if of.pipe:
+            self.pipes[core][of.pipe] = self.now + of.interval
+        finish: float = self.now + of.latency
+        if of.port:
+            self.port = max(self.port, self.now) + of.port
+            finish = self.port + of.latency
+        if one.opcode.startswith("LDG"):
+            finish = self._load(warp, one, finish)
+        elif one.opcode.startswith("HMMA"):
+            target = re.match(r"\s*R(\d+)", one.operands)
+            assert target, one
+            warp.products[int(target[1])] = finish
+        elif one.opcode.startswith("HGMMA"):
+            warp.products[-1] = finish
+        if one.writes != 7:
+            warp.pending[one.writes].append(finish)
+        if one.reads != 7:
+            warp.pending[one.reads].append(min(finish, self.now + (12 if of.port else 6)))
+        warp.ready = self.now + max(1, one.stall)
+        if one.opcode.startswith("BAR"):
+            self._meet(warp)
+        warp.at += 1
+        if warp.at == len(self.loop.code):
+            warp.at = 0
+            warp.turns.append(self.now)
+
+    def _load(self, warp: _Warp, one: Instruction, finish: float) -> float:
+        if one.opcode.startswith("LDGDEPBAR"):
+            warp.groups.append(max([warp.landing, *warp.groups[-1:]]))
+            warp.landing = 0.0
+            return finish
+        nbytes = self.bytes[warp.at]
+        if not nbytes:
+            return self.port + L2_LATENCY
+        self.memory = max(self.memory, self.now) + nbytes * self.scale / self.gpu.bytes_per_cycle
+        there = max(self.memory, self.port) + self.gpu.dram
+        if one.opcode.startswith("LDGSTS"):
+            warp.landing = max(warp.landing, there)
+            return finish
+        return there
+
+    def _meet(self, warp: _Warp) -> None:
+        warp.waiting = True
+        peers = [w for w in self.warps if w.program == warp.program]
+        if all(w.waiting or len(w.turns) == self.turns for w in peers):
+            for w in peers:
+                w.waiting, w.ready = False, max(w.ready, self.now + BARRIER)
+
+
+def _bytes(one: Instruction) -> int:
+    """Of a page, that a warp's instruction loads, before all are scaled to a page's."""
+    if one.opcode.startswith("LDGSTS"):
+        return 32 * (16 if "128" in one.opcode else 8 if "64" in one.opcode else 4)
+    return 64 if one.opcode.startswith("LDG.E.U16") else 0
