@@ -8,6 +8,8 @@ narrow side (8) of the tensor cores' tiles, the codes the wide one.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import (
+    LOG2E,
     log2_scores,
     oldest_seen,
     rules_of,
@@ -37,7 +40,7 @@ from kivi_vllm.ops.triton.tokens import (
     raw_start,
     row_of,
 )
-from kivi_vllm.ops.triton.workspace import columns, num_splits, workspace
+from kivi_vllm.ops.triton.workspace import Kernel, columns, num_splits, slots, workspace
 
 # Tokens that the split of the raw ones takes at a time.
 RAW_STEP: tl.constexpr = tl.constexpr(32)
@@ -112,7 +115,7 @@ def _decode(
         if split == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
             start, lead = raw_start(first_raw(a, RULES.R), oldest_seen(a, RULES), C)
-            for s0 in range(start, b, RAW_STEP):
+            for s0 in tl.range(start, b, RAW_STEP, num_stages=2):
                 s = raw_position(s0 + tl.arange(0, RAW_STEP), start, lead, C)
                 valid = s < b
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
@@ -136,12 +139,14 @@ def _decode(
             largest = tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0))
             largest = tl.where(largest > 0, largest, 1.0)
             x, y = (x / largest[None]).to(T), (y / largest[None]).to(T)
-            factor = largest * scale
+            PLAIN: tl.constexpr = RULES.CAP == 0 and not RULES.ALIBI
+            factor = largest * scale * (LOG2E if PLAIN else 1.0)
             for n in range(first, tl.minimum(first + per_split, end)):
                 page = page_of(paged, row, n, head, C)[1]
                 s = n * B + tl.arange(0, B)
-                scores = packed_scores(page, x, y, C) * factor[None]
-                scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
+                scores = packed_scores(page, x, y, factor, C)
+                if not PLAIN:
+                    scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
                 if MASKED:  # else all columns see all of these pages
                     seen = s[:, None] < seen_from[None]
                     seen &= visible(s[:, None], t[None], t[None], RULES)
@@ -228,11 +233,24 @@ def _combine(
         tl.store(to + d, (total / mass).to(output.dtype.element_ty), mask=d < C.D)
 
 
-def _num_warps(constants: PageConstants, columns: int) -> int:
-    """Two, or four or eight where fewer would not have registers enough."""
+class Shape(NamedTuple):
+    """How `_decode` is compiled: warps of a program, and stages of its loop over pages."""
+
+    warps: int
+    stages: int
+
+
+def launch_shape(constants: PageConstants, columns: int) -> Shape:
+    """As few warps as have registers enough, and a page more in shared memory if it fits."""
+    if constants.PACKED and constants.DP * columns <= 1024:
+        return Shape(2, 5)  # two stages find the page, one copies it, one is what is copied to
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
-        return 2
-    return 8 if constants.TWO_LEVEL and constants.DP > 128 else 4
+        return Shape(2, 2)
+    return Shape(8 if constants.TWO_LEVEL and constants.DP > 128 else 4, 2)
+
+
+_kernels: dict[Any, Kernel] = {}
+"""What programs of `_decode` take, by what it was compiled for, once it has been launched."""
 
 
 def decode(
@@ -249,11 +267,15 @@ def decode(
     rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
     tiles, n = columns(gqa, min(step.decode_len, step.max_query_len))
     most_pages = step.block_table.shape[1] * cache.pages_per_block
-    splits = num_splits(rows * num_kv_heads * tiles, most_pages, query.device)
     constants, rules = page_constants(cache), rules_of(params, cache)
+    masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
+    form = (constants, rules, gqa, tiles, n, masked, query.dtype, query.device)
+    together = slots(query.device, _kernels.get(form))
+    splits = num_splits(rows * num_kv_heads * tiles, most_pages, together)
+    warps, stages = launch_shape(constants, n)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
-    _decode[parts[:3]](
+    compiled = _decode[parts[:3]](
         query,
         *query.stride()[:2],
         step.query_start_loc,
@@ -270,11 +292,13 @@ def decode(
         GQA=gqa,
         TILES=tiles,
         N=n,
-        MASKED=step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0,
-        num_warps=_num_warps(constants, n),
-        num_stages=2,  # a page ahead: more takes more registers than there are
+        MASKED=masked,
+        num_warps=warps,
+        num_stages=stages,
         maxnreg=255,  # else ptxas would rather spill than pass 128
     )
+    if form not in _kernels and hasattr(compiled, "n_regs"):
+        _kernels[form] = Kernel(compiled.n_regs, warps, compiled.metadata.shared)
     _combine[(rows, num_kv_heads * tiles, n)](
         partial,
         statistics,

@@ -7,6 +7,8 @@ all other strides and addresses multiples of 16 bytes, as vLLM's are; block tabl
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
 
 import torch
@@ -15,7 +17,7 @@ from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
-from kivi_vllm.ops.triton import store
+from kivi_vllm.ops.triton import spills, store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
 from kivi_vllm.ops.triton.page import page_constants
@@ -90,13 +92,14 @@ store_ring = store.store_ring
 def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
     """Choose and allocate what the kernels need for a layer; see `contract.Operators`."""
     device = torch.device("cuda", torch.accelerator.current_device_index())
+    spills.watch()
     slopes = params.alibi_slopes
     params = dataclasses.replace(
         params,
         alibi_slopes=None if slopes is None else slopes.to(device),
         first_chunk=choose(params, layer.head_size, layer.dtype),
     )
-    reserve(
+    nbytes = reserve(
         rows=layer.max_rows,
         num_kv_heads=layer.num_kv_heads,
         gqa=layer.num_heads // layer.num_kv_heads,
@@ -104,7 +107,17 @@ def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
         head_size=layer.head_size,
         device=device,
     )
+    _say_workspace(nbytes, layer.max_rows)
     return params
+
+
+@functools.cache
+def _say_workspace(nbytes: int, rows: int) -> None:
+    logging.getLogger("vllm.kivi_vllm").info(
+        "Decode steps of up to %d requests take %.0f MiB of GPU memory, which all layers share",
+        rows,
+        nbytes / 2**20,
+    )
 
 
 def attend(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention.cases import KIVI_DTYPES, SHAPES
@@ -16,7 +17,7 @@ from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import console, note
 
 Names = list[str] | None
-CACHES = KIVI_DTYPES | {"kivi4_paper": ("kivi4", "paper")}
+CACHES: dict[str, Any] = {**KIVI_DTYPES, "kivi4_paper": ("kivi4", "paper")}
 
 
 def model(
@@ -56,7 +57,7 @@ def model(
             words.append(f"{row[f'{name}_modelled_share']:.0%}")
         table.add_row(*map(str, words))
         note(f"{variant.compiler}, {variant.cache}: played")
-    console.print(table)
+    Console(width=max(console.width, 132)).print(table)
     note("Cycles are of a multiprocessor, a page; shares, of the GPU's bandwidth. All is modelled.")
     if json_path:
         write_json(json_path, {"modelled": True, "shape": shape, "rows": rows})
