@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops.cuda import decode as cuda
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
+from kivi_vllm.ops.triton.in_cuda import fields, variant
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import (
@@ -253,28 +255,37 @@ def decode(
     constants, rules = page_constants(cache), rules_of(params, cache)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
-    _decode[parts[:3]](
-        query,
-        *query.stride()[:2],
-        step.query_start_loc,
-        step.seq_lens,
-        pages_arguments(step, cache),
-        raw_arguments(cache, key, value),
-        params.alibi_slopes,
-        params.scale,
-        splits,
-        partial,
-        statistics,
-        C=constants,
-        RULES=rules,
-        GQA=gqa,
-        TILES=tiles,
-        N=n,
-        MASKED=step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0,
-        num_warps=_num_warps(constants, n),
-        num_stages=2,  # a page ahead: more takes more registers than there are
-        maxnreg=255,  # else ptxas would rather spill than pass 128
-    )
+    paged, raw = pages_arguments(step, cache), raw_arguments(cache, key, value)
+    masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
+    if cuda.serves(cache.fmt, query.dtype):
+        rows_of = (step.query_start_loc, step.seq_lens)
+        given = fields(query, *rows_of, paged, raw, params, splits, partial, statistics)
+        cuda.launch(
+            variant(constants, rules, query.dtype, gqa, (tiles, n), masked), parts[:3], given
+        )
+    else:
+        _decode[parts[:3]](
+            query,
+            *query.stride()[:2],
+            step.query_start_loc,
+            step.seq_lens,
+            paged,
+            raw,
+            params.alibi_slopes,
+            params.scale,
+            splits,
+            partial,
+            statistics,
+            C=constants,
+            RULES=rules,
+            GQA=gqa,
+            TILES=tiles,
+            N=n,
+            MASKED=masked,
+            num_warps=_num_warps(constants, n),
+            num_stages=2,  # a page ahead: more takes more registers than there are
+            maxnreg=255,  # else ptxas would rather spill than pass 128
+        )
     _combine[(rows, num_kv_heads * tiles, n)](
         partial,
         statistics,
