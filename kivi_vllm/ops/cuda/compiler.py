@@ -17,19 +17,25 @@ class CompilerError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The library of this process if there is one, else that of an NVIDIA package or of CUDA."""
-    places: list[Path] = []
-    if spec := find_spec("nvidia"):
-        roots = [Path(root) for root in spec.submodule_search_locations or ()]
-        places = [path for root in roots for path in sorted(root.glob("*/lib/libnvrtc.so.*"))]
-    places = [path for path in places if "builtins" not in path.name and "alt" not in path.name]
-    places += [Path("/usr/local/cuda/lib64/libnvrtc.so")]
-    for name in (*NAMES, *map(str, places)):
+    """That of this process or of the system, else that of an NVIDIA package, else of CUDA."""
+    for name in NAMES:
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise CompilerError("libnvrtc cannot be loaded")
+    for folder in _folders():
+        found = sorted(folder.glob("libnvrtc.so*"))
+        if found:
+            for builtins in folder.glob("libnvrtc-builtins.so*"):  # looked for by name alone
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(found[0]))
+    raise CompilerError("libnvrtc is not there: install the package nvidia-cuda-nvrtc")
+
+
+def _folders() -> list[Path]:
+    spec = find_spec("nvidia")
+    roots = [Path(root) for root in spec.submodule_search_locations or ()] if spec else []
+    return [*(path for root in roots for path in root.glob("*/lib")), Path("/usr/local/cuda/lib64")]
 
 
 def available() -> bool:

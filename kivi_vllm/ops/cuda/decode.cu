@@ -451,18 +451,35 @@ struct Queries {
   }
 };
 
-// Scores of a page, without the zeros: those of tile k in units of `unit_of(k % K_SLOTS)`; and the
-// zeros of the groups, of which the threads with this g have group g.
-DEV void page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float (*zeros)[2], int g,
-                     int t) {
+// A number with the power of two that is not above it, of those that fp16 has the inverses of.
+DEV float power_below(float x) {
+  return fmaxf(__uint_as_float(__float_as_uint(x) & 0x7f800000u), 1.f / (1 << 15));
+}
+
+// Scores of a page, without the zeros: those of tile k in units of the returned number over
+// `unit_of(k % K_SLOTS)`; and the zeros of the groups, of which the threads with this g have group g.
+DEV float page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float (*zeros)[2], int g,
+                      int t) {
+  // Steps become 2 at most, so that no factor is beyond fp16, and none that matters below it.
+  u32 most = 0;
+  UNROLL for (int s = 0; s < D / 16; s++) {
+    const uint2 w = words(k + K_STEP + 8 * (4 * s + t));
+    most = max2(most, max2(w.x, w.y));
+  }
+  float largest = fmaxf(low_half(most), high_half(most));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  const float unit = power_below(fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)));
+  const float inverse_unit = inverse(unit);
+  const u32 by = half2(inverse_unit, inverse_unit);
   float low[NT][4] = {}, steps[NT][4] = {};
   UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 32; i++) scores[n][i / 4][i % 4] = 0.f;
   UNROLL for (int s = 0; s < D / 16; s++) {
     const int quad = 4 * s + t;
     const uint2 l = words(k + 8 * quad), w = words(k + K_STEP + 8 * quad);
     const u32 low_even = __byte_perm(l.x, l.y, 0x5410), low_odd = __byte_perm(l.x, l.y, 0x7632);
-    const u32 step_even = __byte_perm(w.x, w.y, 0x5410), step_odd = __byte_perm(w.x, w.y, 0x7632);
-    u32 x[NT][2], x4[NT][2];
+    const u32 step_even = mul2(__byte_perm(w.x, w.y, 0x5410), by);
+    const u32 step_odd = mul2(__byte_perm(w.x, w.y, 0x7632), by);
+    u32 x[NT][2], x1024[NT][2];
     uint2 query[NT];
     u32 z = 0;
     if (B / G >= 8 || g < B / G) z = word(k + K_RANGE + g * D + 4 * quad);
@@ -470,8 +487,8 @@ DEV void page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float
       query[n] = q.of(n, s);
       x[n][0] = mul2(query[n].x, step_even);
       x[n][1] = mul2(query[n].y, step_odd);
-      x4[n][0] = mul2(x[n][0], 0xc400c400u);  // * -4
-      x4[n][1] = mul2(x[n][1], 0xc400c400u);
+      x1024[n][0] = mul2(x[n][0], 0xe400e400u);  // * -1024
+      x1024[n][1] = mul2(x[n][1], 0xe400e400u);
       mma(low[n], low_even, 0, low_odd, 0, query[n].x, query[n].y);
       mma(steps[n], z & 0x00f000f0u, 0, z >> 8 & 0x00f000f0u, 0, x[n][0], x[n][1]);
     }
@@ -485,13 +502,13 @@ DEV void page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float
       UNROLL for (int i = 0; i < K_SLOTS; i++) {
         const int token = (u * K_SLOTS + i) * 16;
         if (token % G == 0) {
-          // 4 + scale / 256, times x, less 4x: the scale times x, rounded once.
+          // 1024 + scale, times x, less 1024x: the scale times x, rounded once.
           const u32 r = word(k + K_RANGE + token / G * D + 4 * quad);
-          const u32 r0 = and_or(r, 0x000f000fu, 0x44004400u);
-          const u32 r1 = and_or(r >> 8, 0x000f000fu, 0x44004400u);
+          const u32 r0 = and_or(r, 0x000f000fu, 0x64006400u);
+          const u32 r1 = and_or(r >> 8, 0x000f000fu, 0x64006400u);
           UNROLL for (int n = 0; n < NT; n++) {
-            y[n][0] = fma2(r0, x[n][0], x4[n][0]);
-            y[n][1] = fma2(r1, x[n][1], x4[n][1]);
+            y[n][0] = fma2(r0, x[n][0], x1024[n][0]);
+            y[n][1] = fma2(r1, x[n][1], x1024[n][1]);
           }
         }
         const u32 m = mask_of(K_BITS, i);
@@ -502,13 +519,14 @@ DEV void page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float
     }
   }
   // The rows of `low` are one row eight times.
-  constexpr float STEP = (float)(1 << 20) * ZERO_STEP;
+  const float step = unit * (float)(1 << 20) * ZERO_STEP;
   UNROLL for (int n = 0; n < NT; n++) UNROLL for (int c = 0; c < 2; c++)
-    zeros[n][c] = steps[n][c] * STEP + low[n][c];
+    zeros[n][c] = steps[n][c] * step + low[n][c];
+  return unit;
 }
 
-// A code in slot i of K, times a scale as `page_scores` has it.
-__host__ __device__ constexpr float unit_of(int i) { return 4294967296.f / (1 << i * pitch(K_BITS)); }
+// What `page_scores` has of code 1 in slot i of K, one over it.
+__host__ __device__ constexpr float unit_of(int i) { return (float)(1 << (24 - i * pitch(K_BITS))); }
 
 // Add the page's values by the weights p of fp16, in fragments of 16 tokens.
 DEV void page_values(const u8 *v, const u32 (*p)[8][2], float (*acc)[D / 16][4], int g, int t) {
@@ -557,7 +575,7 @@ DEV float weights_of(const u8 *v, float (*scores)[8][4], u32 (*p)[8][2], float &
   }
   const float largest = most_of_column(fmaxf(low_half(most), high_half(most)));
   const float before = unit;
-  unit = fmaxf(unit, __uint_as_float(__float_as_uint(largest) & 0x7f800000u));
+  unit = fmaxf(unit, power_below(largest));
   const float by = inverse(unit);
   UNROLL for (int k = 0; k < 8; k++) {
     // Of 2 bits, tokens from 64 on lie four bits higher in their bytes.
@@ -610,27 +628,27 @@ DEV void attend_pages(const Call &call, const Row &row, int head, int tile, int 
   Softmax softmax;
   softmax.begin();
   float acc[NT][D / 16][4] = {};
-  float unit = 1.f / (1 << 14);
+  float unit = 1.f / (1 << 15);
 #pragma unroll 1
   for (int n = first; n < last; n++) {
     const u8 *const following = page_of(call, row, head, smaller(n + 2, last - 1));
     float scores[NT][8][4], zeros[NT][2], alpha[NT][2];
     wait();
-    page_scores(k, queries, scores, zeros, g, t);
+    const float k_unit = page_scores(k, queries, scores, zeros, g, t);
     __syncwarp();
     copy_keys(k_at, next, n + 1 < last, lane);
     UNROLL for (int m = 0; m < NT; m++) UNROLL for (int c = 0; c < 2; c++) {
       const Column of = Column::of(head, tile * N + 8 * m + 2 * t + c, row.a, row.b);
       const int seen_from = first_raw(of.t);
       const float slope = ALIBI ? call.slopes[of.head] : 0.f;
-      const float zero_of_g = zeros[m][c] * factor[m][c];
+      const float zero_of_g = zeros[m][c] * factor[m][c], scale = factor[m][c] * k_unit;
       float zero;
       UNROLL for (int i = 0; i < 8; i++) {
         if (16 * i % G == 0) zero = __shfl_sync(~0u, zero_of_g, 16 * i / G * 4 + t);
         UNROLL for (int r = 0; r < 2; r++) {
           const int token = 16 * i + 2 * g + r, s = n * B + token;
           float &x = scores[m][i][2 * r + c];
-          x = finished(x * (factor[m][c] * unit_of(i % K_SLOTS)) + zero, s, of.t, slope);
+          x = finished(x * (scale * unit_of(i % K_SLOTS)) + zero, s, of.t, slope);
           if (MASKED && !(s < seen_from && visible(s, of.t))) x = NOTHING;
           if (SINKS > 0 && i == 0 && n == 0 && token < SINKS) x = NOTHING;
         }

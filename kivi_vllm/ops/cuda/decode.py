@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+import os
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -13,10 +15,18 @@ from kivi_vllm.ops import codes
 from kivi_vllm.ops.cuda import compiler, driver
 from kivi_vllm.ops.format import PageFormat
 
-HEAD_SIZES = (64, 96, 128)
-"""For which the tests run it. Of 256, a program would not have registers enough."""
+logger = logging.getLogger(__name__)
 
 SOURCE = "decode.cu"
+
+HEAD_SIZES = (64, 96, 128, 256)
+"""For which the tests run it."""
+
+MOST_NUMBERS = 2048
+"""Head size times columns: of more, a program would not have registers enough."""
+
+WANTED = os.environ.get("KIVI_VLLM_CUDA_DECODE", "1") != "0"
+"""Whether to take this kernel where there is one; else Triton's."""
 
 
 @dataclass(frozen=True)
@@ -85,32 +95,46 @@ def _source() -> str:
 
 
 def compiled(variant: Variant, architecture: str, ptx: bool = False) -> bytes:
-    """A cubin for `sm_90` or the like; PTX for `compute_90`."""
+    """A cubin for `sm_90` or the like; PTX for `compute_90`.
+
+    Raises:
+        CompilerError: there is no NVRTC, or it does not know the architecture.
+
+    """
     options = [*variant.options, f"--gpu-architecture={architecture}"]
     return compiler.compiled(_source(), SOURCE, options, ptx)
 
 
-@functools.cache
-def _kernel(variant: Variant, device: int) -> driver.Kernel:
-    """The kernel for a device of this process, which must be current."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
-
-
-@functools.cache
-def serves(fmt: PageFormat, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for these pages and queries of this dtype."""
+def serves(fmt: PageFormat, dtype: torch.dtype, columns: int) -> bool:
+    """Whether there is a kernel for these pages, queries of this dtype, and columns of a tile."""
     return (
         fmt.two_level
         and not fmt.is_raw
         and fmt.head_size in HEAD_SIZES
+        and fmt.head_size * columns <= MOST_NUMBERS
         and dtype in (torch.bfloat16, torch.float16)
-        and compiler.available()
     )
 
 
-def launch(variant: Variant, grid: tuple[int, int, int], fields: dict[str, int | float]) -> None:
+@functools.cache
+def kernel(variant: Variant, device: torch.device) -> driver.Kernel | None:
+    """The kernel for a GPU of this process, which is current; None: Triton's must do."""
+    if device.type != "cuda" or not WANTED:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
+    except (compiler.CompilerError, driver.DriverError) as error:
+        logger.warning(
+            "the CUDA kernel of decode cannot be had, Triton's takes its place, and is slower: %s",
+            str(error).splitlines()[0],
+        )
+        return None
+
+
+def launch(
+    kernel: driver.Kernel, grid: tuple[int, int, int], fields: dict[str, int | float]
+) -> None:
     """Launch on the current stream of the current device; `fields` are those of `Call`."""
-    device = torch.cuda.current_device()
-    stream = torch.cuda.current_stream(device).cuda_stream
-    driver.launch(_kernel(variant, device), grid, 32, Call(**fields), stream)
+    stream = torch.cuda.current_stream().cuda_stream
+    driver.launch(kernel, grid, 32, Call(**fields), stream)

@@ -257,12 +257,14 @@ def decode(
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
     paged, raw = pages_arguments(step, cache), raw_arguments(cache, key, value)
     masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
-    if cuda.serves(cache.fmt, query.dtype):
-        rows_of = (step.query_start_loc, step.seq_lens)
-        given = fields(query, *rows_of, paged, raw, params, splits, partial, statistics)
-        cuda.launch(
-            variant(constants, rules, query.dtype, gqa, (tiles, n), masked), parts[:3], given
-        )
+    in_cuda = None
+    if cuda.serves(cache.fmt, query.dtype, n):
+        sizes = (gqa, (tiles, n), masked)
+        in_cuda = cuda.kernel(variant(constants, rules, query.dtype, *sizes), query.device)
+    if in_cuda is not None:
+        where = (step.query_start_loc, step.seq_lens, paged, raw)
+        given = fields(query, *where, params, splits, partial, statistics)
+        cuda.launch(in_cuda, parts[:3], given)
     else:
         _decode[parts[:3]](
             query,
