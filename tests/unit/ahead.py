@@ -20,6 +20,7 @@ from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -120,8 +121,25 @@ def _instructions(code: str) -> tuple[list[str], int]:
 
 
 @contextmanager
-def compiled(capability: int) -> Iterator[list[Any]]:
-    """Compile what is launched, for `capability` (80, 90, 100); gives the kernels, in order."""
+def _assembled(wanted: bool) -> Iterator[None]:
+    """Whether PTX becomes machine code; kernels for which it does not are cached apart."""
+    if wanted:
+        yield
+        return
+    hash_of = CUDABackend.hash
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
+        mock.patch.object(CUDABackend, "hash", lambda self: f"{hash_of(self)}-ptx"),
+    ):
+        yield
+
+
+@contextmanager
+def compiled(capability: int, *, assembled: bool = True) -> Iterator[list[Any]]:
+    """Compile what is launched, for `capability` (80, 90, 100); gives the kernels, in order.
+
+    Not `assembled`: to PTX only, which is faster.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     kernels: list[Any] = []
@@ -138,7 +156,7 @@ def compiled(capability: int) -> Iterator[list[Any]]:
     before = driver._active
     driver.set_active(_Driver(capability))
     try:
-        with mock.patch.object(JITFunction, "run", run):
+        with _assembled(assembled), mock.patch.object(JITFunction, "run", run):
             yield kernels
     finally:
         driver._active = before

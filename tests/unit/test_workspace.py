@@ -40,11 +40,11 @@ def h100():
 @pytest.mark.parametrize(
     ("kernel", "each"),
     [
-        (Kernel(registers=237, warps=2, shared=18944), 4),  # registers
-        (Kernel(registers=183, warps=4, shared=100 << 10), 2),  # shared memory
-        (Kernel(registers=166, warps=1, shared=10240), 12),
-        (Kernel(registers=32, warps=1, shared=0), MOST_PROGRAMS),
-        (Kernel(registers=255, warps=16, shared=0), 1),  # it would not even run
+        (Kernel(237, 18944, warps=2), 4),  # registers
+        (Kernel(183, 100 << 10, warps=4), 2),  # shared memory
+        (Kernel(166, 10240, warps=1), 12),
+        (Kernel(32, 0, warps=1), MOST_PROGRAMS),
+        (Kernel(255, 0, warps=16), 1),  # it would not even run
     ],
 )
 def test_programs_that_run_together(kernel: Kernel, each: int) -> None:

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops.cuda import decode as cuda
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
+from kivi_vllm.ops.triton.in_cuda import fields, variant
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import (
@@ -269,36 +271,46 @@ def decode(
     most_pages = step.block_table.shape[1] * cache.pages_per_block
     constants, rules = page_constants(cache), rules_of(params, cache)
     masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
+    in_cuda = None
+    if cuda.serves(cache.fmt, query.dtype, n):
+        sizes = (gqa, (tiles, n), masked)
+        in_cuda = cuda.kernel(variant(constants, rules, query.dtype, *sizes), query.device)
     form = (constants, rules, gqa, tiles, n, masked, query.dtype, query.device)
-    together = slots(query.device, _kernels.get(form))
+    together = slots(query.device, in_cuda or _kernels.get(form))
     splits = num_splits(rows * num_kv_heads * tiles, most_pages, together)
-    warps, stages = launch_shape(constants, n)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
-    compiled = _decode[parts[:3]](
-        query,
-        *query.stride()[:2],
-        step.query_start_loc,
-        step.seq_lens,
-        pages_arguments(step, cache),
-        raw_arguments(cache, key, value),
-        params.alibi_slopes,
-        params.scale,
-        splits,
-        partial,
-        statistics,
-        C=constants,
-        RULES=rules,
-        GQA=gqa,
-        TILES=tiles,
-        N=n,
-        MASKED=masked,
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=255,  # else ptxas would rather spill than pass 128
-    )
-    if form not in _kernels and hasattr(compiled, "n_regs"):
-        _kernels[form] = Kernel(compiled.n_regs, warps, compiled.metadata.shared)
+    paged, raw = pages_arguments(step, cache), raw_arguments(cache, key, value)
+    if in_cuda is not None:
+        where = (step.query_start_loc, step.seq_lens, paged, raw)
+        given = fields(query, *where, params, splits, partial, statistics)
+        cuda.launch(in_cuda, parts[:3], given)
+    else:
+        warps, stages = launch_shape(constants, n)
+        compiled = _decode[parts[:3]](
+            query,
+            *query.stride()[:2],
+            step.query_start_loc,
+            step.seq_lens,
+            paged,
+            raw,
+            params.alibi_slopes,
+            params.scale,
+            splits,
+            partial,
+            statistics,
+            C=constants,
+            RULES=rules,
+            GQA=gqa,
+            TILES=tiles,
+            N=n,
+            MASKED=masked,
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=255,  # else ptxas would rather spill than pass 128
+        )
+        if form not in _kernels and hasattr(compiled, "n_regs"):
+            _kernels[form] = Kernel(compiled.n_regs, compiled.metadata.shared, warps)
     _combine[(rows, num_kv_heads * tiles, n)](
         partial,
         statistics,

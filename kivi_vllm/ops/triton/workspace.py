@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,20 +26,21 @@ SYSTEM_SHARED = 1024
 _buffers: dict[torch.device, list[torch.Tensor]] = {}
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What a program of a compiled kernel takes.
-
-    Attributes:
-        registers: of a thread.
-        warps: of 32 threads.
-        shared: bytes of shared memory.
-
-    """
+class Takes(Protocol):
+    """What a program of a compiled kernel takes: of a thread, of shared memory, and its warps."""
 
     registers: int
+    shared_bytes: int
     warps: int
-    shared: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of Triton's, as `Takes` has it."""
+
+    registers: int
+    shared_bytes: int
+    warps: int
 
 
 @functools.cache
@@ -49,7 +51,7 @@ def _num_processors(device: torch.device) -> int:
 
 
 @functools.cache
-def slots(device: torch.device, kernel: Kernel | None) -> int:
+def slots(device: torch.device, kernel: Takes | None) -> int:
     """Programs of `kernel` that run on a device together; None: it is not compiled yet."""
     each = MOST_PROGRAMS
     if device.type == "cuda" and kernel is not None:
@@ -58,7 +60,7 @@ def slots(device: torch.device, kernel: Kernel | None) -> int:
         each = min(
             MOST_PROGRAMS,
             of.regs_per_multiprocessor // registers,
-            of.shared_memory_per_multiprocessor // (kernel.shared + SYSTEM_SHARED),
+            of.shared_memory_per_multiprocessor // (kernel.shared_bytes + SYSTEM_SHARED),
             of.max_threads_per_multi_processor // (32 * kernel.warps),
         )
     return _num_processors(device) * max(1, each)

@@ -1,0 +1,140 @@
+"""Attention over packed pages by `decode.cu`: its variants, its argument, and its launches."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+
+from kivi_vllm.ops import codes
+from kivi_vllm.ops.cuda import compiler, driver
+from kivi_vllm.ops.format import PageFormat
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "decode.cu"
+
+HEAD_SIZES = (64, 96, 128, 256)
+"""For which the tests run it."""
+
+MOST_NUMBERS = 2048
+"""Head size times columns: of more, a program would not have registers enough."""
+
+WANTED = os.environ.get("KIVI_VLLM_CUDA_DECODE", "1") != "0"
+"""Whether to take this kernel where there is one; else Triton's."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is known when it is compiled: the constants of `decode.cu`, in their words."""
+
+    D: int
+    K_BITS: int
+    V_BITS: int
+    G: int
+    SINKS: int
+    PER_BLOCK: int
+    RING: int
+    TAIL: int
+    R: int
+    GQA: int
+    TILES: int
+    N: int
+    MASKED: bool
+    BF16: bool
+    CAP: float
+    ALIBI: bool
+    WINDOW: int
+    CHUNK: int
+
+    @property
+    def options(self) -> list[str]:
+        """Those of the compiler."""
+        words = {name: f"{value:d}" for name, value in vars(self).items() if name != "CAP"}
+        words |= {"CAP": f"{self.CAP!r}f", "ZERO_STEP": str(codes.zero_step(self.K_BITS))}
+        words["CALL_BYTES"] = str(ctypes.sizeof(Call))
+        return ["--std=c++17", *(f"-D{name}={value}" for name, value in words.items())]
+
+
+def _fields(pointer: str, *numbers: str) -> list[tuple[str, type]]:
+    return [(pointer, ctypes.c_void_p), *((name, ctypes.c_int64) for name in numbers)]
+
+
+class Call(ctypes.Structure):
+    """`Call` of `decode.cu`; strides are bytes."""
+
+    _fields_ = (
+        *_fields("query", "query_token", "query_head"),
+        *_fields("query_start_loc"),
+        *_fields("seq_lens"),
+        *_fields("pages", "page_block", "page_page", "page_head"),
+        *_fields("table", "table_row"),
+        *_fields("key", "key_token", "key_head"),
+        *_fields("value", "value_token", "value_head"),
+        *_fields("ring", "ring_page", "ring_head", "ring_token"),
+        *_fields("ring_table", "ring_row"),
+        *_fields("tails", "tails_page", "tails_head", "tails_token", "tails_row"),
+        *_fields("sinks", "sinks_page", "sinks_head", "sinks_token"),
+        *_fields("sinks_table", "sinks_row"),
+        *_fields("slopes"),
+        *_fields("partial"),
+        *_fields("statistics"),
+        ("scale", ctypes.c_float),
+        ("splits", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _source() -> str:
+    return files("kivi_vllm.ops.cuda").joinpath(SOURCE).read_text()
+
+
+def compiled(variant: Variant, architecture: str, ptx: bool = False) -> bytes:
+    """A cubin for `sm_90` or the like; PTX for `compute_90`.
+
+    Raises:
+        CompilerError: there is no NVRTC, or it does not know the architecture.
+
+    """
+    options = [*variant.options, f"--gpu-architecture={architecture}"]
+    return compiler.compiled(_source(), SOURCE, options, ptx)
+
+
+def serves(fmt: PageFormat, dtype: torch.dtype, columns: int) -> bool:
+    """Whether there is a kernel for these pages, queries of this dtype, and columns of a tile."""
+    return (
+        fmt.two_level
+        and not fmt.is_raw
+        and fmt.head_size in HEAD_SIZES
+        and fmt.head_size * columns <= MOST_NUMBERS
+        and dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+@functools.cache
+def kernel(variant: Variant, device: torch.device) -> driver.Kernel | None:
+    """The kernel for a GPU of this process, which is current; None: Triton's must do."""
+    if device.type != "cuda" or not WANTED:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
+    except (compiler.CompilerError, driver.DriverError) as error:
+        logger.warning(
+            "the CUDA kernel of decode cannot be had, Triton's takes its place, and is slower: %s",
+            str(error).splitlines()[0],
+        )
+        return None
+
+
+def launch(
+    kernel: driver.Kernel, grid: tuple[int, int, int], fields: dict[str, int | float]
+) -> None:
+    """Launch on the current stream of the current device; `fields` are those of `Call`."""
+    stream = torch.cuda.current_stream().cuda_stream
+    driver.launch(kernel, grid, 32, Call(**fields), stream)
