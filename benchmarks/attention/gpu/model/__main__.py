@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.attention.cases import KIVI_DTYPES, SHAPES
 from benchmarks.attention.gpu.model.gpus import GPUS
-from benchmarks.attention.gpu.model.variants import gpus_of, triton_variants
+from benchmarks.attention.gpu.model.variants import gpus_of, variants
 from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
@@ -47,7 +47,7 @@ def model(
             table.add_column(f"{name}\n{title}", justify="right")
     rows = []
     chosen = {name: CACHES[name] for name in caches}
-    for variant in triton_variants(chosen, SHAPES[shape], capability):
+    for variant in variants(chosen, SHAPES[shape], capability):
         row = variant.modelled(known_gpus)
         rows.append(row)
         words = [row["compiler"], row["cache"], row["warps"], row["instructions_a_page"]]

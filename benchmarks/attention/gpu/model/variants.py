@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from benchmarks.attention.gpu.model import sass
 from benchmarks.attention.gpu.model.gpus import GPUS, Gpu
 from benchmarks.attention.gpu.model.timing import Loop, cycles_per_page
 from kivi_vllm.config import KiviConfig, Recipe
+from kivi_vllm.ops.cuda import decode as cuda
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.triton import operators
 
@@ -68,28 +70,32 @@ class Variant:
         return row
 
 
-def triton_variants(
+def variants(
     caches: dict[str, tuple[str, Recipe]], shape: Shape, capability: int
 ) -> Iterator[Variant]:
-    """The Triton kernel for each of `caches`, which are dtypes and recipes by our names."""
+    """The kernels of each of `caches`, which are dtypes and recipes by our names."""
     from tests.unit.ahead import compiled  # of the checkout
     from tests.unit.test_compile import Layer
 
     for name, (dtype, recipe) in caches.items():
         heads = (shape.num_heads, shape.num_kv_heads)
         layer = Layer(dtype, recipe, heads=heads, head_size=shape.head_size, rows=32)
-        with compiled(capability) as kernels:
-            operators.attend(*layer.arguments(decode=True))
-        kernel = next(kernel for kernel in kernels if kernel.metadata.name == "_decode")
         config = KiviConfig.from_options(dtype, {"recipe": recipe})
-        yield Variant(
-            f"Triton {triton.__version__}",
-            name,
-            kernel.asm["cubin"],
-            kernel.metadata.num_warps,
-            kernel.metadata.shared,
-            PageFormat.of(config, shape.head_size, torch.bfloat16).page_bytes,
-        )
+        nbytes = PageFormat.of(config, shape.head_size, torch.bfloat16).page_bytes
+        in_cuda: list[bytes] = []
+
+        def refuse(
+            variant: cuda.Variant, _: torch.device, into: list[bytes] = in_cuda
+        ) -> None:  # so that Triton's takes its place
+            into.append(cuda.compiled(variant, f"sm_{capability}"))
+
+        with mock.patch.object(cuda, "kernel", refuse), compiled(capability) as kernels:
+            operators.attend(*layer.arguments(decode=True))
+        for cubin in in_cuda:
+            yield Variant("CUDA", name, cubin, 1, nbytes, nbytes)
+        kernel = next(kernel for kernel in kernels if kernel.metadata.name == "_decode")
+        made = (kernel.asm["cubin"], kernel.metadata.num_warps, kernel.metadata.shared)
+        yield Variant(f"Triton {triton.__version__}", name, *made, nbytes)
 
 
 def gpus_of(names: list[str]) -> tuple[int, dict[str, Gpu]]:
