@@ -345,6 +345,9 @@ DEV Token raw_token(const Call &call, const Row &row, int head, int s) {
   return {k, k + 2 * D};
 }
 
+// Of 16 tokens, that are read together: as many as there are registers for.
+constexpr int RAW_TILES = NT > 1 || D > 128 ? 1 : 2;
+
 DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at, int lane) {
   const int g = lane / 4, t = lane % 4;
   // Queries: of chunks of 32 channels, thread t has channels 8t to 8t + 7.
@@ -364,48 +367,53 @@ DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at
   const int start = larger(seen_from, oldest) - lead;
   const float factor = call.scale * (PLAIN ? LOG2E : 1.f);
 #pragma unroll 1
-  for (int first = start; first < row.b; first += 16) {
-    int s[2];
-    Token token[2];
-    UNROLL for (int r = 0; r < 2; r++) {
+  for (int first = start; first < row.b; first += 16 * RAW_TILES) {
+    int s[2 * RAW_TILES];
+    Token token[2 * RAW_TILES];
+    UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) {
       s[r] = first + g + 8 * r;
       if (SINKS > 0 && s[r] < start + lead) s[r] -= start;
       token[r] = raw_token(call, row, head, s[r] < row.b ? s[r] : row.b - 1);
     }
-    uint4 k[2][D / 32];
-    UNROLL for (int r = 0; r < 2; r++) UNROLL for (int i = 0; i < D / 32; i++)
+    // All that is read is asked for before any of it is needed.
+    uint4 k[2 * RAW_TILES][D / 32];
+    uint2 v[4 * RAW_TILES][D / 32];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of each tile
+    UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) UNROLL for (int i = 0; i < D / 32; i++)
       k[r][i] = *(const uint4 *)(token[r].k + 16 * t + 64 * i);
-    uint2 v[4][D / 32];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9
-    UNROLL for (int r = 0; r < 4; r++) {
+    UNROLL for (int r = 0; r < 4 * RAW_TILES; r++) {
       const i64 of = __shfl_sync(~0u, (i64)token[r / 2].v, 4 * (2 * t + r % 2));
       UNROLL for (int i = 0; i < D / 32; i++) v[r][i] = words((const u8 *)of + 8 * g + 64 * i);
     }
-    float scores[NT][1][4] = {}, alpha[NT][2];
-    UNROLL for (int n = 0; n < NT; n++) {
+    float scores[NT][RAW_TILES][4] = {}, alpha[NT][2];
+    UNROLL for (int n = 0; n < NT; n++) UNROLL for (int m = 0; m < RAW_TILES; m++) {
+      float *const x = scores[n][m];
       UNROLL for (int i = 0; i < D / 32; i++) {
-        mma_model(scores[n][0], k[0][i].x, k[1][i].x, k[0][i].y, k[1][i].y, q[n][i].x, q[n][i].y);
-        mma_model(scores[n][0], k[0][i].z, k[1][i].z, k[0][i].w, k[1][i].w, q[n][i].z, q[n][i].w);
+        const uint4 k0 = k[2 * m][i], k1 = k[2 * m + 1][i];
+        mma_model(x, k0.x, k1.x, k0.y, k1.y, q[n][i].x, q[n][i].y);
+        mma_model(x, k0.z, k1.z, k0.w, k1.w, q[n][i].z, q[n][i].w);
       }
       UNROLL for (int r = 0; r < 4; r++) {
+        const int of = s[2 * m + r / 2];
         const Column c = Column::of(head, tile * N + 8 * n + 2 * t + r % 2, row.a, row.b);
-        const int at_full = s[r / 2] >= first_raw(c.t) || (SINKS > 0 && s[r / 2] < SINKS);
-        const bool seen = at_full && visible(s[r / 2], c.t) && s[r / 2] < row.b;
+        const bool whole = of >= first_raw(c.t) || (SINKS > 0 && of < SINKS);
         const float slope = ALIBI ? call.slopes[c.head] : 0.f;
-        const float x = finished(scores[n][0][r] * factor, s[r / 2], c.t, slope);
-        scores[n][0][r] = seen ? x : NOTHING;
+        const float score = finished(x[r] * factor, of, c.t, slope);
+        x[r] = whole && visible(of, c.t) && of < row.b ? score : NOTHING;
       }
     }
-    softmax.weigh<1>(scores, alpha);
+    softmax.weigh<RAW_TILES>(scores, alpha);
     UNROLL for (int n = 0; n < NT; n++) {
-      const u32 p0 = transposed(model2(scores[n][0][0], scores[n][0][1]));
-      const u32 p1 = transposed(model2(scores[n][0][2], scores[n][0][3]));
       UNROLL for (int i = 0; i < D / 16; i++) UNROLL for (int r = 0; r < 4; r++)
         acc[n][i][r] *= alpha[n][r % 2];
-      UNROLL for (int i = 0; i < D / 32; i++) UNROLL for (int j = 0; j < 2; j++) {
-        const auto of = [&](int r) { return j ? v[r][i].y : v[r][i].x; };
-        mma_model(acc[n][2 * i + j], __byte_perm(of(0), of(1), 0x5410),
-                  __byte_perm(of(0), of(1), 0x7632), __byte_perm(of(2), of(3), 0x5410),
-                  __byte_perm(of(2), of(3), 0x7632), p0, p1);
+      UNROLL for (int m = 0; m < RAW_TILES; m++) {
+        const u32 p0 = transposed(model2(scores[n][m][0], scores[n][m][1]));
+        const u32 p1 = transposed(model2(scores[n][m][2], scores[n][m][3]));
+        UNROLL for (int i = 0; i < D / 32; i++) UNROLL for (int j = 0; j < 2; j++) {
+          const auto of = [&](int r) { return j ? v[4 * m + r][i].y : v[4 * m + r][i].x; };
+          mma_model(acc[n][2 * i + j], __byte_perm(of(0), of(1), 0x5410),
+                    __byte_perm(of(0), of(1), 0x7632), __byte_perm(of(2), of(3), 0x5410),
+                    __byte_perm(of(2), of(3), 0x7632), p0, p1);
+        }
       }
     }
   }
@@ -676,8 +684,11 @@ DEV void attend_pages(const Call &call, const Row &row, int head, int tile, int 
   }
 }
 
+// Programs of a multiprocessor, as far as registers go.
+constexpr int PROGRAMS = NT * D > 128 ? 8 : 12;
+
 // Grid (rows, num_kv_heads * TILES, 1 + splits).
-extern "C" __global__ void __launch_bounds__(32) decode(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(32, PROGRAMS) decode(const __grid_constant__ Call call) {
   __shared__ __align__(128) u8 shared[K_BYTES + V_BYTES + (SHARED ? N * D * 2 : 0)];
   const int lane = threadIdx.x, split = blockIdx.z;
   const int head = blockIdx.y / TILES, tile = blockIdx.y % TILES;
