@@ -384,15 +384,18 @@ DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at
       s[r] = next[r];
       token[r] = next_token[r];
     }
-    // All that is read is asked for before any of it is needed.
+    // All that is read is asked for before any of it is needed, as far as there are registers.
     uint4 k[2 * RAW_TILES][D / 32];
     uint2 v[4 * RAW_TILES][D / 32];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of each tile
     UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) UNROLL for (int i = 0; i < D / 32; i++)
       k[r][i] = *(const uint4 *)(token[r].k + 16 * t + 64 * i);
-    UNROLL for (int r = 0; r < 4 * RAW_TILES; r++) {
-      const i64 of = __shfl_sync(~0u, (i64)token[r / 2].v, 4 * (2 * t + r % 2));
-      UNROLL for (int i = 0; i < D / 32; i++) v[r][i] = words((const u8 *)of + 8 * g + 64 * i);
-    }
+    const auto load_values = [&] {
+      UNROLL for (int r = 0; r < 4 * RAW_TILES; r++) {
+        const i64 of = __shfl_sync(~0u, (i64)token[r / 2].v, 4 * (2 * t + r % 2));
+        UNROLL for (int i = 0; i < D / 32; i++) v[r][i] = words((const u8 *)of + 8 * g + 64 * i);
+      }
+    };
+    if (D <= 128) load_values();
     if (first + 16 * RAW_TILES < row.b) find(first + 16 * RAW_TILES);
     float scores[NT][RAW_TILES][4] = {}, alpha[NT][2];
     UNROLL for (int n = 0; n < NT; n++) UNROLL for (int m = 0; m < RAW_TILES; m++) {
@@ -411,6 +414,7 @@ DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at
         x[r] = whole && visible(of, c.t) && of < row.b ? score : NOTHING;
       }
     }
+    if (D > 128) load_values();
     softmax.weigh<RAW_TILES>(scores, alpha);
     UNROLL for (int n = 0; n < NT; n++) {
       UNROLL for (int i = 0; i < D / 16; i++) UNROLL for (int r = 0; r < 4; r++)

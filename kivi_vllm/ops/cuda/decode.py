@@ -15,7 +15,7 @@ from kivi_vllm.ops import codes
 from kivi_vllm.ops.cuda import compiler, driver
 from kivi_vllm.ops.format import PageFormat
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kivi_vllm")
 
 SOURCE = "decode.cu"
 
