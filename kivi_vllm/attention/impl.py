@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -80,6 +81,23 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.owner = self  # of the caches
         self.readers = [self]  # of the caches, in the order in which they run
         self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+
+    def select_pages(self, layer_name: str) -> None:
+        """Let generated tokens choose what they read, unless this is one of the first layers.
+
+        Layers whose windows are hardly larger than the budget go without.
+        """
+        budget, window = self.config.token_budget, self.params.sliding_window
+        number = re.search(r"\d+", layer_name)
+        dense = number is not None and int(number[0]) < self.config.dense_layers
+        if not budget or dense or 0 < window <= budget + BLOCK_SIZE:
+            return
+        if self.params.alibi_slopes is not None:
+            raise KiviConfigError(
+                f"kivi.token_budget {budget} does not serve this model: its attention has ALiBi "
+                "slopes, of which a page's ranges know nothing; leave kivi.token_budget out"
+            )
+        self.params = replace(self.params, token_budget=budget)
 
     def attend_in_chunks(self, chunk_size: int) -> None:
         """Make the layer's attention local to chunks of so many tokens."""
@@ -173,7 +191,10 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self._stored = step, self._layer_cache(kv_cache), key, value
             ops.store_blocks(*self._stored)
         step, cache, key, value = owner._stored
-        ops.attend(step, cache, query, key, value, self.params, output)
+        selection = None
+        if self.params.token_budget:
+            selection = ops.select(step, cache, query, key, value, self.params)
+        ops.attend(step, cache, query, key, value, self.params, output, selection)
         if owner.readers[-1] is self:  # only now: the others need what the ring still holds
             ops.store_ring(step, cache, key, value)
             del owner._stored

@@ -97,6 +97,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             raise NotImplementedError("the KIVI cache serves causal attention only")
         if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
             return KiviMetadata(m.block_table_tensor)
+        prompts = m.is_prefilling if self.config.token_budget else None
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:
@@ -113,5 +114,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             per_position=self.per_position,
             decode_len=self.decode_len,
             last_visible=seen,
+            generated=None if prompts is None else ~prompts[: m.num_reqs],
         )
         return KiviMetadata(batch.block_table, self.operators.step(batch))

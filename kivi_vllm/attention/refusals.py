@@ -14,6 +14,7 @@ from kivi_vllm.config import (
     HEAD_SIZES,
     PADDED_HEAD_SIZES,
     RECOMMENDED_DTYPE,
+    KiviConfig,
     KiviConfigError,
     is_kivi,
 )
@@ -65,6 +66,8 @@ def check(vllm_config: VllmConfig) -> None:
         problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
         raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+    if config.token_budget:
+        logger.info("%s", selection_line(config, vllm_config.model_config.max_model_len))
     if config.k_bits == 2 and config.recipe == "best":
         logger.info(
             "%s has 2-bit keys: %s takes a little more memory and loses much less "
@@ -72,6 +75,23 @@ def check(vllm_config: VllmConfig) -> None:
             dtype,
             RECOMMENDED_DTYPE,
         )
+
+
+def selection_line(config: KiviConfig, max_model_len: int) -> str:
+    """What a `token_budget` does with sequences up to `max_model_len`."""
+    read, most = config.token_budget // BLOCK_SIZE, max_model_len // BLOCK_SIZE
+    if most <= read:
+        return (
+            f"kivi.token_budget {config.token_budget} selects nothing: sequences have up to "
+            f"{most} pages of {BLOCK_SIZE} tokens, all of which are read"
+        )
+    dense = {0: "in all layers", 1: "in all layers but the first"}.get(
+        config.dense_layers, f"in all layers but the first {config.dense_layers}"
+    )
+    return (
+        f"kivi.token_budget {config.token_budget}: a generated token selects {read} of up to "
+        f"{most} pages of each head, {dense}"
+    )
 
 
 def _model(vllm_config: VllmConfig) -> Iterator[str]:
@@ -201,6 +221,8 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
     """What the operators of this kind of device do not serve."""
     from vllm.platforms import current_platform
 
+    from kivi_vllm.attention.options import kivi_config
+
     device = device_kind()
     try:
         limits = dispatch.backend(device).operators.limits
@@ -227,6 +249,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             f"{limits.devices} are served with vLLM {' or '.join(good)}, not {version}; "
             f"pip install 'kivi-vllm[{device}]'"
+        )
+    if kivi_config(vllm_config).token_budget and not limits.selects:
+        yield (
+            f"kivi.token_budget is not there for {limits.devices} yet, whose kernels read all "
+            "pages; leave it out"
         )
     model = vllm_config.model_config
     # What no device serves is refused by `PageFormat`, with its remedy.

@@ -16,6 +16,7 @@ import torch
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
 from kivi_vllm.ops.triton import spills, store
 from kivi_vllm.ops.triton.decode import decode
@@ -25,7 +26,7 @@ from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.softmax import rules_of
 from kivi_vllm.ops.triton.workspace import reserve
 
-__all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
+__all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
 
 limits = Limits(
     "GPUs",
@@ -37,6 +38,7 @@ limits = Limits(
     # Matrix products of bf16, and asynchronous copies.
     min_capability=((8, 0), "Ampere"),
     decodes_first=True,
+    selects=False,
 )
 
 step = DeviceStep.of
@@ -120,6 +122,18 @@ def _say_workspace(nbytes: int, rows: int) -> None:
     )
 
 
+def select(
+    step: DeviceStep,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+) -> Selection | None:
+    """Not there: `limits` says so, and a `token_budget` is refused at start."""
+    raise NotImplementedError("the kernels for GPUs read all pages")
+
+
 def attend(
     step: DeviceStep,
     cache: LayerCache,
@@ -128,6 +142,7 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """As `reference.attend`, for a `DeviceStep`: decodes first, then the other requests.
 
@@ -135,6 +150,7 @@ def attend(
         step: the step; `store_blocks` has run for it.
         cache, query, key, value, params, output: as the reference's; the params' `first_chunk`
             serves the requests after the decodes where nothing is cached.
+        selection: None, see `select`.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.
