@@ -2,88 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from kivi_vllm.ops import reference
 from kivi_vllm.ops.cuda import compiler
-from kivi_vllm.ops.cuda import decode as cuda
 from kivi_vllm.ops.step import LayerCache, Step
 from kivi_vllm.ops.triton import decode
-from tests.ptx.launches import device
-from tests.ptx.machine import run
-from tests.ptx.parse import Fault, Kernel, parse
-from tests.triton.device import Triton
+from tests.ptx.cuda import InCuda, text
+from tests.ptx.parse import Fault
 from tests.unit.simulator import Case, Simulator
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
 pytestmark = pytest.mark.skipif(not compiler.available(), reason="there is no NVRTC")
-
-
-@functools.cache
-def parsed(variant: cuda.Variant, capability: int) -> Kernel:
-    return parse(text(variant, capability))
-
-
-@functools.cache
-def text(variant: cuda.Variant, capability: int) -> str:
-    return cuda.compiled(variant, f"compute_{capability}", ptx=True).rstrip(b"\0").decode()
-
-
-@contextmanager
-def on_cuda(cache: LayerCache, capability: int, change: Any = None) -> Iterator[list[Any]]:
-    """Launches of the kernel run here; gives the variants that ran. `change`: of their PTX."""
-    reachable = [x for tail in cache.tails for x in (tail.cache, tail.table)]
-    ran: list[cuda.Variant] = []
-    fields = decode.fields
-
-    def found(*args: Any) -> dict[str, int | float]:
-        for x in args:
-            members = x if isinstance(x, tuple) else [x]
-            reachable.extend(y for y in members if isinstance(y, torch.Tensor))
-        params = args[5]
-        reachable.extend(x for x in [params.alibi_slopes] if x is not None)
-        return fields(*args)
-
-    def launch(variant: cuda.Variant, grid: Any, given: dict[str, int | float]) -> None:
-        ran.append(variant)
-        kernel = parse(change(text(variant, capability))) if change else parsed(variant, capability)
-        run(kernel, [bytes(cuda.Call(**given))], grid, block=(32,), reachable=reachable)
-
-    with (
-        mock.patch.object(decode, "fields", found),
-        mock.patch.object(cuda, "kernel", lambda variant, _: variant),
-        mock.patch.object(cuda, "launch", launch),
-        device(capability, reachable),
-    ):
-        yield ran
-
-
-class InCuda:
-    """The reference, but for decodes."""
-
-    store_blocks = staticmethod(reference.store_blocks)
-    store_ring = staticmethod(reference.store_ring)
-
-    def __init__(self, capability: int, change: Any = None) -> None:
-        self.capability, self.change = capability, change
-        self.ran: list[cuda.Variant] = []
-
-    def attend(self, step: Step, cache: LayerCache, *args: Any) -> None:
-        if any(row.b - row.a > step.decode_len for row in step.rows):
-            reference.attend(step, cache, *args)
-            return
-        with on_cuda(cache, self.capability, self.change) as ran:
-            Triton.attend(step, cache, *args)
-        assert len(ran) == 1
-        self.ran += ran
 
 
 CASES = [
@@ -163,7 +97,7 @@ def test_what_orders_the_threads_is_needed(pattern: str) -> None:
     case = Case(heads=(3, 1), model=BF16)
     ops = InCuda(80)
     decoded(case, ops)
-    count = text(ops.ran[0], 80).count(pattern)
+    count = text(ops.ran[0][0], "decode", 80).count(pattern)
     assert count == {"cp.async.wait_group": 2, "bar.warp.sync": 4}[pattern]
     for number in range(count):
         with pytest.raises((Fault, AssertionError)):

@@ -15,7 +15,7 @@ import torch
 
 from kivi_vllm.config import QUANTIZED_DTYPES, KiviConfig
 from kivi_vllm.ops.cuda import compiler, driver
-from kivi_vllm.ops.cuda import decode as cuda
+from kivi_vllm.ops.cuda import kernels as cuda
 from kivi_vllm.ops.format import PageFormat
 from tests.unit.ahead import inspect_code
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,13 +47,16 @@ def available() -> bool:
     return True
 
 
-def compiled(source: str, name: str, options: Sequence[str], ptx: bool = False) -> bytes:
+def compiled(
+    source: str, name: str, options: Sequence[str], headers: Mapping[str, str], ptx: bool = False
+) -> bytes:
     """What NVRTC makes of a source, a cubin or PTX.
 
     Args:
-        source: CUDA C++ that includes nothing.
+        source: CUDA C++ that includes nothing but `headers`.
         name: of its file, for messages.
         options: NVRTC's, with `--gpu-architecture=sm_90` or the like; `compute_90` for PTX.
+        headers: texts by name.
         ptx: whether PTX is wanted.
 
     Raises:
@@ -62,8 +65,12 @@ def compiled(source: str, name: str, options: Sequence[str], ptx: bool = False) 
     """
     nvrtc = _library()
     program = ctypes.c_void_p()
+    texts, names = (
+        (ctypes.c_char_p * len(headers))(*(text.encode() for text in of))
+        for of in (headers.values(), headers.keys())
+    )
     _check(nvrtc, nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.encode(), name.encode(), 0, None, None
+        ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names
     ))  # fmt: skip
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
-from kivi_vllm.ops.cuda import decode as cuda
+from kivi_vllm.ops.cuda import kernels as cuda
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
 from kivi_vllm.ops.triton.in_cuda import fields, variant
@@ -42,7 +43,14 @@ from kivi_vllm.ops.triton.tokens import (
     raw_start,
     row_of,
 )
-from kivi_vllm.ops.triton.workspace import Kernel, columns, num_splits, slots, workspace
+from kivi_vllm.ops.triton.workspace import (
+    Kernel,
+    columns,
+    num_splits,
+    slots,
+    token_columns,
+    workspace,
+)
 
 # Tokens that the split of the raw ones takes at a time.
 RAW_STEP: tl.constexpr = tl.constexpr(32)
@@ -199,25 +207,39 @@ def _combine(
     output,
     output_token,
     output_head,
+    counts,
     splits,
     C: tl.constexpr,
     RULES: tl.constexpr,
     GQA: tl.constexpr,
     TILES: tl.constexpr,
     N: tl.constexpr,
+    APART: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Put the splits together; grid (rows, num_kv_heads * TILES, N).
 
     `partial` [rows, num_kv_heads * TILES, 1 + splits, N, D] fp32: sums of weights times
-    values; `statistics` [.., N, 2]: the maximum and the sum of weights.
+    values; `statistics` [.., N, 2]: the maximum and the sum of weights. APART: tiles of a token,
+    where each has its own, and reads `counts` pages, -1: all; else 0.
     """
     row, head = tl.program_id(0), tl.program_id(1) // TILES
-    column = tl.program_id(1) % TILES * N + tl.program_id(2)
+    tile = tl.program_id(1) % TILES
     q0, a, b = row_of(query_start_loc, seq_lens, row)
-    i = column // GQA
-    if a + i < b:
-        first, end, per_split = split_of(a, b, splits, RULES)
+    if APART > 0:
+        i, of_group = tile // APART, tile % APART * N + tl.program_id(2)
+    else:
+        column = tile * N + tl.program_id(2)
+        i, of_group = column // GQA, column % GQA
+    if (a + i < b) & (of_group < GQA):
+        if APART > 0:
+            first, end, per_split = split_of(a + i, a + i + 1, splits, RULES)
+            listed = tl.load(counts + q0 + i)
+            first = tl.where(listed < 0, first, 0)
+            end = tl.where(listed < 0, end, listed)
+            per_split = tl.maximum(tl.cdiv(end - first, splits), 2)
+        else:
+            first, end, per_split = split_of(a, b, splits, RULES)
         used = 1 + tl.cdiv(tl.maximum(end - first, 0), per_split)
         base = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (1 + splits)
         d = tl.arange(0, C.DP)
@@ -228,7 +250,7 @@ def _combine(
         if C.RUN > 0:  # the sums over pages are of rotated values, those of the raw split not
             state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
             state = _add_splits(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
-        query_of = head * GQA + column % GQA
+        query_of = head * GQA + of_group
         total, mass, m = state
         mass = with_sink_logits(mass, m, sink_logits, query_of, RULES)
         to = output + (q0 + i).to(tl.int64) * output_token + query_of * output_head
@@ -263,17 +285,23 @@ def decode(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """`reference.attend` for the step's decodes; two launches."""
     num_kv_heads = key.shape[1]
     rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
-    tiles, n = columns(gqa, min(step.decode_len, step.max_query_len))
+    tokens, apart, read = min(step.decode_len, step.max_query_len), 0, 0
+    if selection is None:
+        tiles, n = columns(gqa, tokens)
+    else:
+        apart, n = token_columns(gqa, cache.fmt.head_size)
+        tiles, read = tokens * apart, selection.blocks.shape[2] - 1
     most_pages = step.block_table.shape[1] * cache.pages_per_block
     constants, rules = page_constants(cache), rules_of(params, cache)
     masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
     in_cuda = None
     if cuda.serves(cache.fmt, query.dtype, n):
-        sizes = (gqa, (tiles, n), masked)
+        sizes = (gqa, (tiles, n), masked, read)
         in_cuda = cuda.kernel(variant(constants, rules, query.dtype, *sizes), query.device)
     form = (constants, rules, gqa, tiles, n, masked, query.dtype, query.device)
     together = slots(query.device, in_cuda or _kernels.get(form))
@@ -282,9 +310,13 @@ def decode(
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
     paged, raw = pages_arguments(step, cache), raw_arguments(cache, key, value)
     if in_cuda is not None:
-        where = (step.query_start_loc, step.seq_lens, paged, raw)
-        given = fields(query, *where, params, splits, partial, statistics)
-        cuda.launch(in_cuda, parts[:3], given)
+        given = fields(query, step, paged, raw, params)
+        given |= {"partial": partial.data_ptr(), "statistics": statistics.data_ptr()}
+        if selection is not None:
+            given |= {name: getattr(selection, name).data_ptr() for name in ("blocks", "counts")}
+        cuda.launch(in_cuda, parts[:3], given | {"splits": splits})
+    elif selection is not None:
+        raise ValueError("there is no kernel that reads lists of pages: see select")
     else:
         warps, stages = launch_shape(constants, n)
         compiled = _decode[parts[:3]](
@@ -319,11 +351,13 @@ def decode(
         params.sink_logits,
         output,
         *output.stride()[:2],
+        None if selection is None else selection.counts,
         splits,
         C=constants,
         RULES=rules,
         GQA=gqa,
         TILES=tiles,
         N=n,
+        APART=apart,
         STEP=16,
     )

@@ -1,13 +1,11 @@
-"""The launch of `_decode` as the kernel in CUDA C++ takes it."""
+"""Launches as the kernels in CUDA C++ take them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from kivi_vllm.ops.cuda import decode as cuda
-from kivi_vllm.ops.step import AttentionParams
+from kivi_vllm.ops.cuda import kernels as cuda
+from kivi_vllm.ops.step import AttentionParams, DeviceStep
 from kivi_vllm.ops.triton.page import PageConstants
 from kivi_vllm.ops.triton.softmax import Rules
 from kivi_vllm.ops.triton.tokens import Pages, RawTokens
@@ -20,8 +18,10 @@ def variant(
     gqa: int,
     columns: tuple[int, int],
     masked: bool,
+    budget: int = 0,
+    pages: int = 0,
 ) -> cuda.Variant:
-    """What it is compiled for; `columns` are tiles and columns of a tile."""
+    """What they are compiled for; `columns` are tiles and columns of a tile, `budget` is pages."""
     return cuda.Variant(
         D=constants.D,
         K_BITS=constants.K_BITS,
@@ -41,48 +41,44 @@ def variant(
         ALIBI=rules.ALIBI,
         WINDOW=rules.WINDOW,
         CHUNK=rules.CHUNK,
+        BUDGET=budget,
+        PAGES=pages,
     )
 
 
 def fields(
     query: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    step: DeviceStep,
     paged: Pages,
-    raw: RawTokens,
+    raw: RawTokens | None,
     params: AttentionParams,
-    splits: int,
-    partial: torch.Tensor,
-    statistics: torch.Tensor,
 ) -> dict[str, int | float]:
-    """What it takes: addresses, and strides in bytes."""
-    slopes = params.alibi_slopes
-    given: dict[str, Any] = {
-        "query": query,
-        "query_token": query.stride(0),
-        "query_head": query.stride(1),
-        **raw._asdict(),
-    }
-    size = query.element_size()
-    numbers = {name: x * size for name, x in given.items() if isinstance(x, int)}
-    rows = {  # of tables, whose entries are int32
-        "table_row": paged.table_row * 4,
-        "ring_row": raw.table_row * 4,
-        "tails_row": raw.tails_row * 4,
-        "sinks_row": raw.sinks_row * 4,
-    }
-    tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-    tensors |= {"ring_table": raw.table, "table": paged.table, "pages": paged.pages}
-    tensors |= {"query_start_loc": query_start_loc, "seq_lens": seq_lens}
-    tensors |= {"partial": partial, "statistics": statistics}
-    return {
-        **numbers,
-        **rows,
-        **{name: x.data_ptr() for name, x in tensors.items()},
+    """What all of them take: addresses, and strides in bytes."""
+    slopes, size = params.alibi_slopes, query.element_size()
+    found: dict[str, int | float] = {
+        **({} if raw is None else _raw_fields(raw, size)),
+        "query": query.data_ptr(),
+        "query_token": query.stride(0) * size,
+        "query_head": query.stride(1) * size,
+        "query_start_loc": step.query_start_loc.data_ptr(),
+        "seq_lens": step.seq_lens.data_ptr(),
+        "pages": paged.pages.data_ptr(),
         "page_block": paged.block_stride,
         "page_page": paged.page_stride,
         "page_head": paged.head_stride,
+        "table": paged.table.data_ptr(),
+        "table_row": paged.table_row * 4,  # entries are int32
         "slopes": 0 if slopes is None else slopes.data_ptr(),
         "scale": params.scale,
-        "splits": splits,
     }
+    return found
+
+
+def _raw_fields(raw: RawTokens, size: int) -> dict[str, int | float]:
+    """Where full-precision tokens are; numbers of `size` bytes."""
+    tables = {"table": "ring_table", "table_row": "ring_row"}
+    found: dict[str, int | float] = {}
+    for name, x in raw._asdict().items():
+        entry = 4 if name.endswith("_row") else size
+        found[tables.get(name, name)] = x.data_ptr() if isinstance(x, torch.Tensor) else x * entry
+    return found

@@ -18,6 +18,7 @@ from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
 from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
+from kivi_vllm.ops.triton import select as chooser
 from kivi_vllm.ops.triton import spills, store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
@@ -38,7 +39,6 @@ limits = Limits(
     # Matrix products of bf16, and asynchronous copies.
     min_capability=((8, 0), "Ampere"),
     decodes_first=True,
-    selects=False,
 )
 
 step = DeviceStep.of
@@ -108,7 +108,11 @@ def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
         tokens=layer.decode_len,
         head_size=layer.head_size,
         device=device,
+        apart=params.token_budget > 0,
     )
+    if params.token_budget:
+        chooser.check(layer, params)
+        nbytes += chooser.reserve(layer, params.token_budget, device)
     _say_workspace(nbytes, layer.max_rows)
     return params
 
@@ -122,16 +126,7 @@ def _say_workspace(nbytes: int, rows: int) -> None:
     )
 
 
-def select(
-    step: DeviceStep,
-    cache: LayerCache,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    params: AttentionParams,
-) -> Selection | None:
-    """Not there: `limits` says so, and a `token_budget` is refused at start."""
-    raise NotImplementedError("the kernels for GPUs read all pages")
+select = chooser.select
 
 
 def attend(
@@ -150,7 +145,7 @@ def attend(
         step: the step; `store_blocks` has run for it.
         cache, query, key, value, params, output: as the reference's; the params' `first_chunk`
             serves the requests after the decodes where nothing is cached.
-        selection: None, see `select`.
+        selection: pages that the generated tokens read; None: all.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.
@@ -174,7 +169,7 @@ def attend(
         _check_alignment("output", output)
         record_form(form)
     if step.num_decodes:
-        decode(step, cache, query, key, value, params, output)
+        decode(step, cache, query, key, value, params, output, selection)
     if not step.num_prefills:
         return
     first_chunk = params.first_chunk

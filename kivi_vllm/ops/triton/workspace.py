@@ -23,7 +23,7 @@ FULL = 0.9
 SYSTEM_SHARED = 1024
 """Bytes of shared memory that a program takes besides its own."""
 
-_buffers: dict[torch.device, list[torch.Tensor]] = {}
+_buffers: dict[tuple[str, torch.device], list[torch.Tensor]] = {}
 
 
 class Takes(Protocol):
@@ -99,30 +99,53 @@ def columns(gqa: int, tokens: int) -> tuple[int, int]:
     return (1, 8) if count <= 8 else (-(-count // 16), 16)
 
 
+def token_columns(gqa: int, head_size: int) -> tuple[int, int]:
+    """Tiles of one token, and columns of a tile, where each token has tiles of its own."""
+    n = 8 if gqa <= 8 or head_size > 128 else 16
+    return -(-gqa // n), n
+
+
 def reserve(
-    rows: int, num_kv_heads: int, gqa: int, tokens: int, head_size: int, device: torch.device
+    rows: int,
+    num_kv_heads: int,
+    gqa: int,
+    tokens: int,
+    head_size: int,
+    device: torch.device,
+    apart: bool = False,
 ) -> int:
     """Allocate what any step of at most `rows` rows will need.
 
     Before vLLM measures how much memory is left for the cache, and outside of captures.
+
+    Args:
+        rows, num_kv_heads, gqa, tokens, head_size, device: of the steps.
+        apart: each token has tiles of its own, those of `token_columns`.
 
     Returns:
         its bytes.
 
     """
     tiles, n = columns(gqa, tokens)
+    if apart:
+        tiles, n = token_columns(gqa, head_size)
+        tiles *= tokens
     programs = rows * num_kv_heads * tiles
     # Full-precision tokens are one split more.
     programs += max(programs, MOST_WAVES * slots(device, None))
     return _buffer(programs * n * (head_size + 2), device).nbytes
 
 
-def _buffer(numel: int, device: torch.device) -> torch.Tensor:
-    """At least `numel` fp32 numbers that stay valid for ever: a captured graph may use them."""
-    buffers = _buffers.setdefault(device, [])
+def kept(what: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """At least so many numbers, zeros at first, that stay valid for ever: a graph may use them."""
+    buffers = _buffers.setdefault((what, device), [])
     if not buffers or buffers[-1].numel() < numel:
-        buffers.append(torch.empty(numel, device=device))
+        buffers.append(torch.zeros(numel, dtype=dtype, device=device))
     return buffers[-1]
+
+
+def _buffer(numel: int, device: torch.device) -> torch.Tensor:
+    return kept("parts", numel, torch.float32, device)
 
 
 def workspace(

@@ -17,7 +17,7 @@ from benchmarks.attention.gpu.model import sass
 from benchmarks.attention.gpu.model.gpus import GPUS, Gpu
 from benchmarks.attention.gpu.model.timing import Loop, cycles_per_page
 from kivi_vllm.config import KiviConfig, Recipe
-from kivi_vllm.ops.cuda import decode as cuda
+from kivi_vllm.ops.cuda import kernels as cuda
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.triton import operators
 

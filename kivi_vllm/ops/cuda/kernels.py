@@ -1,4 +1,4 @@
-"""Attention over packed pages by `decode.cu`: its variants, its argument, and its launches."""
+"""The kernels in CUDA C++: their variants, their argument, and their launches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kivi_vllm.ops.format import PageFormat
 
 logger = logging.getLogger("vllm.kivi_vllm")
 
-SOURCE = "decode.cu"
+ENTRIES = {"decode": ("decode.cu", 32), "score": ("select.cu", 32), "choose": ("select.cu", 256)}
+"""Kernels by name: their source, and the threads of a program."""
 
 HEAD_SIZES = (64, 96, 128, 256)
 """For which the tests run it."""
@@ -31,7 +32,7 @@ WANTED = os.environ.get("KIVI_VLLM_CUDA_DECODE", "1") != "0"
 
 @dataclass(frozen=True)
 class Variant:
-    """What is known when it is compiled: the constants of `decode.cu`, in their words."""
+    """What is known when they are compiled, in the words of their sources."""
 
     D: int
     K_BITS: int
@@ -51,6 +52,8 @@ class Variant:
     ALIBI: bool
     WINDOW: int
     CHUNK: int
+    BUDGET: int = 0
+    PAGES: int = 0
 
     @property
     def options(self) -> list[str]:
@@ -66,7 +69,7 @@ def _fields(pointer: str, *numbers: str) -> list[tuple[str, type]]:
 
 
 class Call(ctypes.Structure):
-    """`Call` of `decode.cu`; strides are bytes."""
+    """`Call` of `step.cuh`; strides are bytes."""
 
     _fields_ = (
         *_fields("query", "query_token", "query_head"),
@@ -84,25 +87,36 @@ class Call(ctypes.Structure):
         *_fields("slopes"),
         *_fields("partial"),
         *_fields("statistics"),
+        *_fields("generated"),
+        *_fields("blocks"),
+        *_fields("counts"),
+        *_fields("estimates"),
+        *_fields("counted"),
         ("scale", ctypes.c_float),
         ("splits", ctypes.c_int32),
+        ("most_pages", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 
 @functools.cache
-def _source() -> str:
-    return files("kivi_vllm.ops.cuda").joinpath(SOURCE).read_text()
+def _sources() -> dict[str, str]:
+    """Their files by name."""
+    folder = files("kivi_vllm.ops.cuda").iterdir()
+    return {x.name: x.read_text() for x in folder if x.name.endswith((".cu", ".cuh"))}
 
 
-def compiled(variant: Variant, architecture: str, ptx: bool = False) -> bytes:
-    """A cubin for `sm_90` or the like; PTX for `compute_90`.
+@functools.cache
+def compiled(variant: Variant, source: str, architecture: str, ptx: bool = False) -> bytes:
+    """A cubin of a file for `sm_90` or the like; PTX for `compute_90`.
 
     Raises:
         CompilerError: there is no NVRTC, or it does not know the architecture.
 
     """
     options = [*variant.options, f"--gpu-architecture={architecture}"]
-    return compiler.compiled(_source(), SOURCE, options, ptx)
+    headers = {name: text for name, text in _sources().items() if name.endswith(".cuh")}
+    return compiler.compiled(_sources()[source], source, options, headers, ptx)
 
 
 def serves(fmt: PageFormat, dtype: torch.dtype, columns: int) -> bool:
@@ -116,20 +130,22 @@ def serves(fmt: PageFormat, dtype: torch.dtype, columns: int) -> bool:
     )
 
 
-def kernel(variant: Variant, device: torch.device) -> driver.Kernel | None:
-    """The kernel for a GPU of this process, which is current; None: Triton's must do."""
-    return kernel_of(variant, device) if WANTED and device.type == "cuda" else None
+def kernel(variant: Variant, device: torch.device, name: str = "decode") -> driver.Kernel | None:
+    """A kernel for a GPU of this process, which is current; None: Triton's must do."""
+    return kernel_of(variant, device, name) if WANTED and device.type == "cuda" else None
 
 
 @functools.cache
-def kernel_of(variant: Variant, device: torch.device) -> driver.Kernel | None:
+def kernel_of(variant: Variant, device: torch.device, name: str) -> driver.Kernel | None:
     """What is compiled and loaded for a GPU, once."""
     major, minor = torch.cuda.get_device_capability(device)
+    source, threads = ENTRIES[name]
     try:
-        return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
+        return driver.load(compiled(variant, source, f"sm_{major}{minor}"), name, threads)
     except (compiler.CompilerError, driver.DriverError) as error:
         logger.warning(
-            "the CUDA kernel of decode cannot be had, Triton's takes its place, and is slower: %s",
+            "the CUDA kernel %s cannot be had, Triton's takes its place, and is slower: %s",
+            name,
             str(error).splitlines()[0],
         )
         return None
@@ -139,5 +155,4 @@ def launch(
     kernel: driver.Kernel, grid: tuple[int, int, int], fields: dict[str, int | float]
 ) -> None:
     """Launch on the current stream of the current device; `fields` are those of `Call`."""
-    stream = torch.cuda.current_stream().cuda_stream
-    driver.launch(kernel, grid, 32, Call(**fields), stream)
+    driver.launch(kernel, grid, Call(**fields), torch.cuda.current_stream().cuda_stream)
