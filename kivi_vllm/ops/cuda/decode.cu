@@ -346,7 +346,7 @@ DEV Token raw_token(const Call &call, const Row &row, int head, int s) {
 }
 
 // Of 16 tokens, that are read together: as many as there are registers for.
-constexpr int RAW_TILES = NT > 1 || D > 128 ? 1 : 2;
+constexpr int RAW_TILES = NT * D > 64 ? 1 : 2;
 
 DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at, int lane) {
   const int g = lane / 4, t = lane % 4;
@@ -366,24 +366,37 @@ DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at
   const int lead = SINKS > 0 && oldest < SINKS ? smaller(seen_from, SINKS) : 0;
   const int start = larger(seen_from, oldest) - lead;
   const float factor = call.scale * (PLAIN ? LOG2E : 1.f);
+  int next[2 * RAW_TILES];  // positions, and where they are: one round ahead
+  Token next_token[2 * RAW_TILES];
+  const auto find = [&](int first) {
+    UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) {
+      next[r] = first + g + 8 * r;
+      if (SINKS > 0 && next[r] < start + lead) next[r] -= start;
+      next_token[r] = raw_token(call, row, head, smaller(next[r], row.b - 1));
+    }
+  };
+  find(start);
 #pragma unroll 1
   for (int first = start; first < row.b; first += 16 * RAW_TILES) {
     int s[2 * RAW_TILES];
     Token token[2 * RAW_TILES];
     UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) {
-      s[r] = first + g + 8 * r;
-      if (SINKS > 0 && s[r] < start + lead) s[r] -= start;
-      token[r] = raw_token(call, row, head, s[r] < row.b ? s[r] : row.b - 1);
+      s[r] = next[r];
+      token[r] = next_token[r];
     }
-    // All that is read is asked for before any of it is needed.
+    // All that is read is asked for before any of it is needed, as far as there are registers.
     uint4 k[2 * RAW_TILES][D / 32];
     uint2 v[4 * RAW_TILES][D / 32];  // of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of each tile
     UNROLL for (int r = 0; r < 2 * RAW_TILES; r++) UNROLL for (int i = 0; i < D / 32; i++)
       k[r][i] = *(const uint4 *)(token[r].k + 16 * t + 64 * i);
-    UNROLL for (int r = 0; r < 4 * RAW_TILES; r++) {
-      const i64 of = __shfl_sync(~0u, (i64)token[r / 2].v, 4 * (2 * t + r % 2));
-      UNROLL for (int i = 0; i < D / 32; i++) v[r][i] = words((const u8 *)of + 8 * g + 64 * i);
-    }
+    const auto load_values = [&] {
+      UNROLL for (int r = 0; r < 4 * RAW_TILES; r++) {
+        const i64 of = __shfl_sync(~0u, (i64)token[r / 2].v, 4 * (2 * t + r % 2));
+        UNROLL for (int i = 0; i < D / 32; i++) v[r][i] = words((const u8 *)of + 8 * g + 64 * i);
+      }
+    };
+    if (D <= 128) load_values();
+    if (first + 16 * RAW_TILES < row.b) find(first + 16 * RAW_TILES);
     float scores[NT][RAW_TILES][4] = {}, alpha[NT][2];
     UNROLL for (int n = 0; n < NT; n++) UNROLL for (int m = 0; m < RAW_TILES; m++) {
       float *const x = scores[n][m];
@@ -401,6 +414,7 @@ DEV void attend_raw(const Call &call, const Row &row, int head, int tile, i64 at
         x[r] = whole && visible(of, c.t) && of < row.b ? score : NOTHING;
       }
     }
+    if (D > 128) load_values();
     softmax.weigh<RAW_TILES>(scores, alpha);
     UNROLL for (int n = 0; n < NT; n++) {
       UNROLL for (int i = 0; i < D / 16; i++) UNROLL for (int r = 0; r < 4; r++)
@@ -685,7 +699,7 @@ DEV void attend_pages(const Call &call, const Row &row, int head, int tile, int 
 }
 
 // Programs of a multiprocessor, as far as registers go.
-constexpr int PROGRAMS = NT * D > 128 ? 8 : 12;
+constexpr int PROGRAMS = NT > 1 || D > 128 ? 8 : 12;
 
 // Grid (rows, num_kv_heads * TILES, 1 + splits).
 extern "C" __global__ void __launch_bounds__(32, PROGRAMS) decode(const __grid_constant__ Call call) {

@@ -15,7 +15,7 @@ from kivi_vllm.ops import codes
 from kivi_vllm.ops.cuda import compiler, driver
 from kivi_vllm.ops.format import PageFormat
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kivi_vllm")
 
 SOURCE = "decode.cu"
 
@@ -116,11 +116,14 @@ def serves(fmt: PageFormat, dtype: torch.dtype, columns: int) -> bool:
     )
 
 
-@functools.cache
 def kernel(variant: Variant, device: torch.device) -> driver.Kernel | None:
     """The kernel for a GPU of this process, which is current; None: Triton's must do."""
-    if device.type != "cuda" or not WANTED:
-        return None
+    return kernel_of(variant, device) if WANTED and device.type == "cuda" else None
+
+
+@functools.cache
+def kernel_of(variant: Variant, device: torch.device) -> driver.Kernel | None:
+    """What is compiled and loaded for a GPU, once."""
     major, minor = torch.cuda.get_device_capability(device)
     try:
         return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
