@@ -127,7 +127,7 @@ def kernel_of(variant: Variant, device: torch.device) -> driver.Kernel | None:
     major, minor = torch.cuda.get_device_capability(device)
     try:
         return driver.load(compiled(variant, f"sm_{major}{minor}"), "decode")
-    except (compiler.CompilerError, driver.DriverError) as error:
+    except (compiler.CompilerError, driver.DriverError, OSError) as error:
         logger.warning(
             "the CUDA kernel of decode cannot be had, Triton's takes its place, and is slower: %s",
             str(error).splitlines()[0],
