@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint sanitize soak clean
+.PHONY: help setup demo test test-all triton lint sanitize soak clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -24,6 +24,14 @@ test: lint  ## lint, types and something of every part (at most 10 minutes)
 
 test-all: setup  ## all tests (at most 30 minutes)
 	$(call tests,)
+
+TRITON ?= 3.8.0
+OTHER = $(CURDIR)/build/triton-$(TRITON)
+
+triton: setup  ## the compiled GPU kernels with another Triton: make triton TRITON=3.6.0
+	test -d $(OTHER) || $(BIN)/python -m pip install -q --no-deps --target $(OTHER) "triton==$(TRITON)"
+	PYTHONPATH=$(OTHER) TRITON_CACHE_DIR=$(OTHER)/cache \
+	    $(PYTEST) -rA tests/ptx tests/unit/test_compile.py
 
 lint: setup  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check .

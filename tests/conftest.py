@@ -18,7 +18,7 @@ CROWDED = (
     "tests/soak/test_restart.py",
 )
 # Nothing is shared in a file that costs more than a moment: their tests are dealt out singly.
-SINGLY = ("tests/unit/", "tests/triton/")
+SINGLY = ("tests/unit/", "tests/triton/", "tests/ptx/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

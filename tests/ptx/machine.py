@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.memory import GlobalMemory, SharedMemory
+from tests.ptx.memory import MOST_BLOCKS, GlobalMemory, SharedMemory
 from tests.ptx.numbers import Array, storage
 from tests.ptx.parse import Fault, Kernel, parse
 from tests.ptx.program import Program
+from tests.ptx.warpgroup import Products
 
 THREADS = 4096  # that go in lock-step, about: more only fill the caches
 
@@ -63,11 +64,11 @@ class Machine:
         self.threads = np.arange(self.count)
         self.block_of = np.repeat(blocks, self.block_threads)
         self.shared = SharedMemory(len(blocks), self.block_threads, shared, program.shared_unit)
+        self.products = Products(self)
         self.active: Array | None = None
         self.pcs = np.zeros(self.count, np.int64)
         self.done = np.zeros(self.count, bool)
         self.waiting = np.full(self.count, -1)  # the barrier that a thread waits at
-        self.expected = np.zeros(self.count, np.int64)  # threads that it waits for
         self._join = -1
         self._pending: list[tuple[Array, Array, Array]] = []
         self._groups: list[_Copies] = []
@@ -160,8 +161,7 @@ class Machine:
             self.shared.synchronize(self.threads[: self.count // 32].reshape(-1, self.shared.warps))
             return False
         self.warps()
-        which = self.which()
-        self.waiting[which], self.expected[which] = barrier, expected
+        self.waiting[self.which()] = barrier
         self.go(then)
         waiting = self.waiting.reshape(-1, self.block_threads) == barrier
         for i in np.flatnonzero(waiting.sum(1) >= expected):
@@ -256,6 +256,8 @@ def run(
         at = program.parameters[name][0]
         parameters[at : at + size] = np.frombuffer(_bytes(kind, size, value), np.uint8)
     blocks, each = math.prod(sizes[1]), max(1, THREADS // threads)
+    if blocks > MOST_BLOCKS:
+        raise Fault(f"{blocks} blocks; {MOST_BLOCKS} can be told apart")
     total = kernel.shared_bytes + shared
     with np.errstate(all="ignore"):
         for start in range(0, blocks, each):

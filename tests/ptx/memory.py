@@ -16,6 +16,8 @@ from tests.ptx.numbers import Array
 from tests.ptx.parse import Fault
 
 POISON = 0xFF  # NaN in every type
+MOST_BLOCKS = 1 << 15  # that can be told apart
+NEVER = 2**31 - 1  # later than all synchronizations
 
 
 class GlobalMemory:
@@ -96,8 +98,8 @@ def _bytes_of(accesses: list[tuple[Array, int, Array]]) -> tuple[Array, Array]:
     addresses = [(a[:, None] + np.arange(size)).ravel() for a, size, _ in accesses]
     blocks = [np.repeat(b, size) for _, size, b in accesses]
     # Addresses have 48 bits at most, so blocks fit beside them.
-    keys = np.unique(np.concatenate(addresses) << 15 | np.concatenate(blocks))
-    return keys >> 15, keys & (1 << 15) - 1
+    keys = np.unique(np.concatenate(addresses) * MOST_BLOCKS + np.concatenate(blocks))
+    return keys // MOST_BLOCKS, keys % MOST_BLOCKS
 
 
 class SharedMemory:
@@ -122,6 +124,7 @@ class SharedMemory:
         # Of each warp's last read: time, and lane, or 32: several.
         self._read = np.zeros((self.warps, count), np.int32)
         self._reader = np.zeros((self.warps, count), np.int8)
+        self._fenced = np.zeros(blocks * threads, np.int64)
         self.seen = np.zeros((blocks * self.warps, self.warps + 1), np.int64)
 
     def load(self, address: Array, size: int, threads: Array) -> Array:
@@ -166,6 +169,34 @@ class SharedMemory:
         at = address + threads // self.threads * self.stride
         self.bytes.reshape(-1, size)[at // size] = data
         self._wrote[self._units(at, size)] = (self.time * 4096 + threads % self.threads)[:, None]
+
+    def hold(self, address: Array, size: int, threads: Array) -> Array:
+        """As `load`, by something asynchronous: nobody may write there until `release`.
+
+        What was written must have passed a `fence`.
+        """
+        data = self.load(address, size, threads)
+        units = self._units(self._place(address, size, threads, "read"), size)
+        last = self._wrote[units]
+        writer = (threads // self.threads * self.threads)[:, None] + (last & 4095)
+        if (last >> 12 > self._fenced[writer]).any():
+            raise Fault("shared memory is read asynchronously, without a fence after a write")
+        self._set_read(units, threads, NEVER)
+        return data
+
+    def release(self, address: Array, size: int, threads: Array) -> None:
+        """What was held has been read."""
+        units = self._units(self._place(address, size, threads, "read"), size)
+        self._set_read(units, threads, self.time)
+
+    def fence(self, threads: Array) -> None:
+        """What these threads have written so far may be read asynchronously."""
+        self._fenced[threads] = self.time
+        self.time += 1
+
+    def _set_read(self, units: Array, threads: Array, time: int) -> None:
+        own = (threads // 32 % self.warps)[:, None], units
+        self._read[own], self._reader[own] = time, 32
 
     def synchronize(self, warps: Array) -> None:
         """These warps [blocks, n] of each block know from now on what they all have done."""
@@ -212,7 +243,7 @@ class SharedMemory:
         before = np.where(again, self._reader[own], lane)
         self._reader[own] = np.where(before == lane, lane, np.int8(32))
         self._reader[own] = np.where(self._reader[own] == lane, lane, np.int8(32))
-        self._read[own] = self.time
+        self._read[own] = np.maximum(self._read[own], self.time)
 
     def _on_the_way(self, units: Array) -> Array:
         return self._wrote[units] >> 12 > self.time

@@ -6,6 +6,7 @@ calculated with in float32; two halves in one register are two numbers a thread.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Callable
@@ -84,6 +85,12 @@ def narrowed(x: Array) -> Array:
     return np.where(x != x, np.uint16(0x7FFF), rounded)
 
 
+def halves(x: Array, kind: str) -> Array:
+    """Of bits, numbers of f16 or bf16 in float32."""
+    return x.view(np.float16).astype(np.float32) if kind == "f16" else widened(x.view(np.uint16))
+
+
+@functools.cache
 def reader(kind: str, bits: int) -> Callable[[Array], Array]:
     """Numbers of a type from registers of so many bits, whose lowest they are."""
     width, dtype = bits_of(kind), dtype_of(kind)
@@ -100,6 +107,7 @@ def reader(kind: str, bits: int) -> Callable[[Array], Array]:
     return lambda x: whole(x.astype(unsigned))
 
 
+@functools.cache
 def writer(kind: str, bits: int) -> Callable[[Array], Array]:
     """What registers of so many bits are, from numbers of a type; unused bits are its sign's."""
     width = bits_of(kind)

@@ -6,6 +6,7 @@ with registers of their own, and directives, of which only those that declare so
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import ChainMap
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Kernel:
         return max((at + n for at, n in self.shared.values()), default=0)
 
 
+@functools.cache
 def bits_of(kind: str) -> int:
     """Of a type such as `f16x2`: 32."""
     if kind == "pred":
@@ -174,7 +176,9 @@ def _body(kernel: Kernel, text: str) -> None:
             kernel.instructions.append(_instruction(code, source))
             where.append(scopes[-1])
     # Labels may come after the branches to them: names are known only now.
-    kernel.instructions[:] = [_named(x, s) for x, s in zip(kernel.instructions, where, strict=True)]
+    if any(name.endswith("'") for name in (*kernel.labels, *kernel.registers)):
+        pairs = zip(kernel.instructions, where, strict=True)
+        kernel.instructions[:] = [_named(x, scope) for x, scope in pairs]
 
 
 def _own(taken: dict[str, int], name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.ptx import access, together
+from tests.ptx import access, together, warpgroup
 from tests.ptx.arithmetic import find
 from tests.ptx.numbers import UNSIGNED, Array, constant, reader, writer
 from tests.ptx.parse import Fault, Instruction, Kernel, Operand, bits_of
@@ -208,6 +208,7 @@ _MAKERS: dict[str, Callable[[Program, Instruction, list[str]], Step]] = {
     "mov": _move,
     **access.MAKERS,
     **together.MAKERS,
+    "wgmma": warpgroup.make,
 }
 
 

@@ -26,6 +26,13 @@ def _warp_barrier(program: Program, x: Instruction, words: list[str]) -> Step:
     return lambda m: m.shared.synchronize_lanes(m.warps())
 
 
+def _fence(program: Program, x: Instruction, words: list[str]) -> Step:
+    """Of memory: only what asynchronous products need is looked after."""
+    if words[:2] == ["proxy", "async"]:
+        return lambda m: m.shared.fence(m.which())
+    return lambda m: None
+
+
 def _shuffle(program: Program, x: Instruction, words: list[str]) -> Step:
     name, _, found = str(x.operands[0]).partition("|")
     put = program.writing(name, "b32")
@@ -103,6 +110,7 @@ def _multiply(program: Program, x: Instruction, words: list[str]) -> Step:
 
 MAKERS = {
     "bar": _warp_barrier,
+    "fence": _fence,
     "shfl": _shuffle,
     "redux": _reduce,
     "vote": _vote,

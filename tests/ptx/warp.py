@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.ptx.numbers import Array, widened
+from tests.ptx.numbers import Array, halves
 from tests.ptx.parse import Fault
 
 LANES = np.arange(32)
@@ -48,8 +48,7 @@ def reduced(how: str, x: Array) -> Array:
 
 def _halves(x: Array, kind: str) -> Array:
     """Two numbers of each lane, float32: [warps, 8, 8]."""
-    numbers = x.view(np.float16).astype(np.float32) if kind == "f16" else widened(x.view(np.uint16))
-    return numbers.reshape(-1, 8, 8)
+    return halves(x, kind).reshape(-1, 8, 8)
 
 
 def multiplied(
