@@ -142,7 +142,7 @@ def kernel_of(variant: Variant, device: torch.device, name: str) -> driver.Kerne
     source, threads = ENTRIES[name]
     try:
         return driver.load(compiled(variant, source, f"sm_{major}{minor}"), name, threads)
-    except (compiler.CompilerError, driver.DriverError) as error:
+    except (compiler.CompilerError, driver.DriverError, OSError) as error:
         logger.warning(
             "the CUDA kernel %s cannot be had, Triton's takes its place, and is slower: %s",
             name,

@@ -266,8 +266,9 @@ class Shape(NamedTuple):
 
 def launch_shape(constants: PageConstants, columns: int) -> Shape:
     """As few warps as have registers enough, and a page more in shared memory if it fits."""
-    if constants.PACKED and constants.DP * columns <= 1024:
-        return Shape(2, 5)  # two stages find the page, one copies it, one is what is copied to
+    spare = constants.K_BITS == constants.V_BITS == 3  # many words are made of others
+    if constants.PACKED and constants.DP * columns <= 1024 and not spare:
+        return Shape(2, 5)  # finding the page takes stages, too: two buffers are left of five
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
         return Shape(2, 2)
     return Shape(8 if constants.TWO_LEVEL and constants.DP > 128 else 4, 2)

@@ -87,7 +87,7 @@ def variants(
         def refuse(
             variant: cuda.Variant, _: torch.device, into: list[bytes] = in_cuda
         ) -> None:  # so that Triton's takes its place
-            into.append(cuda.compiled(variant, f"sm_{capability}"))
+            into.append(cuda.compiled(variant, cuda.ENTRIES["decode"][0], f"sm_{capability}"))
 
         with mock.patch.object(cuda, "kernel", refuse), compiled(capability) as kernels:
             operators.attend(*layer.arguments(decode=True))
