@@ -27,10 +27,8 @@ def batch_of(step: Step) -> Batch:
     """What an engine would know of a step; requests without tokens in it have length 0."""
     n, device = step.block_table.shape[0], step.block_table.device
     lens, ends = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
-    generated = torch.zeros(n, dtype=torch.bool)
     for row in step.rows:
         lens[row.index], ends[row.index] = row.q1 - row.q0, row.b
-        generated[row.index] = row.generated
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
     if any(starts[row.index] != row.q0 for row in step.rows):
         raise ValueError("the rows of a step must lie in the order of their requests")
@@ -45,8 +43,15 @@ def batch_of(step: Step) -> Batch:
         per_position=step.per_position,
         decode_len=step.decode_len,
         last_visible=step.last_visible,
-        generated=generated.to(device),
+        generated=_generated(step).to(device),
     )
+
+
+def _generated(step: Step) -> torch.Tensor:
+    made = torch.zeros(step.block_table.shape[0], dtype=torch.bool)
+    for row in step.rows:
+        made[row.index] = row.generated
+    return made
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.attention.metadata import KiviMetadata
+from kivi_vllm.attention.selection import report_at_the_end
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import BLOCK_SIZE, PADDED_HEAD_SIZES, KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
@@ -100,6 +101,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             )
         chosen = replace(self.params, token_budget=budget)
         self.params = self.operators.prepare(self._layer, chosen)
+        report_at_the_end()
 
     def attend_in_chunks(self, chunk_size: int) -> None:
         """Make the layer's attention local to chunks of so many tokens."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.attention import memory, ray_nodes
+from kivi_vllm.attention.selection import start_line
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
 from kivi_vllm.config import (
     BLOCK_SIZE,
     HEAD_SIZES,
     PADDED_HEAD_SIZES,
     RECOMMENDED_DTYPE,
-    KiviConfig,
     KiviConfigError,
     is_kivi,
 )
@@ -67,7 +67,7 @@ def check(vllm_config: VllmConfig) -> None:
     if problems:
         raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
     if config.token_budget:
-        logger.info("%s", selection_line(config, vllm_config.model_config.max_model_len))
+        logger.info("%s", start_line(config, vllm_config.model_config.max_model_len))
     if config.k_bits == 2 and config.recipe == "best":
         logger.info(
             "%s has 2-bit keys: %s takes a little more memory and loses much less "
@@ -75,23 +75,6 @@ def check(vllm_config: VllmConfig) -> None:
             dtype,
             RECOMMENDED_DTYPE,
         )
-
-
-def selection_line(config: KiviConfig, max_model_len: int) -> str:
-    """What a `token_budget` does with sequences up to `max_model_len`."""
-    read, most = config.token_budget // BLOCK_SIZE, max_model_len // BLOCK_SIZE
-    if most <= read:
-        return (
-            f"kivi.token_budget {config.token_budget} selects nothing: sequences have up to "
-            f"{most} pages of {BLOCK_SIZE} tokens, all of which are read"
-        )
-    dense = {0: "in all layers", 1: "in all layers but the first"}.get(
-        config.dense_layers, f"in all layers but the first {config.dense_layers}"
-    )
-    return (
-        f"kivi.token_budget {config.token_budget}: a generated token selects {read} of up to "
-        f"{most} pages of each head, {dense}"
-    )
 
 
 def _model(vllm_config: VllmConfig) -> Iterator[str]:

@@ -6,12 +6,14 @@ chooses, they find nothing to do.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE, KiviConfigError
 from kivi_vllm.ops.cuda import compiler
 from kivi_vllm.ops.cuda import kernels as cuda
-from kivi_vllm.ops.select import Selection
+from kivi_vllm.ops.select import COUNTERS, Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
 from kivi_vllm.ops.triton.in_cuda import fields, variant
 from kivi_vllm.ops.triton.page import page_constants
@@ -48,7 +50,14 @@ def reserve(layer: Layer, budget: int, device: torch.device) -> int:
     pages = _pages(-(-layer.max_tokens // BLOCK_SIZE))
     tokens = layer.max_rows * layer.decode_len
     sizes = (tokens, layer.num_heads, layer.num_kv_heads, pages, budget // BLOCK_SIZE)
+    _count(device)
     return sum(x.nbytes for x in _buffers(*sizes, device))
+
+
+@functools.cache
+def _count(device: torch.device) -> None:
+    """Once a device: it counts, too."""
+    COUNTERS.append(functools.partial(counted, device))
 
 
 def _pages(most: int) -> int:
