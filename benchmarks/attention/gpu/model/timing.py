@@ -47,13 +47,16 @@ class _Warp:
     waiting: bool = False
 
 
-def cycles_per_page(loop: Loop, gpu: Gpu, turns: int = 18) -> tuple[float, dict[str, float]]:
-    """Cycles in which a multiprocessor takes a page, and shares of the reasons for idling."""
+def cycles_per_page(loop: Loop, gpu: Gpu, turns: int = 16) -> tuple[float, dict[str, float]]:
+    """Cycles in which a multiprocessor takes a page, and shares of the reasons for idling.
+
+    From when all warps have had four turns until the slowest one has had `turns`.
+    """
     play = _Play(loop, gpu, turns)
     while not play.done and play.now < MOST_CYCLES:
         play.cycle()
     first = max(w.turns[4] for w in play.warps)
-    last = min(w.turns[-1] for w in play.warps)
+    last = max(w.turns[turns - 1] for w in play.warps)
     pages = sum(first < t <= last for w in play.warps for t in w.turns) / loop.warps
     idle = sum(play.idle.values())
     return (last - first) / pages, {why: n / idle for why, n in play.idle.most_common(4)}
@@ -76,16 +79,16 @@ class _Play:
 
     @property
     def done(self) -> bool:
-        return all(len(w.turns) == self.turns for w in self.warps)
+        return all(len(w.turns) >= self.turns for w in self.warps)
 
     def cycle(self) -> None:
         for core, warps in enumerate(self.cores):
-            why = "ended"
+            why = "no warp"
             for warp in warps[self.last[core] :] + warps[: self.last[core]]:
                 blocked = self._blocked(warp, core)
                 if blocked is None:
-                    self.last[core] = warps.index(warp)
-                    self._issue(warp, core)
+                    # The same warp as long as it can go, but no longer than a turn.
+                    self.last[core] = (warps.index(warp) + self._issue(warp, core)) % len(warps)
                     break
                 why = blocked
             else:
@@ -94,8 +97,6 @@ class _Play:
 
     def _blocked(self, warp: _Warp, core: int) -> str | None:
         """Why a warp's next instruction cannot go now, or None."""
-        if len(warp.turns) == self.turns:
-            return "ended"
         if warp.waiting:
             return "barrier"
         if self.now < warp.ready:
@@ -123,7 +124,8 @@ class _Play:
             return "a product"
         return None
 
-    def _issue(self, warp: _Warp, core: int) -> None:
+    def _issue(self, warp: _Warp, core: int) -> bool:
+        """The warp's next instruction goes; returns whether that was the last one of a turn."""
         one, of = self.loop.code[warp.at], self.costs[warp.at]
         if of.pipe:
             self.pipes[core][of.pipe] = self.now + of.interval
@@ -147,9 +149,10 @@ class _Play:
         if one.opcode.startswith("BAR"):
             self._meet(warp)
         warp.at += 1
-        if warp.at == len(self.loop.code):
+        if ended := warp.at == len(self.loop.code):
             warp.at = 0
             warp.turns.append(self.now)
+        return ended
 
     def _load(self, warp: _Warp, one: Instruction, finish: float) -> float:
         if one.opcode.startswith("LDGDEPBAR"):
@@ -169,7 +172,7 @@ class _Play:
     def _meet(self, warp: _Warp) -> None:
         warp.waiting = True
         peers = [w for w in self.warps if w.program == warp.program]
-        if all(w.waiting or len(w.turns) == self.turns for w in peers):
+        if all(w.waiting for w in peers):
             for w in peers:
                 w.waiting, w.ready = False, max(w.ready, self.now + BARRIER)
 
