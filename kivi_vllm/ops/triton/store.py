@@ -112,7 +112,7 @@ def _best_v(page, start, row, q0, a, head, raw, C: tl.constexpr, TOKENS: tl.cons
     d = tl.arange(0, C.DP)
     live = d < C.D
     sinks = tl.where(start == 0, C.SINKS, 0)
-    total = tl.zeros((C.DP,), tl.float32)
+    total = tl.zeros(d.shape, tl.float32)
     for part in range(PARTS):
         x = _rotated(start, part, row, q0, a, head, raw, C, TOKENS)
         u, _, good, _ = in_steps(x)
