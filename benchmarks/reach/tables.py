@@ -44,8 +44,8 @@ def readme() -> str:
 
 def _hits(of: pd.DataFrame) -> str:
     """What prefix hits are multiples of, with bf16's own cache and with the last dtype."""
-    spans = [of[of["cache_dtype"] == dtype]["hits_at"].iloc[0] for dtype in (OWN, LAST)]
-    return " / ".join(text(pd.Series(spans), "{:,.0f}"))
+    strides = [of[of["cache_dtype"] == dtype]["hits_at"].iloc[0] for dtype in (OWN, LAST)]
+    return " / ".join(text(pd.Series(strides), "{:,.0f}"))
 
 
 def _title(dtype: str) -> str:

@@ -133,8 +133,8 @@ def attach(attn: Attention, config: KiviConfig) -> None:
         attn.impl.share(context[target].impl)
         return
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
-    window = attn.sliding_window or 0
-    specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window)
+    window, chunk = attn.sliding_window or 0, getattr(attn, "attention_chunk_size", 0)
+    specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window, chunk)
     caches = {}
     for suffix, spec in specs.items():
         cache = RawCache(f"{attn.layer_name}.{suffix}", spec, config)

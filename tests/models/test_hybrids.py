@@ -143,8 +143,8 @@ def test_prompts_are_cut_where_states_are_kept() -> None:
     options = {"residual_length": 32}
     with engine(path, "kivi_raw", kivi=options, dtype="bfloat16", **settings) as llm:
         core = scheduler(llm)
-        span, ends = core.block_size, [0]
-        assert span == 512
+        stride, ends = core.block_size, [0]
+        assert stride == 512
         schedule = core.schedule
 
         def watched(*args: Any) -> Any:

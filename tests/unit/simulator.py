@@ -19,7 +19,7 @@ import torch
 from kivi_vllm.config import KiviConfig, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 

@@ -40,6 +40,7 @@ def register_cache_specs() -> None:
     for spec, manager, base in (
         (pages.PageSpec, pages.PageManager, FullAttentionSpec),
         (pages.WindowPageSpec, pages.WindowPageManager, pages.WindowPageSpec),
+        (pages.ChunkPageSpec, pages.ChunkPageManager, pages.ChunkPageSpec),
         (ring.RingSpec, ring.RingManager, ring.RingSpec),
         (tails.TailSpec, tails.TailManager, tails.TailSpec),
         (sinks.SinkSpec, sinks.SinkManager, sinks.SinkSpec),
@@ -183,7 +184,7 @@ def _planned_groups(original: Callable) -> Callable:
         plan = planner.plan_for(vllm_config, kv_cache_spec)
         cache_config = vllm_config.cache_config
         if cache_config.mamba_cache_mode == "align":
-            cache_config.mamba_block_size = plan.span
+            cache_config.mamba_block_size = plan.hit_stride
         return plan.groups
 
     return get_kv_cache_groups
@@ -250,7 +251,7 @@ def _keep_block_size(original: Callable) -> Callable:
         cache_config.block_size = BLOCK_SIZE
         if cache_config.mamba_cache_mode == "align":
             # The worker and the engine's core come to the same plan.
-            cache_config.mamba_block_size = planner.plan_for(vllm_config, specs).span
+            cache_config.mamba_block_size = planner.plan_for(vllm_config, specs).hit_stride
 
     return align
 
