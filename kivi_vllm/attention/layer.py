@@ -92,7 +92,8 @@ class RawCache(AttentionLayerBase):
 def check_shared_cache(attn: Attention) -> None:
     """Raise KiviConfigError if a layer would read the caches of another that do not fit.
 
-    That is if just one of them is ours, or if the other's window is the smaller.
+    That is if just one of them is ours, or if the other's window is the smaller, or if the other
+    has attention chunks that this one has not.
     """
     target = attn.kv_sharing_target_layer_name
     if target is None:
@@ -109,6 +110,12 @@ def check_shared_cache(attn: Attention) -> None:
         raise KiviConfigError(
             f"{attn.layer_name} reads the KV cache of {target}, which keeps {windows[1]} tokens "
             "only; use --kv-cache-dtype auto or fp8 for this model"
+        )
+    chunks = [getattr(layer, "attention_chunk_size", 0) for layer in (attn, owner)]
+    if hasattr(attn.impl, "bind_residual") and chunks[1] not in (0, chunks[0]):
+        raise KiviConfigError(
+            f"{attn.layer_name} reads the KV cache of {target}, which keeps an attention chunk of "
+            f"{chunks[1]} tokens only; use --kv-cache-dtype auto or fp8 for this model"
         )
 
 
