@@ -150,12 +150,11 @@ def test_states_beside_pages(results: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.slow
-def test_images_whose_tokens_see_each_other(
-    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_whose_tokens_see_each_other(results: dict[str, Any]) -> None:
     found = answers(result(results, "images"))
     prompts, other = seeing_prompts()
     with pictures.image_processors():
+        # Causal attention would be off by more than is let pass.
         asked = [*prompts, other, prompts[0]]
         assert_same(found, by_transformers(asked, found))
     assert [a.num_cached_tokens for a in found] == [0, 0, 0, 0, 256]
