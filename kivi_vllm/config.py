@@ -96,6 +96,8 @@ class KiviConfig:
         prefill: `"exact"`: the tokens of one prefill step see each other at full
             precision, as in the KIVI paper; `"cached"`: every position sees what
             it would see at decode, whatever the chunks.
+        hit_stride: most tokens between the places where prefix hits may end, in models whose
+            layers differ; 0: as many as fill the blocks of the pool.
 
     """
 
@@ -105,6 +107,7 @@ class KiviConfig:
     sink_tokens: int
     residual_length: int = 0
     prefill: PrefillMode = "exact"
+    hit_stride: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype in RENAMED_DTYPES:
@@ -117,6 +120,12 @@ class KiviConfig:
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
         _one_of("kivi.sink_tokens", self.sink_tokens, SINK_TOKENS)
+        stride = self.hit_stride
+        if type(stride) is not int or stride < 0 or stride % BLOCK_SIZE:
+            raise KiviConfigError(
+                f"kivi.hit_stride is {stride!r}, but must be a multiple of {BLOCK_SIZE}, such "
+                "as 512, or 0 (as many tokens as fill the blocks of the pool)"
+            )
         if self.recipe == "paper":
             self._check_paper()
         else:
