@@ -15,11 +15,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
-from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
+from kivi_vllm.attention.groups.pages import ANY_PAGES
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import Batch
 
 
@@ -39,7 +39,7 @@ class KiviMetadata:
 
     @property
     def mm_prefix_range(self) -> torch.Tensor | None:
-        """What each token sees after itself, see `ops.spans`."""
+        """What each token sees after itself, see `ops.images`."""
         return None if self.step is None else self.step.last_visible
 
     @mm_prefix_range.setter
@@ -98,7 +98,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
-        if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
+        if not isinstance(self.kv_cache_spec, ANY_PAGES):
             return KiviMetadata(m.block_table_tensor)
         generated = None
         if self.config.token_budget and m.is_prefilling is not None:

@@ -271,7 +271,7 @@ def launch_shape(constants: PageConstants, columns: int) -> Shape:
         return Shape(2, 5)  # finding the page takes stages, too: two buffers are left of five
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
         return Shape(2, 2)
-    return Shape(8 if constants.TWO_LEVEL and constants.DP > 128 else 4, 2)
+    return Shape(8 if constants.DP > 128 else 4, 2)
 
 
 _kernels: dict[Any, Kernel] = {}

@@ -18,8 +18,8 @@ from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
 from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
+from kivi_vllm.ops.triton import ring, spills, store
 from kivi_vllm.ops.triton import select as chooser
-from kivi_vllm.ops.triton import spills, store
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
 from kivi_vllm.ops.triton.page import page_constants
@@ -88,7 +88,7 @@ def store_blocks(
     store.store_blocks(step, cache, key, value)
 
 
-store_ring = store.store_ring
+store_ring = ring.store_ring
 
 
 def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
