@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from multiprocessing import util
 from typing import Any, NamedTuple
 
@@ -55,8 +56,16 @@ def end_line() -> str:
 
 @functools.cache
 def report_at_the_end() -> None:
-    """Log `end_line` when this process ends."""
+    """Log `end_line` when this process ends: also a worker, which runs no `atexit`."""
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.kivi_vllm")
-    util.Finalize(None, lambda: logger.info("%s", end_line()), exitpriority=100)
+
+    def say() -> None:
+        streams = [
+            getattr(handler, "stream", None) for handler in logging.getLogger("vllm").handlers
+        ]
+        if not any(getattr(stream, "closed", False) for stream in streams):
+            logger.info("%s", end_line())
+
+    util.Finalize(None, say, exitpriority=100)

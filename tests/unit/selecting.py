@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from kivi_vllm.ops.residual import first_visible
 from kivi_vllm.ops.select import Selection
-from kivi_vllm.ops.step import LayerCache, Row, Step
+from kivi_vllm.ops.step import AttentionParams, LayerCache, Row, Step
 from tests.unit import kivi_numpy
 from tests.unit.simulator import POISON, B, Request, Simulator
 
 
 @contextlib.contextmanager
-def unread_poisoned(step: Step, cache: LayerCache, selection: Selection | None) -> Iterator[int]:
-    """While it lasts, pages of the step's requests that no token reads are NaN; how many."""
+def unread_poisoned(
+    step: Step, cache: LayerCache, selection: Selection | None, params: AttentionParams
+) -> Iterator[int]:
+    """While it lasts, pages that the step's tokens see, and none reads, are NaN; how many."""
     k, heads = cache.pages_per_block, range(cache.num_kv_heads)
     held: set[tuple[int, int, int]] = set()
     read: set[tuple[int, int, int]] = set()
     for row in step.rows if selection else ():
         pages = [(int(step.block_table[row.index, j // k]), j % k) for j in range(row.b // B)]
-        held |= {(*page, head) for page in pages for head in heads if page[0]}
+        first = first_visible(row.a, params.sliding_window, params.chunk_size) // B
+        held |= {(*page, head) for page in pages[first:] for head in heads}
         for token in range(row.q0, row.q1):
             count = int(selection.counts[token]) if row.generated else -1
             for head in heads:
@@ -78,7 +82,7 @@ class SelectingSimulator(Simulator):
                     self._check_choice(request, row, t, head, blocks, q, cache)
                     read[head, blocks] = True
                 request.read[t] = read
-        with unread_poisoned(step, cache, selection) as poisoned:
+        with unread_poisoned(step, cache, selection, params) as poisoned:
             self.ops.attend(step, cache, q, k, v, params, output, self.change(selection))
         self.poisoned += poisoned
 

@@ -54,12 +54,12 @@ def make(case: Case, ops: Any = native, **options: Any) -> SelectingSimulator:
     return SelectingSimulator(case, ops=ops, **tolerance | options)
 
 
-@pytest.mark.parametrize("case", some(CASES, [0, 2, 5]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [5]), ids=str)
 def test_reference(case: Case) -> None:
     check(case, reference)
 
 
-@pytest.mark.parametrize("case", some(CASES, [0, 1, 3, 4]), ids=str)
+@pytest.mark.parametrize("case", some(CASES, [1, 4]), ids=str)
 def test_native(isa: str, case: Case) -> None:
     check(case, native)
 
@@ -117,7 +117,7 @@ def test_a_budget_that_suffices_changes_nothing(ops: Any) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("fault", ["another-row", "another-head", "none", "older"])
+@pytest.mark.parametrize("fault", some(["another-row", "another-head", "none", "older"], [0]))
 def test_a_wrong_list_is_noticed(ops: Any, fault: str) -> None:
     """Negative controls: attention that reads other pages than were chosen meets a NaN."""
     case = Case(budget=384, tokens=800)

@@ -31,15 +31,17 @@ struct ChoosingPlan {
 
 constexpr int64_t kLeastPages = 32;  // of a part
 
-int64_t padded_pages(int64_t n) { return (n + 15) / 16 * 16; }
+// An odd number of cache lines: estimates of one page, so far apart, do not get in each other's way.
+int64_t padded_pages(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// Floats of all estimates of a choice among n pages.
-int64_t estimate_floats(const KiviCall &c, int64_t n) {
-  return c.num_heads / c.num_kv_heads * (kBlock / c.group_size) * padded_pages(n);
+// Floats of all estimates of a choice among n pages, with `together` rows together.
+int64_t estimate_floats(const KiviCall &c, int64_t n, int64_t together) {
+  const int64_t rows = c.num_heads / c.num_kv_heads;
+  return (rows + together - 1) / together * together * (kBlock / c.group_size) * padded_pages(n);
 }
 
 // Lengths of the lists, and who makes them.
-void plan_choosing(const KiviCall &c, ChoosingPlan &plan) {
+void plan_choosing(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan) {
   const int64_t budget = c.token_budget / kBlock;
   plan.tiles.clear();
   plan.parts.clear();
@@ -74,23 +76,23 @@ void plan_choosing(const KiviCall &c, ChoosingPlan &plan) {
     tile.left = (int)parts;
     for (int64_t p = 0; p < parts; p++)
       plan.parts.push_back({i, first + n * p / parts, first + n * (p + 1) / parts});
-    if (parts > 1) floats += estimate_floats(c, n);
+    if (parts > 1) floats += estimate_floats(c, n, kernels.rows);
   }
   if ((int64_t)plan.estimates.size() < floats) plan.estimates.resize(floats);
   float *at = plan.estimates.data();
   for (Choosing &tile : plan.tiles)
     if (tile.left > 1) {
       tile.estimates = at;
-      at += estimate_floats(c, tile.unit.block_hi - tile.unit.block_lo);
+      at += estimate_floats(c, tile.unit.block_hi - tile.unit.block_lo, kernels.rows);
     }
 }
 
 // Bytes of work space of a thread: estimates, weights and keys of one choice.
-int64_t choosing_bytes(const KiviCall &c, const ChoosingPlan &plan) {
+int64_t choosing_bytes(const Kernels &kernels, const KiviCall &c, const ChoosingPlan &plan) {
   int64_t most = 0;
   for (const Choosing &tile : plan.tiles)
     most = max_of(most, tile.unit.block_hi - tile.unit.block_lo);
-  return 4 * (estimate_floats(c, most) + padded_pages(most)) + 8 * padded_pages(most);
+  return 4 * (estimate_floats(c, most, kernels.rows) + padded_pages(most)) + 8 * padded_pages(most);
 }
 
 // A page's place among others: the more it weighs, then the older it is, the larger.
@@ -129,7 +131,7 @@ void choose_part(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan, 
   Unit unit = tile.unit;
   unit.block_lo = part.block_lo;
   unit.block_hi = part.block_hi;
-  kernels.estimate(c, unit, estimates - first, stride, scratch);
+  kernels.estimate(c, unit, estimates - first * kernels.rows, stride, scratch);
   if (tile.estimates && __atomic_sub_fetch(&tile.left, 1, __ATOMIC_ACQ_REL) > 0) return;
   kernels.weigh(c, estimates, unit.g1, n, stride, weights);
   choose_best(weights, n, c.token_budget / kBlock, first, places, tile.blocks);

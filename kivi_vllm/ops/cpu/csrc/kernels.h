@@ -167,7 +167,7 @@ constexpr int64_t kScratch =
     sizeof(AttendScratch) > sizeof(EncodeScratch) ? sizeof(AttendScratch) : sizeof(EncodeScratch);
 
 extern const Kernels kernels;
-const Kernels kernels = {KIVI_NAME, kScratch, attend, combine, encode, estimate, weigh, begin, end};
+const Kernels kernels = {KIVI_NAME, kScratch, attend, combine, encode, kRows, estimate, weigh, begin, end};
 
 }  // namespace KIVI_ISA
 }  // namespace kivi

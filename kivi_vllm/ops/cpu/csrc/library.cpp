@@ -264,8 +264,8 @@ int kivi_select_pages(const KiviCall *call) try {
   if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
   thread_local ChoosingPlan kept;
   ChoosingPlan &plan = kept;
-  plan_choosing(c, plan);
-  const int64_t bytes = choosing_bytes(c, plan);
+  plan_choosing(*chosen, c, plan);
+  const int64_t bytes = choosing_bytes(*chosen, c, plan);
   bool enough = true;
   const bool ok = run((int64_t)plan.parts.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
     if (uint8_t *own = room.get(bytes))

@@ -52,102 +52,90 @@ static INLINE void unpack_scales(const uint8_t *range, int groups, int n, int16_
   }
 }
 
-// numbers[g][i] = the four bits from SHIFT on of group g's range: its scale (0) or its zero (4) in
-// steps. In the order of parts, where groups lie `padded` apart.
+// zeros[g][i] = zero of group g in steps, in the order of parts, where groups lie `padded` apart.
 static INLINE int padded(int n) { return (n + 63) / 64 * 64; }
-template <int SHIFT>
-static INLINE void unpack_ranges(const uint8_t *range, int groups, int n, uint8_t *numbers) {
-  for (int g = 0; g < groups; g++, range += n, numbers += padded(n)) {
+static INLINE void unpack_zeros(const uint8_t *range, int groups, int n, uint8_t *zeros) {
+  for (int g = 0; g < groups; g++, range += n, zeros += padded(n)) {
 #if defined(__AVX512F__)
     const __m512i order =
         _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < n; i += 64) {
       const __mmask16 there = i + 32 < n ? 0xffff : 0xff;
       const __m512i x = _mm512_maskz_loadu_epi32(there, range + i);
-      _mm512_storeu_si512(numbers + i,
-                          _mm512_and_si512(_mm512_srli_epi16(_mm512_permutexvar_epi32(order, x),
-                                                             SHIFT),
-                                           _mm512_set1_epi8(15)));
+      _mm512_storeu_si512(zeros + i, _mm512_and_si512(_mm512_srli_epi16(_mm512_permutexvar_epi32(
+                                                          order, x), 4), _mm512_set1_epi8(15)));
     }
 #elif defined(__AVX2__)
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     for (int i = 0; i < n; i += 32) {
       const __m256i x = _mm256_permutevar8x32_epi32(
           _mm256_loadu_si256((const __m256i *)(range + i)), order);
-      _mm256_storeu_si256((__m256i *)(numbers + i),
-                          _mm256_and_si256(_mm256_srli_epi16(x, SHIFT), _mm256_set1_epi8(15)));
+      _mm256_storeu_si256((__m256i *)(zeros + i),
+                          _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)));
     }
 #else
-    for (int i = 0; i < n; i++) numbers[i] = range[i] >> SHIFT & 15;
+    for (int i = 0; i < n; i++) zeros[i] = range[i] >> 4;
 #endif
   }
 }
 
-// sums[g][r] += unit[r] times the dot of row r's parts and numbers[g], for G groups; that of all
-// SIDES, which have one unit.
-template <int R, int G, int SIDES>
-static INLINE void add_ranges_of(const uint8_t *const (&numbers)[SIDES],
-                                 const int8_t *const (&parts)[SIDES], int n, const float *unit,
-                                 float *sums) {
+// sums[g][r] = dot of row r's parts and zeros[g], for G groups; times `unit[r]`, and with what is
+// there.
+template <int R, int G>
+static INLINE void add_zeros_of(const uint8_t *zeros, const int8_t *parts, int n, const float *unit,
+                                float *sums) {
   vf s[G * R];
 #if defined(__AVX512F__)
   __m512i x[G * R][2];
 #pragma GCC unroll 16
   for (int k = 0; k < G * R; k++) x[k][0] = x[k][1] = _mm512_setzero_si512();
-#pragma GCC unroll 2
-  for (int side = 0; side < SIDES; side++) {
-    const int8_t *part = parts[side];
-    for (int i = 0; i < n; i += 64, part += kSpan)
+  for (int i = 0; i < n; i += 64, parts += kSpan)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        const __m512i z = _mm512_load_si512(numbers[side] + g * padded(n) + i);
+    for (int g = 0; g < G; g++) {
+      const __m512i z = _mm512_load_si512(zeros + g * padded(n) + i);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-          for (int p = 0; p < 2; p++)
-            x[g * R + r][p] = _mm512_dpbusd_epi32(x[g * R + r][p], z,
-                                                  _mm512_load_si512(part + 128 * r + 64 * p));
-      }
-  }
+        for (int p = 0; p < 2; p++)
+          x[g * R + r][p] = _mm512_dpbusd_epi32(x[g * R + r][p], z,
+                                                _mm512_load_si512(parts + 128 * r + 64 * p));
+    }
 #pragma GCC unroll 16
   for (int k = 0; k < G * R; k++)
     s[k] = to_float((vi)_mm512_add_epi32(_mm512_slli_epi32(x[k][0], 8), x[k][1]));
 #elif defined(__AVX2__)
   __m256i sum[G * R] = {};
-#pragma GCC unroll 2
-  for (int side = 0; side < SIDES; side++)
-    for (int first = 0; first < n; first += 256) {
-      __m256i x[G * R][2] = {};  // 16 bits hold the products of eight spans: 8 * 2 * 128 * 15
-      for (int i = first; i < min_of(n, first + 256); i += 32) {
-        const int8_t *p = parts[side] + i / 64 * kSpan + i % 64;
+  for (int first = 0; first < n; first += 256) {
+    __m256i x[G * R][2] = {};  // 16 bits hold the products of eight spans: 8 * 2 * 128 * 15
+    for (int i = first; i < min_of(n, first + 256); i += 32) {
+      const int8_t *p = parts + i / 64 * kSpan + i % 64;
 #pragma GCC unroll 4
-        for (int g = 0; g < G; g++) {
-          const __m256i z = _mm256_load_si256((const __m256i *)(numbers[side] + g * padded(n) + i));
+      for (int g = 0; g < G; g++) {
+        const __m256i z = _mm256_load_si256((const __m256i *)(zeros + g * padded(n) + i));
 #pragma GCC unroll 8
-          for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-            for (int h = 0; h < 2; h++)
-              x[g * R + r][h] = _mm256_add_epi16(
-                  x[g * R + r][h],
-                  _mm256_maddubs_epi16(z, _mm256_load_si256((const __m256i *)(p + 128 * r + 64 * h))));
-        }
+          for (int h = 0; h < 2; h++)
+            x[g * R + r][h] = _mm256_add_epi16(
+                x[g * R + r][h], _mm256_maddubs_epi16(z, _mm256_load_si256(
+                                                             (const __m256i *)(p + 128 * r + 64 * h))));
       }
-#pragma GCC unroll 16
-      for (int k = 0; k < G * R; k++)
-        sum[k] = _mm256_add_epi32(
-            sum[k], _mm256_add_epi32(_mm256_madd_epi16(x[k][0], _mm256_set1_epi16(256)),
-                                     _mm256_madd_epi16(x[k][1], _mm256_set1_epi16(1))));
     }
+#pragma GCC unroll 16
+    for (int k = 0; k < G * R; k++)
+      sum[k] = _mm256_add_epi32(
+          sum[k], _mm256_add_epi32(_mm256_madd_epi16(x[k][0], _mm256_set1_epi16(256)),
+                                   _mm256_madd_epi16(x[k][1], _mm256_set1_epi16(1))));
+  }
   for (int k = 0; k < G * R; k++) s[k] = to_float((vi)sum[k]);
 #else
   for (int g = 0; g < G; g++)
     for (int r = 0; r < R; r++) {
       int32_t sum = 0;
-      for (int side = 0; side < SIDES; side++)
-        for (int i = 0; i < n; i++) {
-          const int8_t *p = parts[side] + i / 64 * kSpan + i % 64 + 128 * r;
-          sum += numbers[side][g * padded(n) + i] * (256 * p[0] + p[64]);
-        }
+      for (int i = 0; i < n; i++) {
+        const int8_t *p = parts + i / 64 * kSpan + i % 64 + 128 * r;
+        sum += zeros[g * padded(n) + i] * (256 * p[0] + p[64]);
+      }
       s[g * R + r] = vf{(float)sum};
     }
 #endif
@@ -157,9 +145,9 @@ static INLINE void add_ranges_of(const uint8_t *const (&numbers)[SIDES],
     for (int r = 0; r < R; r++) sums[g * kRows + r] += unit[r] * dots[g * R + r];
 }
 
-// Groups that are taken together: as many sums as there are registers for.
+// Groups whose zeros are taken together: as many sums as there are registers for.
 template <int R>
-constexpr int kRangeGroups = max_of(1, min_of(4, (W == 16 ? 12 : 4) / R));
+constexpr int kZeroGroups = max_of(1, min_of(4, (W == 16 ? 12 : 4) / R));
 
 // Groups have 16 or 32 tokens.
 template <class CODES>
@@ -170,7 +158,7 @@ struct TwoLevelKeys {
 
   static void prepare(const uint8_t *page, const TwoLevelLayout &at, PageScratch &s) {
     unpack_scales(page + at.k_range, at.k_groups, at.head_size, s.k_fixed);
-    unpack_ranges<4>(page + at.k_range, at.k_groups, at.head_size, s.k_zeros);
+    unpack_zeros(page + at.k_range, at.k_groups, at.head_size, s.k_zeros);
   }
 
   // Scores of R rows, from row `r0` on.
@@ -202,9 +190,9 @@ struct TwoLevelKeys {
       unit[r] = top[r] * (1.0f / kTop) * CODES::zero_step;
       for (int g = 0; g < at.k_groups; g++) zeros[g * kRows + r] = low[r];
     }
-    for_groups<kRangeGroups<R>>(at.k_groups, [&](int g, auto count) __attribute__((always_inline)) {
-      add_ranges_of<R, count.value, 1>({s.k_zeros + g * padded(d)}, {s.parts[0]}, d, unit,
-                                       zeros + g * kRows);
+    for_groups<kZeroGroups<R>>(at.k_groups, [&](int g, auto count) __attribute__((always_inline)) {
+      add_zeros_of<R, count.value>(s.k_zeros + g * padded(d), s.parts[0], d, unit,
+                                   zeros + g * kRows);
     });
     // Products with 2^11 u, of 2^15, leave out a factor of 16.
     for (int r = 0; r < R; r++) unit[r] = top[r] * (16.0f / kTop);

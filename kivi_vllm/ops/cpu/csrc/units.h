@@ -42,7 +42,9 @@ struct Kernels {
   void (*combine)(const KiviCall &, const Unit &, int parts, uint8_t *scratch);
   // Quantize one block of one request and kv head; keep its last tokens in the tails.
   void (*encode)(const KiviCall &, const KiviRow &, int64_t block, int64_t kv_head, uint8_t *scratch);
-  // Estimates of the rows of the unit's one token: out[row][group][block], see select.h.
+  int rows;  // query rows whose estimates lie together
+  // Estimates of the rows of the unit's one token, see select.h; `out` is that of block 0, and
+  // `stride` the pages of all units of the token.
   void (*estimate)(const KiviCall &, const Unit &, float *out, int64_t stride, uint8_t *scratch);
   void (*weigh)(const KiviCall &, float *estimates, int rows, int64_t pages, int64_t stride,
                 float *weights);
