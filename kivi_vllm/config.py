@@ -101,6 +101,8 @@ class KiviConfig:
         token_budget: tokens of pages that a generated token reads for each head of K and V
             (see `ops.select`); 0: all.
         dense_layers: the first layers of the model, where it reads all.
+        hit_stride: most tokens between the places where prefix hits may end, in models whose
+            layers differ; 0: as many as fill the blocks of the pool.
 
     """
 
@@ -112,6 +114,7 @@ class KiviConfig:
     prefill: PrefillMode = "exact"
     token_budget: int = 0
     dense_layers: int = 2
+    hit_stride: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype in RENAMED_DTYPES:
@@ -124,6 +127,12 @@ class KiviConfig:
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
         _one_of("kivi.sink_tokens", self.sink_tokens, SINK_TOKENS)
+        stride = self.hit_stride
+        if type(stride) is not int or stride < 0 or stride % BLOCK_SIZE:
+            raise KiviConfigError(
+                f"kivi.hit_stride is {stride!r}, but must be a multiple of {BLOCK_SIZE}, such "
+                "as 512, or 0 (as many tokens as fill the blocks of the pool)"
+            )
         if self.recipe == "paper":
             self._check_paper()
         else:

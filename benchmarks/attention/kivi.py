@@ -43,7 +43,7 @@ def batch_of(step: Step) -> Batch:
         per_position=step.per_position,
         decode_len=step.decode_len,
         last_visible=step.last_visible,
-        generated=_generated(step),
+        generated=_generated(step).to(device),
     )
 
 

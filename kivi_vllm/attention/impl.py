@@ -70,15 +70,16 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         )
         vllm_config = get_current_vllm_config()
         self.operators = dispatch.operators(device_kind())
-        layer = Layer(
+        self._layer = Layer(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.page_head_size,
             dtype=vllm_config.model_config.dtype,
             max_rows=vllm_config.scheduler_config.max_num_seqs,
             decode_len=1 + num_draft_tokens(vllm_config),
+            max_tokens=vllm_config.model_config.max_model_len,
         )
-        self.params = self.operators.prepare(layer, params)
+        self.params = self.operators.prepare(self._layer, params)
         self.owner = self  # of the caches
         self.readers = [self]  # of the caches, in the order in which they run
         self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
@@ -98,7 +99,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
                 f"kivi.token_budget {budget} does not serve this model: its attention has ALiBi "
                 "slopes, of which a page's ranges know nothing; leave kivi.token_budget out"
             )
-        self.params = replace(self.params, token_budget=budget)
+        chosen = replace(self.params, token_budget=budget)
+        self.params = self.operators.prepare(self._layer, chosen)
         report_at_the_end()
 
     def attend_in_chunks(self, chunk_size: int) -> None:

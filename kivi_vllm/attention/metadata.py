@@ -15,11 +15,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
-from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
+from kivi_vllm.attention.groups.pages import ANY_PAGES
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import Batch
 
 
@@ -39,7 +39,7 @@ class KiviMetadata:
 
     @property
     def mm_prefix_range(self) -> torch.Tensor | None:
-        """What each token sees after itself, see `ops.spans`."""
+        """What each token sees after itself, see `ops.images`."""
         return None if self.step is None else self.step.last_visible
 
     @mm_prefix_range.setter
@@ -68,6 +68,9 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         self.per_position = self.config.prefill == "cached"
         self.decode_len = 1 + num_draft_tokens(vllm_config)
         self.operators = dispatch.operators(device_kind())
+        rows = vllm_config.scheduler_config.max_num_seqs
+        # On GPUs graphs that were captured read it.
+        self._generated = torch.zeros(rows, dtype=torch.bool, device=device)
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
@@ -95,9 +98,12 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
-        if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
+        if not isinstance(self.kv_cache_spec, ANY_PAGES):
             return KiviMetadata(m.block_table_tensor)
-        prompts = m.is_prefilling if self.config.token_budget else None
+        generated = None
+        if self.config.token_budget and m.is_prefilling is not None:
+            generated = self._generated[: m.num_reqs]
+            generated.copy_(~m.is_prefilling[: m.num_reqs], non_blocking=True)
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:
@@ -114,6 +120,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             per_position=self.per_position,
             decode_len=self.decode_len,
             last_visible=seen,
-            generated=None if prompts is None else ~prompts[: m.num_reqs],
+            generated=generated,
         )
         return KiviMetadata(batch.block_table, self.operators.step(batch))

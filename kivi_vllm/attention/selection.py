@@ -8,7 +8,7 @@ from multiprocessing import util
 from typing import Any, NamedTuple
 
 from kivi_vllm.config import BLOCK_SIZE, KiviConfig
-from kivi_vllm.ops.select import COUNTED
+from kivi_vllm.ops.select import COUNTERS
 
 
 class PagesCounted(NamedTuple):
@@ -23,7 +23,7 @@ class PagesCounted(NamedTuple):
 
 def pages_counted(worker: Any = None) -> PagesCounted:
     """Of this process so far; `LLM.collective_rpc(pages_counted)` asks all workers."""
-    return PagesCounted(*COUNTED.tolist())
+    return PagesCounted(*(sum(of) for of in zip(*(each() for each in COUNTERS), strict=True)))
 
 
 def start_line(config: KiviConfig, max_model_len: int) -> str:

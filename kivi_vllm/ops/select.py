@@ -21,6 +21,7 @@ as minus infinity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,9 @@ RADIUS = 0.5
 COUNTED = torch.zeros(2, dtype=torch.int64)
 """What the generated tokens of this process saw and read of pages, in layers with a budget: one for
 each page, token and head of K and V. The kernels that read the pages count."""
+
+COUNTERS: list[Callable[[], tuple[int, int]]] = [lambda: (int(COUNTED[0]), int(COUNTED[1]))]
+"""Where such counts are: these, and those of GPUs."""
 
 
 @dataclass(frozen=True)

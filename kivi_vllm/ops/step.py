@@ -31,8 +31,8 @@ class Batch:
         max_query_len: tokens of the longest request, or more.
         per_position, decode_len: see `Step`.
         last_visible: see `Step`; on the CPU.
-        generated: [num_reqs] bool on the host, of the requests whose tokens in this step all come
-            after their prompts; None: it is not known of any.
+        generated: [num_reqs] bool, of the requests whose tokens in this step all come after their
+            prompts; None: it is not known of any. On a GPU, the same memory in every step.
 
     """
 
@@ -80,7 +80,7 @@ class Step:
             F(a) of the row's first ("exact").
         decode_len: longest row that counts as decode: 1 + draft tokens.
         last_visible: [num_tokens] int32, the last position that each token sees, where it is not
-            its own for all: images whose tokens see each other (see `spans`).
+            its own for all: images whose tokens see each other (see `images`).
 
     """
 
@@ -150,6 +150,7 @@ class DeviceStep:
         per_position, decode_len, last_visible: see `Step`.
         nothing_cached: requests after the decodes have all their tokens in this step.
         prefill_lens: tokens of each of those requests in this step.
+        generated: see `Batch`.
 
     """
 
@@ -165,6 +166,7 @@ class DeviceStep:
     nothing_cached: bool = False
     prefill_lens: list[int] = field(default_factory=list)
     last_visible: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -201,6 +203,7 @@ class DeviceStep:
             and bool((ends[prefills] == lens[prefills]).all()),
             prefill_lens=lens[prefills].tolist(),
             last_visible=None if seen is None else seen.to(batch.query_start_loc.device),
+            generated=batch.generated,
         )
 
 
@@ -309,6 +312,7 @@ class Layer:
         dtype: of the model.
         max_rows: requests of a step.
         decode_len: tokens of a request that still is a decode.
+        max_tokens: of a sequence.
 
     """
 
@@ -318,3 +322,4 @@ class Layer:
     dtype: torch.dtype
     max_rows: int
     decode_len: int
+    max_tokens: int

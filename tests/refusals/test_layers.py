@@ -84,6 +84,16 @@ def test_a_shared_cache_with_a_smaller_window(config: Any) -> None:
         _layer(config, kv_sharing_target_layer_name="l.1")
 
 
+def test_a_shared_cache_of_an_attention_chunk(config: Any) -> None:
+    from vllm.model_executor.layers.attention import ChunkedLocalAttention
+
+    context = config.compilation_config.static_forward_context
+    context["l.1"] = _layer(config, ChunkedLocalAttention, attention_chunk_size=256)
+    del context["l.0"], context["l.0.kivi_ring"], context["l.0.kivi_sinks"]
+    with pytest.raises(KiviConfigError, match=r"KV cache of l\.1, which keeps an attention chunk"):
+        _layer(config, kv_sharing_target_layer_name="l.1")
+
+
 def test_reading_without_writing(config: Any) -> None:
     layer = _layer(config)
     with pytest.raises(NotImplementedError, match="without new keys and values"):

@@ -60,7 +60,8 @@ def test_wrong_value(options: dict[str, Any], message: str) -> None:
     assert refusal(additional_config={"kivi": options}) == message
 
 
-KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill, token_budget, dense_layers"
+KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill, "
+KNOWN += "token_budget, dense_layers, hit_stride"
 
 
 def test_unknown_option() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from kivi_vllm.config import KiviConfig, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 
@@ -145,7 +146,7 @@ class Simulator:
         self.raw_tokens = case.raw or (self.fmt.raw_tokens,) * 3
         self.num_tails = -(-case.residual // self.raw_tokens[1])
         # What a block holds of another layer lies between ours.
-        self.token_bytes = 2 * case.head_size * case.model.itemsize
+        self.token_bytes = 2 * self.fmt.head_size * case.model.itemsize
         most = max(case.per_block * self.fmt.page_bytes, max(self.raw_tokens) * self.token_bytes)
         shape = (num_blocks, 2, case.heads[1] * most)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
@@ -433,13 +434,17 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def quantized(
     k: torch.Tensor, v: torch.Tensor, fmt: PageFormat, sinks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back."""
+    """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back.
+
+    Where heads of pages are larger, zeros fill them up.
+    """
+    d = k.shape[-1]
     out = k.double().numpy().copy(), v.double().numpy().copy()
     for h in range(0 if fmt.is_raw else k.shape[1]):
-        heads = k[:, h].float().numpy(), v[:, h].float().numpy()
+        heads = (pad(x[:, h].float(), (0, fmt.head_size - d)).numpy() for x in (k, v))
         lossy = kivi_numpy.decode_page(kivi_numpy.encode_page(*heads, fmt, sinks), fmt)
         for x, y in zip(out, lossy, strict=True):
-            x[sinks:, h] = y[sinks:]
+            x[sinks:, h] = y[sinks:, :d]
     return out
 
 

@@ -47,6 +47,16 @@ def test_bad_value_is_refused_with_the_good_ones(option: str, value: Any) -> Non
         KiviConfig("kivi2", **{"recipe": "best", "group_size": 16, "sink_tokens": 4, option: value})
 
 
+@pytest.mark.parametrize("value", [-128, 1, 100, 129, 128.0, "128", True, None], ids=repr)
+def test_a_bad_hit_stride_is_refused_with_an_example(value: Any) -> None:
+    message = (
+        f"kivi.hit_stride is {value!r}, but must be a multiple of 128, such as 512, or 0 (as many "
+        "tokens as fill the blocks of the pool)"
+    )
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"hit_stride": value})
+
+
 @pytest.mark.parametrize("value", [*BAD_GROUPS, 32, 64], ids=repr)
 def test_group_size_of_recipe_best_is_the_dtypes_own(value: Any) -> None:
     message = (
@@ -147,7 +157,7 @@ def test_the_options_that_were_are_parts_of_the_recipe(name: str) -> None:
     message = (
         f"unknown option {name!r} in the 'kivi' entry of --additional-config; recipe 'best' "
         "includes it, recipe 'paper' does not; the options are: recipe, group_size, sink_tokens, "
-        "residual_length, prefill, token_budget, dense_layers"
+        "residual_length, prefill, token_budget, dense_layers, hit_stride"
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         KiviConfig.from_options("kivi2", {name: True})

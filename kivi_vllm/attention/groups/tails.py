@@ -81,9 +81,9 @@ class TailManager(SparseManager, SlidingWindowManager):
         newest = ring_start(num_tokens, 1 + 2 * self.kv_cache_spec.num_drafts) // size - 1
         if not self.enable_caching:
             return list(range(max(known, newest), num_tokens // size))
-        span = self.cache_hit_alignment_tokens  # hits land on its multiples
+        stride = self.cache_hit_alignment_tokens  # hits land on its multiples
         boundaries = self._boundaries.get(request_id, ())
-        found = {boundary // span * span // size - 1 for boundary in boundaries}
+        found = {boundary // stride * stride // size - 1 for boundary in boundaries}
         return [
             block
             for block in range(known, num_tokens // size)

@@ -86,7 +86,7 @@ static inline int64_t first_visible(const KiviCall &c, int64_t t) {
   return window > chunk ? window : chunk;
 }
 
-// The last position that the row's token at position `t` sees (spans.last_visible).
+// The last position that the row's token at position `t` sees (images.last_visible).
 static inline int64_t last_visible(const KiviCall &c, const KiviRow &row, int64_t t) {
   if (!c.last_visible) return t;
   const int64_t seen = c.last_visible[row.q0 + t - row.a];
