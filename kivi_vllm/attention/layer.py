@@ -135,6 +135,7 @@ def attach(attn: Attention, config: KiviConfig) -> None:
         )
     vllm_config = get_current_vllm_config()
     context = vllm_config.compilation_config.static_forward_context
+    attn.impl.select_pages(attn.layer_name)
     target = attn.kv_sharing_target_layer_name
     if target is not None:
         attn.impl.share(context[target].impl)

@@ -68,6 +68,9 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         self.per_position = self.config.prefill == "cached"
         self.decode_len = 1 + num_draft_tokens(vllm_config)
         self.operators = dispatch.operators(device_kind())
+        rows = vllm_config.scheduler_config.max_num_seqs
+        # On GPUs graphs that were captured read it.
+        self._generated = torch.zeros(rows, dtype=torch.bool, device=device)
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
@@ -97,6 +100,10 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             raise NotImplementedError("the KIVI cache serves causal attention only")
         if not isinstance(self.kv_cache_spec, ANY_PAGES):
             return KiviMetadata(m.block_table_tensor)
+        generated = None
+        if self.config.token_budget and m.is_prefilling is not None:
+            generated = self._generated[: m.num_reqs]
+            generated.copy_(~m.is_prefilling[: m.num_reqs], non_blocking=True)
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:
@@ -113,5 +120,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             per_position=self.per_position,
             decode_len=self.decode_len,
             last_visible=seen,
+            generated=generated,
         )
         return KiviMetadata(batch.block_table, self.operators.step(batch))

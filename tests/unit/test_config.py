@@ -82,6 +82,36 @@ def test_group_size_of_recipe_paper_is_refused_with_the_good_ones(value: Any) ->
         KiviConfig.from_options("kivi2", {"recipe": "paper", "group_size": value})
 
 
+@pytest.mark.parametrize(
+    "value", [128, 896, 1025, 1023, -1024, 2048.0, "2048", True, None], ids=repr
+)
+def test_a_token_budget_out_of_range(value: Any) -> None:
+    message = (
+        f"kivi.token_budget is {value!r}, but must be 0 (a generated token reads all), or a "
+        "multiple of 128 from 1024 on, for example 4096"
+    )
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"token_budget": value})
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, "2", True, None], ids=repr)
+def test_dense_layers_out_of_range(value: Any) -> None:
+    message = f"kivi.dense_layers is {value!r}, but must be a number of layers: 0 or more"
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"dense_layers": value})
+
+
+def test_what_a_token_budget_cannot_go_with() -> None:
+    with pytest.raises(
+        KiviConfigError, match=r"needs the ranges of quantized keys, which kivi_raw"
+    ):
+        KiviConfig.from_options("kivi_raw", {"token_budget": 2048})
+    with pytest.raises(KiviConfigError, match=r"'cached' promises .* leave one of the two out$"):
+        KiviConfig.from_options("kivi2", {"token_budget": 2048, "prefill": "cached"})
+    for good in (0, 1024, 1152, 4096):
+        assert KiviConfig.from_options("kivi2", {"token_budget": good}).token_budget == good
+
+
 @pytest.mark.parametrize("dtype", ["kivi_k3v2", "kivi3", "kivi_k4v3"])
 def test_what_kivi_has_not_published_has_no_recipe_paper(dtype: str) -> None:
     message = (
@@ -127,7 +157,7 @@ def test_the_options_that_were_are_parts_of_the_recipe(name: str) -> None:
     message = (
         f"unknown option {name!r} in the 'kivi' entry of --additional-config; recipe 'best' "
         "includes it, recipe 'paper' does not; the options are: recipe, group_size, sink_tokens, "
-        "residual_length, prefill, hit_stride"
+        "residual_length, prefill, token_budget, dense_layers, hit_stride"
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         KiviConfig.from_options("kivi2", {name: True})

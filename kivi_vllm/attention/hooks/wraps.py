@@ -216,6 +216,20 @@ def _is_vllm_command_line() -> bool:
     return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
 
 
+def publish_counts() -> None:
+    """Let the server's metrics say what generated tokens have read of pages."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from kivi_vllm.attention.hooks import counts
+
+    _wrap(ModelRunnerOutput, "__init__", counts.answer)
+    _wrap(Scheduler, "update_from_output", counts.keep)
+    _wrap(Scheduler, "make_stats", counts.send)
+    _wrap(StatLoggerManager, "record", counts.receive)
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace `owner.name` by `make(owner.name)`, once."""
     original = getattr(owner, name)
