@@ -45,7 +45,8 @@ define sanitize
 	    $(BIN)/python setup.py -q build_ext --build-lib build/$(1)
 	KIVI_VLLM_CPU_LIBRARY=$(call SANITIZED,$(1)) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=$(2))" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -q -n 2 tests/unit/test_native.py tests/unit/test_native_codes.py tests/unit/test_native_input.py
+	    $(BIN)/python -m pytest -q -n 2 tests/unit/test_native.py tests/unit/test_native_codes.py tests/unit/test_native_input.py \
+	    tests/unit/test_select.py
 endef
 
 sanitize: setup  ## the CPU kernels under address and undefined behaviour sanitizers
