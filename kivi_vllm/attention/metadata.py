@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
-from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
@@ -25,17 +24,14 @@ from kivi_vllm.ops.step import Batch
 
 @dataclass
 class KiviMetadata:
-    """One cache group's view of a step.
+    """What the layers get of a step.
 
     Attributes:
-        block_table: [num_reqs, max_blocks], page ids of this group.
-        step: what the operators must know of the step, for all layers; of the groups of
-            pages only, whose metadata the layers get.
+        step: what the operators must know of it; None for the caches of full-precision tokens.
 
     """
 
-    block_table: torch.Tensor
-    step: Any = None
+    step: Any
 
     @property
     def mm_prefix_range(self) -> torch.Tensor | None:
@@ -50,7 +46,7 @@ class KiviMetadata:
 
 
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
-    """Builds `KiviMetadata` for pages, rings, tails and sinks alike (see `with_options`)."""
+    """Builds `KiviMetadata` of quantized pages (see `with_options`)."""
 
     config: ClassVar[KiviConfig]
 
@@ -95,8 +91,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
-        if not isinstance(self.kv_cache_spec, (PageSpec, WindowPageSpec)):
-            return KiviMetadata(m.block_table_tensor)
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:
@@ -114,4 +108,4 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             decode_len=self.decode_len,
             last_visible=seen,
         )
-        return KiviMetadata(batch.block_table, self.operators.step(batch))
+        return KiviMetadata(self.operators.step(batch))

@@ -87,8 +87,8 @@ def plan(specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool) -> P
     groups: list[Specs] = []
     page_groups = []
     fitting = _pages_a_block(kinds, block_bytes, cdiv(max_model_len, BLOCK_SIZE))
-    for window, layers in kinds.pages.items():
-        pages = fitting[window]
+    for window in sorted(kinds.pages, key=lambda w: not _of_draft_model(kinds.pages[w])):
+        layers, pages = kinds.pages[window], fitting[window]
         groups.append(_replaced(layers, block_size=pages * BLOCK_SIZE))
         page_groups.append(PageGroup(pages, window))
     span = max(fitting.values()) * BLOCK_SIZE  # the others divide it
@@ -166,6 +166,11 @@ class _Kinds:
 
 def _bytes(layers: Specs) -> int:
     return sum(spec.page_size_bytes for spec in layers.values())
+
+
+def _of_draft_model(layers: Specs) -> bool:
+    """Whether a draft model's layers are among them: vLLM's runner takes the first group for it."""
+    return any(name.startswith("draft_model.") for name in layers)
 
 
 def _pages_a_block(kinds: _Kinds, block_bytes: int, most: int) -> dict[int, int]:

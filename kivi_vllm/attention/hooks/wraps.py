@@ -94,8 +94,12 @@ def attach_residual_to_layers() -> None:
             original(self, *args, **kwargs)
             if not is_kivi(cache_config.cache_dtype):
                 return
+            from kivi_vllm.attention.hooks import drafts
             from kivi_vllm.attention.layer import attach, check_shared_cache
 
+            # Not earlier: importing vLLM's drafts imports its models.
+            if proposer := drafts.proposer():
+                _wrap(proposer, "load_model", drafts.without_residual)
             check_shared_cache(self)
             ours = hasattr(self.impl, "bind_residual")
             if not ours and not is_kivi(self.kv_cache_dtype):
@@ -177,14 +181,19 @@ def plan_cache_groups() -> None:
 def _planned_groups(original: Callable) -> Callable:
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
         from kivi_vllm.attention.groups import planner
+        from kivi_vllm.attention.hooks import drafts
 
-        if not planner.is_needed(kv_cache_spec.values()):
-            return original(vllm_config, kv_cache_spec)
-        plan = planner.plan_for(vllm_config, kv_cache_spec)
         cache_config = vllm_config.cache_config
-        if cache_config.mamba_cache_mode == "align":
-            cache_config.mamba_block_size = plan.span
-        return plan.groups
+        if planner.is_needed(kv_cache_spec.values()):
+            plan = planner.plan_for(vllm_config, kv_cache_spec)
+            groups = plan.groups
+            if cache_config.mamba_cache_mode == "align":
+                cache_config.mamba_block_size = plan.span
+        else:
+            groups = original(vllm_config, kv_cache_spec)
+        if is_kivi(cache_config.cache_dtype):
+            drafts.flag_groups(vllm_config, groups)
+        return groups
 
     return get_kv_cache_groups
 
