@@ -146,7 +146,11 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
     }
     for name, size in sizes.items():
         if size > 1:
-            yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
+            yield (
+                f"{name} parallelism ({size}) is not supported: it deals the tokens of a sequence "
+                f"out to ranks, and a page quantizes {BLOCK_SIZE} of them together; use "
+                "--tensor-parallel-size instead"
+            )
     if parallel.data_parallel_size > 1 and parallel.data_parallel_backend != "mp":
         yield (
             f"--data-parallel-backend {parallel.data_parallel_backend} is not tested; "

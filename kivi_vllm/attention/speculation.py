@@ -42,10 +42,7 @@ def problems(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if speculative.use_multi_module_mtp():
         modules = speculative.draft_model_config.hf_config.num_nextn_predict_layers
-        yield (
-            f"MTP of {modules} modules for as many tokens is not tested; "
-            'use "num_speculative_tokens": 1'
-        )
+        yield (f"MTP of {modules} modules for as many tokens is not tested; {_OTHER_DRAFTS}")
     dtype = vllm_config.cache_config.cache_dtype
     if speculative.kv_cache_dtype not in (None, dtype):
         yield (
@@ -62,10 +59,10 @@ def problems(vllm_config: VllmConfig) -> Iterator[str]:
             else "that is not tested"
         )
         yield f"speculation with a hybrid model: {why}; leave out --speculative-config"
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and speculative.method != "ngram":
         yield (
-            "speculation in a pipeline is not tested; leave out --speculative-config or "
-            "--pipeline-parallel-size"
+            f"in a pipeline, speculation with {speculative.method!r} is not tested; use method "
+            "ngram, or leave out --pipeline-parallel-size"
         )
 
 

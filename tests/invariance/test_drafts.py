@@ -94,8 +94,7 @@ def test_answers_are_those_without_drafts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eagle", "draft_model"])
-@residuals
+@pytest.mark.parametrize(("name", "residual"), [("eagle", 32), ("draft_model", 0)])
 def test_preemption(
     name: str,
     residual: int,
