@@ -52,6 +52,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
 
     # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update = True  # all steps of a draft in one graph (vLLM 0.33)
 
     def __init__(
         self,
@@ -66,6 +67,9 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         self.operators = dispatch.operators(device_kind())
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def update_draft_decode_metadata(self, metadata: KiviMetadata) -> None:
+        """Nothing: what changes from a draft's step to the next are tensors that it refers to."""
 
     @classmethod
     def get_cudagraph_support(

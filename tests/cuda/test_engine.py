@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.cuda.child import GRAPHS, results_in_child
+from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, gemma3, gemma3n, random_prompt, tiny_model
 from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
 
@@ -111,6 +112,18 @@ def results(
             batches=BATCHES,
             max_tokens=DRAFTED_TOKENS,
             operators="reference",
+        ),
+        "eagle, graphs": dict(
+            engine_args={
+                **raw,
+                **DRAFT_GRAPHS,
+                "model": foreseeable(head_dim=64),
+                "speculative_config": dict(
+                    method="eagle", model=eagle(foreseeable(head_dim=64)), num_speculative_tokens=3
+                ),
+            },
+            batches=BATCHES,
+            max_tokens=DRAFTED_TOKENS,
         ),
         "shared": dict(
             engine_args={**raw, "model": gemma3n(5, 2)},
@@ -236,6 +249,20 @@ def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     assert_same(one, other)
     # What quantization does is far larger than the tolerance.
     assert one[0].difference(greedy(model, RETURNING, DRAFTED_TOKENS)) > 50 * SAME
+
+
+@pytest.mark.slow
+def test_eagle(results: dict[str, Any]) -> None:
+    """On vLLM's second model runner, the steps of a draft in one graph."""
+    found = result(results, "eagle, graphs")
+    assert found["captured"] >= 4  # decodes of the model, the first and the later steps of a draft
+    assert found["replayed"] > 0
+    prompts = [prompt for batch in BATCHES for prompt in batch]
+    truth = [greedy(foreseeable(head_dim=64), prompt, DRAFTED_TOKENS) for prompt in prompts]
+    assert_same(answers(found), truth)
+    assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 128]  # a block is dropped
+    # 4 chunks of prompts and a step for each further token, were no draft accepted.
+    assert found["steps"]["rows"] < 4 + 3 * (DRAFTED_TOKENS - 1)
 
 
 def test_compute_capability(configured: dict[str, Any]) -> None:

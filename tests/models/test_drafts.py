@@ -31,7 +31,8 @@ def _answers(
         update = core.update_draft_token_ids
 
         def watched(found: Any) -> None:
-            proposals.append(dict(zip(found.req_ids, found.draft_token_ids, strict=True)))
+            names = [name.partition("-")[0] for name in found.req_ids]
+            proposals.append(dict(zip(names, found.draft_token_ids, strict=True)))
             update(found)
 
         core.update_draft_token_ids = watched
