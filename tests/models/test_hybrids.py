@@ -136,7 +136,7 @@ def test_gated_delta_nets(name: str) -> None:
 
 @pytest.mark.slow
 def test_vllm_does_not_take_back_what_rejected_drafts_did_to_states() -> None:
-    """Why drafts are refused there. Once vLLM's CPU kernels do, this fails, and they need not be."""
+    """Why drafts are refused: once vLLM's CPU kernels do, this fails, and they need not be."""
     hybrid = HYBRIDS["granite-4"]
     drafts = dict(
         method="ngram", num_speculative_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3
