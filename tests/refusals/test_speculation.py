@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from kivi_vllm.attention import speculation
+from kivi_vllm.config import KiviConfigError
+from tests.engine import engine, gemma3
 from tests.refusals.configs import config_only, engine_config, refusal
 
 _PREFIX = "--kv-cache-dtype kivi2: "
@@ -48,6 +51,28 @@ def test_modules_of_mtp() -> None:
     mtp = dict(method="mtp", num_speculative_tokens=2)
     message = refusal(model, speculative_config=mtp)
     assert "MTP of 2 modules for as many tokens is not tested; use another draft model" in message
+
+
+def test_what_only_real_drafts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config(speculative_config=drafts())
+    draft = config.speculative_config.draft_model_config
+    monkeypatch.setattr(type(draft), "use_mla", property(lambda model: model is draft))
+    monkeypatch.setattr(type(config.speculative_config), "use_gemma4_mtp", lambda _: True)
+    assert list(speculation.problems(config)) == [
+        "Gemma-4's MTP is not supported: its layers read the caches of the model's; use another "
+        "draft model, or method ngram",
+        "the draft has multi-head latent attention (MLA); use another draft model, or method ngram",
+    ]
+
+
+@pytest.mark.slow
+def test_several_windows() -> None:
+    draft = dict(method="draft_model", model=gemma3("wf"), num_speculative_tokens=3)
+    with (
+        pytest.raises(KiviConfigError, match=r"layers of several windows \(200 and none\)"),
+        engine(gemma3("ff"), speculative_config=draft),
+    ):
+        pass
 
 
 def test_hybrid_models() -> None:
