@@ -59,10 +59,15 @@ def problems(vllm_config: VllmConfig) -> Iterator[str]:
             else "that is not tested"
         )
         yield f"speculation with a hybrid model: {why}; leave out --speculative-config"
-    if vllm_config.parallel_config.pipeline_parallel_size > 1 and speculative.method != "ngram":
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        why = (
+            "vLLM's workers fail at start, whatever the cache, as the first stages have no drafter"
+            if current_platform.is_cpu()
+            else "that is not tested"
+        )
         yield (
-            f"in a pipeline, speculation with {speculative.method!r} is not tested; use method "
-            "ngram, or leave out --pipeline-parallel-size"
+            f"speculation in a pipeline: {why}; leave out --speculative-config or "
+            "--pipeline-parallel-size"
         )
 
 

@@ -19,7 +19,7 @@ def results(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     found = []
     for run in runs:
-        with engine(model, disable_log_stats="speculative_config" not in run, **run) as llm:
+        with engine(model, **run) as llm:
             answers = generate(llm, PROMPTS, 12)
             found.append(
                 dict(
@@ -27,20 +27,11 @@ def results(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     logprobs=[list(a.logprobs) for a in answers],
                     backends=sorted(backends(llm)),
                     capacity=capacity(llm),
-                    drafts=_drafts(llm),
                     kivi_dtypes="kivi2" in get_args(CacheDType),
                     blocks=llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
                 )
             )
     return found
-
-
-def _drafts(llm: Any) -> int:
-    """Draft tokens so far, where an engine has them."""
-    if not llm.llm_engine.log_stats:
-        return 0
-    name = "vllm:spec_decode_num_draft_tokens"
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 def results_in_child(
