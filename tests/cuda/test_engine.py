@@ -257,12 +257,11 @@ def test_eagle(results: dict[str, Any]) -> None:
     found = result(results, "eagle, graphs")
     assert found["captured"] >= 4  # decodes of the model, the first and the later steps of a draft
     assert found["replayed"] > 0
+    assert found["steps"]["with_drafts"] > 0
     prompts = [prompt for batch in BATCHES for prompt in batch]
     truth = [greedy(foreseeable(head_dim=64), prompt, DRAFTED_TOKENS) for prompt in prompts]
     assert_same(answers(found), truth)
     assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 128]  # a block is dropped
-    # 4 chunks of prompts and a step for each further token, were no draft accepted.
-    assert found["steps"]["rows"] < 4 + 3 * (DRAFTED_TOKENS - 1)
 
 
 def test_compute_capability(configured: dict[str, Any]) -> None:
