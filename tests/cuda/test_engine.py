@@ -124,6 +124,7 @@ def results(
             },
             batches=BATCHES,
             max_tokens=DRAFTED_TOKENS,
+            operators="reference",  # interpreted, Triton's would take minutes
         ),
         "shared": dict(
             engine_args={**raw, "model": gemma3n(5, 2)},
