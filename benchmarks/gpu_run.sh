@@ -6,7 +6,7 @@
 #   MODEL=/models/llama benchmarks/gpu_run.sh        and a whole engine
 #
 # OUT          folder of the results (benchmarks/results)
-# PARTS        "canary headline profile engine attention tests plots", or some of them; "serving"
+# PARTS        "canary headline sweep profile engine attention tests plots", or some of them; "serving"
 #              only if named
 # MODEL        folder of a model; without weights in it, they are random
 # LIMIT        seconds for everything (500); ATTENTION_S, ENGINE_S, TESTS_S: for these parts
@@ -19,7 +19,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 OUT=${OUT:-benchmarks/results}
-PARTS=${PARTS:-canary headline profile engine attention tests plots}
+PARTS=${PARTS:-canary headline sweep profile engine attention tests plots}
 MODEL=${MODEL:-}
 LIMIT=${LIMIT:-500}
 DTYPES=${DTYPES:-auto fp8 kivi2 kivi_k3v2}
@@ -107,13 +107,18 @@ if wanted headline; then
         --json "$OUT/headline-one-cuda.json"
 fi
 
+# Both of our decode kernels, by the number of splits.
+if wanted sweep; then
+    part sweep 90 "$PYTHON" -m benchmarks.attention.gpu.sweep --json "$OUT/sweep-cuda.json"
+fi
+
 # Where a kernel's time goes: enough to calibrate the model of the hardware without the device.
 if wanted profile; then
     if ! command -v ncu >/dev/null; then
         note profile "skipped: there is no ncu"
     else
         part profile 60 ncu --clock-control none --set full --target-processes all \
-            -k 'regex:_decode|_combine' -c 2 -f -o "$OUT/decode-cuda" \
+            -k 'regex:decode|combine' -c 2 -f -o "$OUT/decode-cuda" \
             "${kernels[@]}" --section decode --shape llama3-8b --context 32768 --batch 32 --budget 0
     fi
     if command -v compute-sanitizer >/dev/null; then

@@ -299,6 +299,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "rate": rate,
     "context": context,
     "reach": reach.reach,
+    "hit-strides": reach.hit_strides,
 }
 """By the name in the markers."""
 FIGURES: dict[str, Callable[[], str]] = {

@@ -69,6 +69,8 @@ PrefillMode = Literal["exact", "cached"]
 
 SINK_TOKENS = (0, 4, 8, 16)
 
+LEAST_TOKEN_BUDGET = 1024
+
 FORMER_OPTIONS = ("rotate_values", "clip")
 
 Recipe = Literal["best", "paper"]
@@ -96,6 +98,11 @@ class KiviConfig:
         prefill: `"exact"`: the tokens of one prefill step see each other at full
             precision, as in the KIVI paper; `"cached"`: every position sees what
             it would see at decode, whatever the chunks.
+        token_budget: tokens of pages that a generated token reads for each head of K and V
+            (see `ops.select`); 0: all.
+        dense_layers: the first layers of the model, where it reads all.
+        hit_stride: most tokens between the places where prefix hits may end, in models whose
+            layers differ; 0: as many as fill the blocks of the pool.
 
     """
 
@@ -105,6 +112,9 @@ class KiviConfig:
     sink_tokens: int
     residual_length: int = 0
     prefill: PrefillMode = "exact"
+    token_budget: int = 0
+    dense_layers: int = 2
+    hit_stride: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype in RENAMED_DTYPES:
@@ -117,10 +127,42 @@ class KiviConfig:
         _one_of("kivi.residual_length", self.residual_length, (0, 32, 64, 128))
         _one_of("kivi.prefill", self.prefill, get_args(PrefillMode))
         _one_of("kivi.sink_tokens", self.sink_tokens, SINK_TOKENS)
+        stride = self.hit_stride
+        if type(stride) is not int or stride < 0 or stride % BLOCK_SIZE:
+            raise KiviConfigError(
+                f"kivi.hit_stride is {stride!r}, but must be a multiple of {BLOCK_SIZE}, such "
+                "as 512, or 0 (as many tokens as fill the blocks of the pool)"
+            )
         if self.recipe == "paper":
             self._check_paper()
         else:
             self._check_best()
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        budget, layers = self.token_budget, self.dense_layers
+        if type(layers) is not int or layers < 0:
+            raise KiviConfigError(
+                f"kivi.dense_layers is {layers!r}, but must be a number of layers: 0 or more"
+            )
+        if type(budget) is int and budget == 0:
+            return
+        if type(budget) is not int or budget < LEAST_TOKEN_BUDGET or budget % BLOCK_SIZE:
+            raise KiviConfigError(
+                f"kivi.token_budget is {budget!r}, but must be 0 (a generated token reads all), or "
+                f"a multiple of {BLOCK_SIZE} from {LEAST_TOKEN_BUDGET} on, for example 4096"
+            )
+        if self.k_bits == RAW_BITS:
+            raise KiviConfigError(
+                f"kivi.token_budget {budget} needs the ranges of quantized keys, which "
+                f"{self.dtype} has not; leave it out, or use another --kv-cache-dtype"
+            )
+        if self.prefill == "cached":
+            raise KiviConfigError(
+                "kivi.prefill 'cached' promises that an answer depends on its prompt alone, but "
+                f"kivi.token_budget {budget} makes that of a preempted request depend on when that "
+                "was; leave one of the two out"
+            )
 
     def _check_paper(self) -> None:
         if not DTYPES[self.dtype].published:

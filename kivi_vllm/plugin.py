@@ -33,4 +33,5 @@ def register() -> None:
     wraps.show_requests_to_managers()
     wraps.plan_cache_groups()
     wraps.keep_images_whole()
+    wraps.publish_counts()
     wraps.check_engine_config()

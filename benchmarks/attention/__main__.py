@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.attention.cases import DEFAULTS, SECTIONS, SHAPES, B, plan
+from benchmarks.attention.cases import (
+    DEFAULTS,
+    SECTIONS,
+    SELECTED_CONTEXTS,
+    SELECTION,
+    SHAPES,
+    B,
+    plan,
+    plan_selection,
+)
 from benchmarks.attention.children import on_cpu, on_gpu
 from benchmarks.attention.report import show
 from benchmarks.common import machine
@@ -15,6 +24,7 @@ from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import console, note
+from kivi_vllm.config import LEAST_TOKEN_BUDGET
 
 Names = list[str] | None
 Numbers = list[int] | None
@@ -47,6 +57,12 @@ def attention(
         float | None, typer.Option(min=0.01, help="GiB for a case's pools; default: what is free.")
     ] = None,
     huge_pages: Annotated[bool, typer.Option(help="cpu: huge pages for all pools.")] = True,
+    token_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu: only decode with these, dense and selected in turn; as in 1024,2048,4096."
+        ),
+    ] = None,
     smoke: Annotated[bool, typer.Option(hidden=True, help="cuda, but interpreted: tiny.")] = False,
     json_path: Json = None,
 ) -> None:
@@ -57,7 +73,14 @@ def attention(
         raise UserError("--seconds and --smoke are for --device cuda", "leave them out")
     if device == "cuda" and threads:
         raise UserError("--threads is for --device cpu", "leave it out")
+    if token_budget and (device == "cuda" or section or prefill):
+        raise UserError(
+            "--token-budget is a run of its own on cpu", "leave out --device, --section, --prefill"
+        )
+    token_budgets = [_budget(text) for text in (token_budget or "").split(",") if text]
     defaults = DEFAULTS["smoke" if smoke else device]
+    if token_budgets:
+        defaults = defaults._replace(contexts=SELECTED_CONTEXTS, batches=(1,))
     sizes = defaults._replace(
         shapes=among("--shape", shape or defaults.shapes, SHAPES),
         contexts=[_blocks(n) for n in context or defaults.contexts],
@@ -65,6 +88,8 @@ def attention(
         chunks=[_chunk(text) for text in prefill or ()] or defaults.chunks,
     )
     cases = plan(among("--section", section or SECTIONS, SECTIONS), sizes)
+    if token_budgets:
+        cases = plan_selection(sizes)
     counts = threads or sorted({1, len(machine.cores())})
     if max(counts) > len(machine.cores()):
         free = f"this process may use {len(machine.cores())} cores"
@@ -75,13 +100,15 @@ def attention(
     if device == "cpu":
         settings["memory"] = settings["memory"] or machine.memory_limit()
         settings |= {"llc": machine.llc_bytes(), "huge_pages": huge_pages}
+        settings["token_budgets"] = token_budgets
         header |= {"llc_bytes": settings["llc"], "huge_pages_requested": huge_pages}
     else:
         end = math.inf if seconds is None else time.time() + seconds
         settings |= {"deadline": end, "smoke": smoke}
         header["seconds"] = seconds
     header["memory_limit_bytes"] = settings["memory"]
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
+    sections = (SELECTION,) if token_budgets else SECTIONS
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in sections}
     # Once a second: drawing takes time from what is measured.
     with Progress(
         *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")),
@@ -119,6 +146,13 @@ def _blocks(tokens: int) -> int:
     if tokens % B:
         raise UserError(f"{tokens} cached tokens are no whole blocks", f"use a multiple of {B}")
     return tokens
+
+
+def _budget(text: str) -> int:
+    if not text.isdigit() or int(text) < LEAST_TOKEN_BUDGET or int(text) % B:
+        good = f"multiples of {B} from {LEAST_TOKEN_BUDGET} on"
+        raise UserError(f"--token-budget {text!r} is none", f"write {good}, as in 1024,4096")
+    return int(text)
 
 
 def _chunk(text: str) -> tuple[int, int]:

@@ -21,6 +21,11 @@ VLLM_DTYPES = {"bf16": "auto", "fp8": "fp8"}
 
 SECTIONS = ("decode", "prefill", "store")
 
+SELECTION = "selection"
+"""Decode with a `token_budget`: a section that has the run to itself."""
+
+SELECTED_CONTEXTS = (8192, 32768, 131072)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -116,6 +121,16 @@ class Case:
     def fields(self) -> dict[str, Any]:
         """The case as the first columns of its row."""
         return asdict(self)
+
+
+def plan_selection(sizes: Sizes) -> list[Case]:
+    """The cases of `SELECTION`, for each shape, batch and context."""
+    return [
+        Case(SELECTION, shape, context, batch)
+        for shape in sizes.shapes
+        for batch in sizes.batches
+        for context in sizes.contexts
+    ]
 
 
 def plan(sections: Sequence[str], sizes: Sizes) -> list[Case]:

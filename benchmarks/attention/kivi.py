@@ -43,7 +43,15 @@ def batch_of(step: Step) -> Batch:
         per_position=step.per_position,
         decode_len=step.decode_len,
         last_visible=step.last_visible,
+        generated=_generated(step).to(device),
     )
+
+
+def _generated(step: Step) -> torch.Tensor:
+    made = torch.zeros(step.block_table.shape[0], dtype=torch.bool)
+    for row in step.rows:
+        made[row.index] = row.generated
+    return made
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,18 @@ TITLES = {
     "decode": "Decode: one token per sequence (median, ms)",
     "prefill": "Prefill: one chunk of one sequence (median, ms)",
     "store": "Store: what a step adds for kivi2 (median, ms)",
+    "selection": "Decode with a token budget (median, ms)",
 }
 KEYS = ("shape", "threads", "context", "batch", "new")
 FIELDS = {
     ("cpu", "decode"): "batch bf16_ms fp8_ms CACHES floor_ms bf16_floor_ms ratio_bf16 ratio_fp8 "
     "share_of_floor",
     ("cpu", "prefill"): "new bf16_ms kivi2_ms ratio",
+    (
+        "cpu",
+        "selection",
+    ): "batch cache token_budget dense_ms choose_ms selected_ms floor_ms ratio_dense "
+    "share_of_dense",
     ("cuda", "decode"): "batch bf16_ms bf16_is fp8_ms fp8_is turboquant_ms CACHES ratio_bf16 "
     "ratio_fp8 share_of_bandwidth",
     ("cuda", "prefill"): "new bf16_ms bf16_is kivi2_ms ratio_bf16 kivi2_served_ms",
@@ -29,6 +35,7 @@ NAMES = {
     "bf16_is": "which",
     "fp8_is": "which ",
     "ratio": "vs bf16",
+    "token_budget": "budget",
     "kivi2_served_ms": "served",
     "bf16_floor_ms": "bf16 floor",
     "bf16_store_ms": "bf16 store",
@@ -58,7 +65,7 @@ def show(rows: dict[str, list[Result]], header: Result) -> None:
         threads = ["threads"] if device == "cpu" else []
         fields = ["shape", *threads, "context", *own, "rel_error", "iterations"]
         mine = sorted(  # measured by importance
-            rows[section],
+            _by_budget(rows.get(section, ())),
             key=lambda r: (r.get("threads"), shapes.index(r["shape"]), r["context"], r["batch"]),
         )
         if mine:
@@ -67,6 +74,31 @@ def show(rows: dict[str, list[Result]], header: Result) -> None:
             table(frame, title, {name: str for name in frame if name not in left}, width=180)
         for reason, where in _reasons(mine).items():
             print("\n  ".join([reason, *where]))
+
+
+def _by_budget(rows: Sequence[Result]) -> list[Result]:
+    """Rows of the section "selection" with one cache and one token budget each; others as is."""
+    made: list[Result] = []
+    for row in rows:
+        for cache, of in row.get("caches", {}).items():
+            fields = ("dense_ms", "choose_ms", "share_of_dense", "iterations")
+            more = {"cache": cache, "rel_error": row["rel_errors"][cache]}
+            more |= {name: of[name] for name in fields}
+            budgets = (int(name.split("_")[1]) for name in of if name.startswith("ratio_"))
+            made += [
+                row
+                | more
+                | {
+                    "token_budget": n,
+                    "selected_ms": of[f"selected_{n}_ms"],
+                    "floor_ms": of.get(f"floor_{n}_ms"),
+                    "ratio_dense": of[f"ratio_{n}"],
+                }
+                for n in budgets
+            ]
+        if "caches" not in row:
+            made.append(row)
+    return made
 
 
 def _line(row: Result, fields: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 import vllm  # noqa: F401  (loads the plugins)
 from vllm.platforms import current_platform
 
-from benchmarks.attention import baseline
+from benchmarks.attention import baseline, selection
 from benchmarks.attention.baseline import VllmPool
 from benchmarks.attention.cases import KIVI_DTYPES, SHAPES, VLLM_DTYPES, B, Case, Shape
 from benchmarks.attention.check import Variant, check, kivi
@@ -38,14 +38,23 @@ def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -
     """Check and time all cases with so many threads; reports as `children.Tell` says.
 
     Settings are `budget`, seconds of timing a case; `memory`, bytes that a case's pools may take
-    together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them.
+    together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them; and
+    `token_budgets`, of the section "selection".
     """
     torch.set_num_threads(threads)
     current_platform.import_kernels()
     report(("header", _header(threads)))
+    budgets = settings.pop("token_budgets")
     many = "1 thread" if threads == 1 else f"{threads} threads"
     errors: dict[str, dict[str, float]] = {}
     for case in cases:
+        if case.section == "selection":
+            report(("now", f"{case}, {many}"))
+            if not errors:
+                errors = {"": {name: selection.check(name) for name in selection.CACHES}}
+            row = selection.measure(case, budgets, **settings)
+            report(("row", case.fields | row | {"threads": threads, "rel_errors": errors[""]}))
+            continue
         if case.shape not in errors:
             report(("now", f"checking {case.shape} against float64, {many}"))
             errors[case.shape] = _errors(SHAPES[case.shape])

@@ -23,13 +23,15 @@ TEMPLATE = 4 * B
 """Different random tokens of which a pool is made."""
 
 
-def rows(batch: int, new: int, end: int) -> list[Row]:
+def rows(batch: int, new: int, end: int, generated: bool = False) -> list[Row]:
     """A step of `new` tokens in each of `batch` sequences, which then have `end`."""
-    return [Row(i, i * new, (i + 1) * new, end - new, end) for i in range(batch)]
+    return [Row(i, i * new, (i + 1) * new, end - new, end, generated) for i in range(batch)]
 
 
 class Work:
     """One step of `new` tokens in each of `batch` sequences, behind `end - new` cached ones.
+
+    `generated`: they may choose what they read.
 
     Attributes:
         starts: [batch + 1] int32, first token of each sequence in the step.
@@ -40,7 +42,13 @@ class Work:
     """
 
     def __init__(
-        self, shape: Shape, batch: int, new: int, end: int, device: torch.device | str = "cpu"
+        self,
+        shape: Shape,
+        batch: int,
+        new: int,
+        end: int,
+        device: torch.device | str = "cpu",
+        generated: bool = False,
     ) -> None:
         self.shape, self.batch, self.new, self.end, self.device = shape, batch, new, end, device
         generator = torch.Generator().manual_seed(3)
@@ -53,7 +61,7 @@ class Work:
         self.starts = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
         self.lens = torch.full((batch,), end, dtype=torch.int32, device=device)
         self.scale = shape.head_size**-0.5
-        self.rows = rows(batch, new, end)
+        self.rows = rows(batch, new, end, generated)
 
     def exact(self, row: int, seen: Seen, most: int = CHECKED) -> torch.Tensor:
         """Attention in float64 of the last queries of a sequence: [n, num_heads, head_size]."""

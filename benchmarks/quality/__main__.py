@@ -12,7 +12,7 @@ from benchmarks.quality import plot, report
 from benchmarks.quality.engine import ITEMSIZE, MODEL_DTYPES, arguments, model_facts
 from benchmarks.quality.passkey import KINDS
 from benchmarks.quality.rows import CacheRow
-from benchmarks.quality.sections import SECTIONS, Workload, measure
+from benchmarks.quality.sections import MORE_SECTIONS, SECTIONS, Workload, measure
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import note
 from kivi_vllm.config import DTYPES, QUANTIZED_DTYPES
@@ -36,7 +36,10 @@ def quality(
     ] = None,
     text: Annotated[Names, typer.Option(help="Repeatable: pydoc (default), or a file.")] = None,
     section: Annotated[
-        Names, typer.Option(help=f"Repeatable; default: {', '.join(SECTIONS)}.")
+        Names,
+        typer.Option(
+            help=f"Repeatable; default: {', '.join(SECTIONS)}; more: {', '.join(MORE_SECTIONS)}."
+        ),
     ] = None,
     fact: Annotated[Names, typer.Option(help="Repeatable: passkey (default), needle.")] = None,
     lengths: Annotated[str, typer.Option(help="Contexts in tokens, with commas.")] = "1024,4096",
@@ -61,7 +64,7 @@ def quality(
     if not 0 < fraction <= 100:
         raise UserError(f"--fraction {fraction}: must be above 0", "--fraction 0.125")
     among("--dtype", [dtype], MODEL_DTYPES)
-    sections = among("--section", section or SECTIONS, SECTIONS)
+    sections = among("--section", section or SECTIONS, (*SECTIONS, *MORE_SECTIONS))
     kinds = among("--fact", fact or list(KINDS)[:1], KINDS)
     rows = list(dict.fromkeys(CacheRow.parse(name) for name in cache or CACHES))
     if rows[0].kind != "vllm":
@@ -98,7 +101,7 @@ def quality(
             given = arguments(row, folder, work.max_model_len, **options)
             try:
                 for name, records in measure(row, given, work, reference).items():
-                    data[name] += records
+                    data.setdefault(name, []).extend(records)
             except UserError as error:  # the others go on
                 if row is rows[0]:
                     raise

@@ -53,7 +53,8 @@ def model_facts(model: str) -> dict[str, Any]:
 
 
 def arguments(row: CacheRow, model: str, max_model_len: int, **others: Any) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` for a row; the KIVI dtypes run with `prefill=cached`.
+    """The arguments of `vllm.LLM` for a row; the KIVI dtypes run with `prefill=cached`,
+    but for those with a `token_budget`.
 
     Args:
         row: of the comparison.
@@ -77,7 +78,8 @@ def arguments(row: CacheRow, model: str, max_model_len: int, **others: Any) -> d
     if row.chunk is not None:
         found["max_num_batched_tokens"] = row.chunk
     if row.is_kivi:
-        found["additional_config"] = {"kivi": {"prefill": "cached", **row.options}}
+        prefill = "exact" if row.selects else "cached"  # which no budget goes with
+        found["additional_config"] = {"kivi": {"prefill": prefill, **row.options}}
     return found | others
 
 
@@ -166,6 +168,18 @@ class Engine(Child):
         """
         self._check_length(len(window), 1)  # a prompt needs one token of an answer
         return self.call(_ask, "hidden_states", window)
+
+    def decoded_states(self, window: Sequence[int], count: int) -> np.ndarray:
+        """Final hidden states of a window's tokens that are decoded, [count - 1, hidden] fp32.
+
+        Args:
+            window: T token ids, all but the last `count` of which are a prompt. It gives the first
+                of these, and each of them but the last is then computed in a step of its own.
+            count: tokens to decode.
+
+        """
+        self._check_length(len(window) - count, count)
+        return self.call(_ask, "decoded_states", window, count)
 
     def compare(
         self, reference: np.ndarray, states: np.ndarray | None, targets: Sequence[int]

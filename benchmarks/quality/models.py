@@ -142,20 +142,41 @@ class VllmModel(Model):
 
     def hidden_states(self, window: Sequence[int]) -> np.ndarray:
         """The model's outputs at all positions of a window, over the chunks of its prefill."""
+        return self._states(window, len(window), 1)
+
+    def decoded_states(self, window: Sequence[int], count: int) -> np.ndarray:
+        """The model's outputs where it decodes the last tokens of a window: see `Engine`."""
+        return self._states(window, len(window) - count, count)[-(count - 1) :]
+
+    def _states(self, window: Sequence[int], prompt: int, answer: int) -> np.ndarray:
+        """Outputs at all positions, of a prompt and of an answer that is the window's rest."""
         seen: list[torch.Tensor] = []
-        handle = self.model.register_forward_hook(
-            lambda module, inputs, output: seen.append(output.float().cpu())
-        )
+
+        def force(module: Any, inputs: Any, output: Any) -> None:
+            at = sum(map(len, seen))  # positions computed so far: the token to come
+            if prompt <= at < len(window):
+                output.sampled_token_ids.fill_(window[at])
+
+        handles = [
+            self.model.register_forward_hook(
+                lambda module, inputs, output: seen.append(output.float().cpu())
+            ),
+            self.runner.sampler.register_forward_hook(force),
+        ]
         try:
-            self.generate([list(window)], dict(max_tokens=1))
+            params = dict(max_tokens=answer, ignore_eos=True)
+            (answered,) = self.generate([list(window[:prompt])], params)
         finally:
-            handle.remove()
-        states = torch.cat(seen)
-        if len(states) != len(window):
+            for handle in handles:
+                handle.remove()
+        states, wanted = torch.cat(seen), prompt + answer - 1
+        if len(states) != wanted:
             raise RuntimeError(
-                f"{len(states)} hidden states of {len(window)} positions were seen: the model's "
+                f"{len(states)} hidden states of {wanted} positions were seen: the model's "
                 "steps are padded or captured, which enforce_eager avoids"
             )
+        if answered.token_ids[: len(window) - prompt] != list(window[prompt:]):
+            raise RuntimeError("the engine has decoded other tokens than those of the window")
         return states.numpy()
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ def show(data: dict[str, Any]) -> None:
     """Print the tables of a document, of the sections that were measured."""
     sizes = {one["name"]: one["kv_bytes_per_token"] for one in data["caches"]}
     for name, table in TABLES.items():
-        if data[name]:
+        if data.get(name):
             frame = pd.DataFrame(data[name])
             frame["bytes/token"] = frame["cache"].map(sizes)
             frame["text"] = frame["text"].map(lambda text: Path(text).name)
@@ -33,8 +33,18 @@ def _interval(form: str) -> Callable[[Any], str]:
 
 
 def _perplexity(frame: pd.DataFrame) -> None:
-    frame = _together(frame, "text", "length").rename(columns={"kl": "KL", "top1": "top-1"})
-    frame["context"] = frame["length"].map(lambda length: f"{length // 2:,}–{length:,}")
+    context = frame["length"].map(lambda length: f"{length // 2:,}–{length:,}")
+    _divergence(frame, context, "Perplexity and divergence from the first row, 95 % intervals")
+
+
+def _decoding(frame: pd.DataFrame) -> None:
+    context = frame["length"].map(lambda length: f"{length:,}")
+    _divergence(frame, context, "The same of decoded tokens, at the end of contexts")
+
+
+def _divergence(frame: pd.DataFrame, context: pd.Series, title: str) -> None:
+    frame = frame.assign(context=context).rename(columns={"kl": "KL", "top1": "top-1"})
+    frame = _together(frame, "text", "length")
     forms: dict[str, Any] = {
         "bytes/token": ",.0f",
         "perplexity": ".3f",
@@ -43,7 +53,6 @@ def _perplexity(frame: pd.DataFrame) -> None:
         "top-1": _interval(".1%"),
         "tokens": ",d",
     }
-    title = "Perplexity and divergence from the first row, 95 % intervals"
     by = ["text", "context"]
     show_table(frame[[*by, "cache", *forms]], title, forms, by=by)
 
@@ -74,4 +83,9 @@ def _generation(frame: pd.DataFrame) -> None:
     show_table(table.set_axis(["text", "cache", *forms], axis=1), title, forms, by=["text"])
 
 
-TABLES = {"perplexity": _perplexity, "passkey": _passkey, "generation": _generation}
+TABLES = {
+    "perplexity": _perplexity,
+    "decoding": _decoding,
+    "passkey": _passkey,
+    "generation": _generation,
+}

@@ -69,6 +69,11 @@ class CacheRow:
         return self.kind != "transformers" and is_kivi(self.dtype)
 
     @property
+    def selects(self) -> bool:
+        """Whether generated tokens choose what they read."""
+        return self.is_kivi and bool(self.options.get("token_budget"))
+
+    @property
     def chunk(self) -> int | None:
         """Tokens of a step; None for vLLM's choice.
 
@@ -99,6 +104,8 @@ class CacheRow:
                     known = TRANSFORMERS_OPTIONS.items()
                     good = "; ".join(f"{k}={'|'.join(map(str, v))}" for k, v in known)
                     return f"bad option {name}={value}", good
+        elif self.selects and self.kind == "simulated":
+            return "simulations compute prompts alone, which select nothing", EXAMPLE
         elif self.is_kivi:
             try:
                 KiviConfig.from_options(self.dtype, self.options)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common.bars import bar
-from benchmarks.quality import passkey, perplexity
+from benchmarks.quality import decoding, passkey, perplexity
 from benchmarks.quality.engine import Engine
 from benchmarks.quality.rows import CacheRow
 from benchmarks.quality.texts import windows as cut
@@ -18,6 +18,8 @@ from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import note, step
 
 SECTIONS = ("perplexity", "passkey", "generation")
+MORE_SECTIONS = ("decoding",)
+"""On their own request only."""
 WINDOWS, REPEATS, PROMPTS = 8, 8, 16
 """What a fraction of 1 is: windows of a text; questions of a kind and depth; prompts."""
 PROMPT_TOKENS = ANSWER_TOKENS = 512
@@ -36,6 +38,7 @@ class Workload:
         windows: by text, for perplexity; empty without the section.
         cases: for passkey.
         prompts: by text, for generation.
+        decoded: by text, for decoding.
 
     """
 
@@ -43,6 +46,7 @@ class Workload:
     windows: dict[str, list[list[int]]] = field(default_factory=dict)
     cases: list[passkey.Case] = field(default_factory=list)
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    decoded: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @property
     def max_model_len(self) -> int:
@@ -77,6 +81,12 @@ class Workload:
         """
         if (shortest := min(lengths)) < 16:
             raise UserError(f"--lengths {shortest}: a context has at least 16 tokens", "1024")
+        least = decoding.DECODED + 16
+        if "decoding" in sections and shortest < least:
+            raise UserError(
+                f"--lengths {shortest}: {decoding.DECODED} tokens are decoded behind a prompt",
+                f"lengths of {least} and more",
+            )
         if (longest := max(lengths)) > limit:
             raise UserError(
                 f"--lengths {longest}: the model's limit is {limit} tokens",
@@ -94,6 +104,8 @@ class Workload:
         for name in texts:
             if "perplexity" in sections:
                 work.windows[name] = cut(name, model, work.lengths[-1], windows)
+            if "decoding" in sections:
+                work.decoded[name] = cut(name, model, work.lengths[-1], windows)
             for size in work.lengths if "passkey" in sections else ():
                 work.cases.extend(passkey.cases(name, model, size, repeats, kinds=kinds, seed=seed))
             if "generation" in sections:
@@ -120,13 +132,17 @@ def measure(
         engine = Engine(row, arguments, update)
     with engine:
         found: dict[str, Records] = {"caches": [{**asdict(row), **engine.facts}]}
-        if work.windows:
+        if work.windows and row.selects:
+            note(f"  {row.name} selects nothing in the perplexity section: see decoding")
+        elif work.windows:
             found["perplexity"] = _perplexity(engine, work, reference)
-        if row.kind != "vllm" and (work.cases or work.prompts):
+        if row.kind != "vllm" and (work.cases or work.prompts or work.decoded):
             note(f"  {row.name} is for the perplexity section only")
             return found
         if work.cases:
             found["passkey"] = _passkey(engine, work.cases)
+        if work.decoded:
+            found["decoding"] = _decoding(engine, work, reference)
         if work.prompts:
             found["generation"] = _generation(engine, work.prompts, reference)
     return found
@@ -138,6 +154,14 @@ def _perplexity(engine: Engine, work: Workload, reference: dict[str, Any]) -> Re
         first = reference.get("states")
         states, records = perplexity.measure(engine, work.windows, work.lengths, first, done)
     reference.setdefault("states", states)
+    return [{"cache": name, **record} for record in records]
+
+
+def _decoding(engine: Engine, work: Workload, reference: dict[str, Any]) -> Records:
+    name, base = engine.row.name, reference.setdefault("decoded", {})
+    count = len(work.lengths) * sum(map(len, work.decoded.values()))
+    with bar(f"{name}: {decoding.DECODED} decoded tokens of windows", count) as done:
+        records = decoding.measure(engine, work.decoded, work.lengths, base, done)
     return [{"cache": name, **record} for record in records]
 
 

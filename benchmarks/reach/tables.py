@@ -34,6 +34,27 @@ def reach() -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def hit_strides() -> pd.DataFrame:
+    """What a bound on the hit stride costs, with the last dtype, in one model."""
+    rows = read("reach-hit-stride", "rows")
+    held = rows.pivot(
+        index=["cache_dtype", "hit_stride"], columns="max_model_len", values="sequences"
+    )
+    own, lines = held.loc[(OWN, 0)], []
+    for stride, of in rows[rows["cache_dtype"] == LAST].groupby("hit_stride", sort=False):
+        cells = text(held.loc[(LAST, stride)] / own, "{:.2f}")
+        one = of.iloc[0]
+        lines.append(
+            {
+                "`hit_stride`": f"{stride:,}",
+                "hits at": f"{one['hits_at']:,.0f}",
+                "block tables": f"{one['block_tables']:.0f}",
+                "sequences, of bf16's": " / ".join(cells),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
 def readme() -> str:
     """The last dtype against bf16 at 32,768 tokens, for a few kinds of models."""
     rows = read("reach", "rows", max_model_len=32768)
@@ -44,8 +65,8 @@ def readme() -> str:
 
 def _hits(of: pd.DataFrame) -> str:
     """What prefix hits are multiples of, with bf16's own cache and with the last dtype."""
-    spans = [of[of["cache_dtype"] == dtype]["hits_at"].iloc[0] for dtype in (OWN, LAST)]
-    return " / ".join(text(pd.Series(spans), "{:,.0f}"))
+    strides = [of[of["cache_dtype"] == dtype]["hits_at"].iloc[0] for dtype in (OWN, LAST)]
+    return " / ".join(text(pd.Series(strides), "{:,.0f}"))
 
 
 def _title(dtype: str) -> str:

@@ -342,7 +342,9 @@ def _blocks(picture: Picture, y: int, title: str, specs: dict[str, Any]) -> int:
     from kivi_vllm.attention.groups.planner import plan
 
     made = plan(specs, 131072, align=True)
-    picture.heading(y, f"{title} ({RECOMMENDED_DTYPE}); prefix hits at multiples of {made.span}")
+    picture.heading(
+        y, f"{title} ({RECOMMENDED_DTYPE}); prefix hits at multiples of {made.hit_stride}"
+    )
     groups: dict[str, list[Any]] = {}
     for group in made.groups:
         groups.setdefault(shown.words(group.kv_cache_spec)[0], []).append(group)

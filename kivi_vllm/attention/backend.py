@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     KVCacheLayout,
     KVCacheSpec,
     SlidingWindowSpec,
@@ -99,7 +100,9 @@ class KiviAttentionBackend(AttentionBackend):
         """Size the layer's pages for the packed format."""
         fmt = PageFormat.of(cls.config, spec.head_size, cls.raw_dtype)
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
-        made = page_spec(spec.num_kv_heads, fmt, window)
+        chunked = isinstance(spec, ChunkedLocalAttentionSpec)
+        chunk = spec.attention_chunk_size if chunked else None
+        made = page_spec(spec.num_kv_heads, fmt, window, chunk)
         # vLLM asks for the bytes of one token so.
         return made if spec.block_size > 1 else made.copy_with_new_block_size(1)
 

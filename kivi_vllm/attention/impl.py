@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.layer import RawCache
 from kivi_vllm.attention.metadata import KiviMetadata
+from kivi_vllm.attention.selection import report_at_the_end
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import BLOCK_SIZE, PADDED_HEAD_SIZES, KiviConfig, KiviConfigError
 from kivi_vllm.ops import dispatch
@@ -67,18 +69,38 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         )
         vllm_config = get_current_vllm_config()
         self.operators = dispatch.operators(device_kind())
-        layer = Layer(
+        self._layer = Layer(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.page_head_size,
             dtype=vllm_config.model_config.dtype,
             max_rows=vllm_config.scheduler_config.max_num_seqs,
             decode_len=1 + num_draft_tokens(vllm_config),
+            max_tokens=vllm_config.model_config.max_model_len,
         )
-        self.params = self.operators.prepare(layer, params)
+        self.params = self.operators.prepare(self._layer, params)
         self.owner = self  # of the caches
         self.readers = [self]  # of the caches, in the order in which they run
         self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+
+    def select_pages(self, layer_name: str) -> None:
+        """Let generated tokens choose what they read, unless this is one of the first layers.
+
+        Layers whose windows are hardly larger than the budget go without.
+        """
+        budget, window = self.config.token_budget, self.params.sliding_window
+        number = re.search(r"\d+", layer_name)
+        dense = number is not None and int(number[0]) < self.config.dense_layers
+        if not budget or dense or 0 < window <= budget + BLOCK_SIZE:
+            return
+        if self.params.alibi_slopes is not None:
+            raise KiviConfigError(
+                f"kivi.token_budget {budget} does not serve this model: its attention has ALiBi "
+                "slopes, of which a page's ranges know nothing; leave kivi.token_budget out"
+            )
+        chosen = replace(self.params, token_budget=budget)
+        self.params = self.operators.prepare(self._layer, chosen)
+        report_at_the_end()
 
     def attend_in_chunks(self, chunk_size: int) -> None:
         """Make the layer's attention local to chunks of so many tokens."""
@@ -172,7 +194,10 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self._stored = step, self._layer_cache(kv_cache), key, value
             ops.store_blocks(*self._stored)
         step, cache, key, value = owner._stored
-        ops.attend(step, cache, query, key, value, self.params, output)
+        selection = None
+        if self.params.token_budget:
+            selection = ops.select(step, cache, query, key, value, self.params)
+        ops.attend(step, cache, query, key, value, self.params, output, selection)
         if owner.readers[-1] is self:  # only now: the others need what the ring still holds
             ops.store_ring(step, cache, key, value)
             del owner._stored

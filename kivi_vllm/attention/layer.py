@@ -114,7 +114,8 @@ class RawCache(AttentionLayerBase):
 def check_shared_cache(attn: Attention) -> None:
     """Raise KiviConfigError if a layer would read the caches of another that do not fit.
 
-    That is if just one of them is ours, or if the other's window is the smaller.
+    That is if just one of them is ours, or if the other's window is the smaller, or if the other
+    has attention chunks that this one has not.
     """
     target = attn.kv_sharing_target_layer_name
     if target is None:
@@ -131,6 +132,12 @@ def check_shared_cache(attn: Attention) -> None:
         raise KiviConfigError(
             f"{attn.layer_name} reads the KV cache of {target}, which keeps {windows[1]} tokens "
             "only; use --kv-cache-dtype auto or fp8 for this model"
+        )
+    chunks = [getattr(layer, "attention_chunk_size", 0) for layer in (attn, owner)]
+    if hasattr(attn.impl, "bind_residual") and chunks[1] not in (0, chunks[0]):
+        raise KiviConfigError(
+            f"{attn.layer_name} reads the KV cache of {target}, which keeps an attention chunk of "
+            f"{chunks[1]} tokens only; use --kv-cache-dtype auto or fp8 for this model"
         )
 
 
@@ -150,13 +157,14 @@ def attach(attn: Attention, config: KiviConfig) -> None:
         )
     vllm_config = get_current_vllm_config()
     context = vllm_config.compilation_config.static_forward_context
+    attn.impl.select_pages(attn.layer_name)
     target = attn.kv_sharing_target_layer_name
     if target is not None:
         attn.impl.share(context[target].impl)
         return
     fmt = PageFormat.of(config, attn.head_size, attn.dtype)
-    window = attn.sliding_window or 0
-    specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window)
+    window, chunk = attn.sliding_window or 0, getattr(attn, "attention_chunk_size", 0)
+    specs = residual_specs(attn.num_kv_heads, fmt, config, vllm_config, window, chunk)
     caches = {}
     for suffix, spec in specs.items():
         cache = RawCache(f"{attn.layer_name}.{suffix}", spec, config)

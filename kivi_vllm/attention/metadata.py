@@ -18,7 +18,7 @@ from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import Batch
 
 
@@ -35,7 +35,7 @@ class KiviMetadata:
 
     @property
     def mm_prefix_range(self) -> torch.Tensor | None:
-        """What each token sees after itself, see `ops.spans`."""
+        """What each token sees after itself, see `ops.images`."""
         return None if self.step is None else self.step.last_visible
 
     @mm_prefix_range.setter
@@ -65,6 +65,9 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         self.per_position = self.config.prefill == "cached"
         self.decode_len = 1 + num_draft_tokens(vllm_config)
         self.operators = dispatch.operators(device_kind())
+        rows = vllm_config.scheduler_config.max_num_seqs
+        # On GPUs graphs that were captured read it.
+        self._generated = torch.zeros(rows, dtype=torch.bool, device=device)
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
@@ -95,6 +98,10 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
+        generated = None
+        if self.config.token_budget and m.is_prefilling is not None:
+            generated = self._generated[: m.num_reqs]
+            generated.copy_(~m.is_prefilling[: m.num_reqs], non_blocking=True)
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:
@@ -111,5 +118,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             per_position=self.per_position,
             decode_len=self.decode_len,
             last_visible=seen,
+            generated=generated,
         )
         return KiviMetadata(self.operators.step(batch))

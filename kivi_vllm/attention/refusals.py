@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.attention import memory, ray_nodes, speculation
+from kivi_vllm.attention.selection import start_line
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
 from kivi_vllm.config import (
     BLOCK_SIZE,
@@ -62,6 +63,8 @@ def check(vllm_config: VllmConfig) -> None:
         problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
         raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+    if config.token_budget:
+        logger.info("%s", start_line(config, vllm_config.model_config.max_model_len))
     if config.k_bits == 2 and config.recipe == "best":
         logger.info(
             "%s has 2-bit keys: %s takes a little more memory and loses much less "
@@ -192,6 +195,8 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
     """What the operators of this kind of device do not serve."""
     from vllm.platforms import current_platform
 
+    from kivi_vllm.attention.options import kivi_config
+
     device = device_kind()
     try:
         limits = dispatch.backend(device).operators.limits
@@ -218,6 +223,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             f"{limits.devices} are served with vLLM {' or '.join(good)}, not {version}; "
             f"pip install 'kivi-vllm[{device}]'"
+        )
+    if kivi_config(vllm_config).token_budget and not limits.selects:
+        yield (
+            f"kivi.token_budget is not there for {limits.devices} yet, whose kernels read all "
+            "pages; leave it out"
         )
     model = vllm_config.model_config
     # What no device serves is refused by `PageFormat`, with its remedy.

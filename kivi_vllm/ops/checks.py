@@ -9,6 +9,7 @@ import torch
 from kivi_vllm.config import BLOCK_SIZE, PAPER_GROUP_SIZES
 from kivi_vllm.config import DTYPES as CACHE_DTYPES
 from kivi_vllm.ops.residual import ring_entry, ring_start
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Step
 
 if TYPE_CHECKING:
@@ -186,6 +187,21 @@ def check_last_visible(x: torch.Tensor, num_tokens: int, device: torch.device) -
         and x.is_contiguous()
     ):
         raise _unfit("last_visible", x, f"int32 [>= {num_tokens}]", device)
+
+
+def check_selection(selection: Selection, step: Step, cache: LayerCache) -> None:
+    """Raise ValueError unless there is a list of blocks for each token of a step and kv head."""
+    blocks, counts = selection.blocks, selection.counts
+    wanted = f"int32 [>= {step.num_tokens}, {cache.num_kv_heads}, n]"
+    shape = (blocks.dim(), *blocks.shape[1:2])
+    fits = shape == (3, cache.num_kv_heads) and blocks.shape[0] >= step.num_tokens
+    for name, x, good in (
+        ("selection.blocks", blocks, fits),
+        ("selection.counts", counts, counts.shape == blocks.shape[:1]),
+    ):
+        as_it_must = x.dtype == torch.int32 and x.device == cache.pages.device and x.is_contiguous()
+        if not (good and as_it_must):
+            raise _unfit(name, x, wanted, cache.pages.device)
 
 
 def check_page_ids(step: DeviceStep, cache: LayerCache) -> None:

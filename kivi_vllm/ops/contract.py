@@ -13,6 +13,7 @@ import torch
 
 from kivi_vllm.config import HEAD_SIZES
 from kivi_vllm.ops.format import RAW_DTYPES
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, Batch, Layer, LayerCache
 
 
@@ -28,6 +29,7 @@ class Limits:
             generation; None where devices have none.
         decodes_first: the requests of a step must be in this order: those of at most
             `decode_len` tokens, then the longer ones.
+        selects: whether `select` is there.
 
     """
 
@@ -36,6 +38,7 @@ class Limits:
     model_dtypes: tuple[torch.dtype, ...] = RAW_DTYPES
     min_capability: tuple[tuple[int, int], str] | None = None
     decodes_first: bool = False
+    selects: bool = True
 
     def serves(self, capability: Any) -> bool:
         """Whether a device of this compute capability is new enough; None: it is not known."""
@@ -46,15 +49,15 @@ class Limits:
 class Operators(Protocol):
     """One attention layer's step, and what must be there before it.
 
-    A step is made for all layers together. Each layer then calls `store_blocks`, `attend` and
-    `store_ring`, in this order. What they mean is `reference`'s; what they take besides, and
-    raise, is theirs.
+    A step is made for all layers together. Each layer then calls `store_blocks`, `select` if it
+    has a `token_budget`, `attend` and `store_ring`, in this order. What they mean is
+    `reference`'s; what they take besides, and raise, is theirs.
     """
 
     limits: Limits
 
     def step(self, batch: Batch) -> Any:
-        """What the other three take of a batch."""
+        """What the others take of a batch."""
 
     def prepare(self, layer: Layer, params: AttentionParams) -> AttentionParams:
         """Make ready for a layer, before the engine measures how much memory is left.
@@ -73,6 +76,17 @@ class Operators(Protocol):
     ) -> None:
         """Quantize the blocks that the step completes; keep their last R tokens."""
 
+    def select(
+        self,
+        step: Any,
+        cache: LayerCache,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams,
+    ) -> Selection | None:
+        """Choose the pages that the step's generated tokens read; None: all tokens read all."""
+
     def attend(
         self,
         step: Any,
@@ -82,6 +96,7 @@ class Operators(Protocol):
         value: torch.Tensor,
         params: AttentionParams,
         output: torch.Tensor,
+        selection: Selection | None = None,
     ) -> None:
         """Attend causally over pages, residual and the step itself."""
 

@@ -1,11 +1,12 @@
-"""The PyTorch truth: store and attend (see `contract`). Every kernel is tested against it.
+"""The PyTorch truth: store, select and attend (see `contract`). Every kernel is tested against it.
 
-One attention layer's step is three calls, in this order:
+One attention layer's step is these calls, in this order:
 
 1. `store_blocks` quantizes every block that the step completes, for all
    requests: a prefix hit may read what another request completes in this step.
-2. `attend` reads pages, residual, and the step's own keys and values.
-3. `store_ring` writes the step's last tokens into the ring, over older ones where a
+2. `select`, where there is a budget, chooses the pages that generated tokens read.
+3. `attend` reads pages, residual, and the step's own keys and values.
+4. `store_ring` writes the step's last tokens into the ring, over older ones where a
    page has moved on from the block before: `attend` still needed those.
 
 What a query sees is the rule of `residual`. The step's own tokens come from `key` and
@@ -28,6 +29,15 @@ from kivi_vllm.ops.residual import (
     ring_entry,
     ring_slot,
     ring_start,
+)
+from kivi_vllm.ops.select import (
+    Selection,
+    best,
+    candidates,
+    count_pages,
+    estimates,
+    must_choose,
+    weights,
 )
 from kivi_vllm.ops.step import AttentionParams, Layer, LayerCache, Raw, Row, Step
 
@@ -145,6 +155,52 @@ def _raw_since(
     return torch.cat(k, 1), torch.cat(v, 1)
 
 
+# ------------------------------------------------------------------- select
+
+
+def select(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+) -> Selection | None:
+    """Choose the pages that each generated token reads, by the rule of `select`.
+
+    Args:
+        step: the step; `store_blocks` has run for it.
+        cache: read: `pages`.
+        query: [num_tokens, num_heads, head_size].
+        key, value: not read.
+        params: scale, soft cap, window, chunks and `token_budget`.
+
+    Returns:
+        None: no token has more pages than it may read.
+
+    """
+    residual, most = cache.residual_length, params.token_budget // B
+    if not must_choose(step.longest_generated, residual, params.token_budget):
+        return None
+    if cache.fmt.is_raw:
+        raise ValueError("pages of kivi_raw have no ranges to select by")
+    made = Selection.empty(step.num_tokens, cache.num_kv_heads, params.token_budget)
+    for row in step.rows:
+        for t in range(row.a, row.b) if row.generated else ():
+            token = row.q0 + t - row.a
+            whole = candidates(t, residual, params)
+            if len(whole) <= most:
+                continue
+            pages = cache.pages[_page_ids(row, whole.start, whole.stop, step, cache)]
+            x = estimates(query[token].float() * params.scale, pages, cache.fmt)
+            read = best(weights(x, params.logits_soft_cap), most) + whole.start
+            if full_precision_from(t, residual) % B:
+                read = torch.nn.functional.pad(read, (0, 1), value=whole.stop)
+            made.blocks[token, :, : read.shape[1]] = read
+            made.counts[token] = read.shape[1]
+    return made
+
+
 # ------------------------------------------------------------------- attend
 
 
@@ -156,6 +212,7 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """Causal attention of the step's queries over pages, residual and the step itself.
 
@@ -168,10 +225,17 @@ def attend(
         key, value: [num_tokens, num_kv_heads, head_size], the step's own.
         params: scale, soft cap, ALiBi slopes, window, sink logits, chunks.
         output: [num_tokens, num_heads, head_size], written for the rows' tokens.
+        selection: pages that the generated tokens read; None: all.
 
     """
     for row in step.rows:
-        tiles = list(_tiles(step, row, cache.residual_length))
+        chosen = selection if row.generated else None
+        if row.generated and params.token_budget:
+            positions = range(row.a, row.b)
+            count_pages(
+                row.q0, positions, cache.residual_length, params, cache.num_kv_heads, chosen
+            )
+        tiles = list(_tiles(step, row, cache.residual_length, alone=chosen is not None))
         seen = first_visible(row.a, params.sliding_window, params.chunk_size)
         oldest, newest = max(seen, tiles[0][2]), tiles[-1][2]
         raw_k, raw_v = (x.float() for x in _raw_since(row, oldest, cache, key, value))
@@ -188,15 +252,21 @@ def attend(
             paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, until - oldest)
             k = torch.cat([page_k[:, paged], raw_k[:, raw]], 1)
             v = torch.cat([page_v[:, paged], raw_v[:, raw]], 1)
-            output[tokens] = _attend_tile(query[tokens].float(), k, v, t, last, params)
+            unread = None
+            if chosen is not None:
+                unread = chosen.unread(tokens.start, first, middle, until, cache.fmt.sink_tokens)
+                k, v = (x.masked_fill(unread[..., None], 0) for x in (k, v))  # NaN times 0 is NaN
+            output[tokens] = _attend_tile(query[tokens].float(), k, v, t, last, params, unread)
 
 
-def _tiles(step: Step, row: Row, residual: int) -> Iterator[tuple[int, int, int]]:
-    """Split a row into (start, end, F) runs of positions inside one block."""
+def _tiles(
+    step: Step, row: Row, residual: int, alone: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Split a row into (start, end, F) runs of positions inside one block; or into single ones."""
     per_position = step.per_position or row.b - row.a <= step.decode_len
     start = row.a
     while start < row.b:
-        end = min(row.b, (start // B + 1) * B)
+        end = start + 1 if alone else min(row.b, (start // B + 1) * B)
         seen_from = start if per_position else row.a
         yield start, end, full_precision_from(seen_from, residual)
         start = end
@@ -228,10 +298,12 @@ def _attend_tile(
     t: torch.Tensor,
     last: torch.Tensor,
     params: AttentionParams,
+    unread: torch.Tensor | None,
 ) -> torch.Tensor:
     """Queries [n, num_heads, D] at positions t [n], which see up to positions `last` [n].
 
-    k, v [num_kv_heads, m, D] are those of the m positions up to the largest of them.
+    k, v [num_kv_heads, m, D] are those of the m positions up to the largest of them; `unread`
+    [num_kv_heads, m], if it is there, says which of them are in pages that are not read.
     """
     n, num_heads, d = query.shape
     num_kv_heads, m, _ = k.shape
@@ -247,6 +319,8 @@ def _attend_tile(
     hidden = s > last
     if params.sliding_window:
         hidden = hidden | (s <= t - params.sliding_window)
+    if unread is not None:
+        hidden = hidden | unread.repeat_interleave(num_heads // num_kv_heads, 0)[:, None]
     scores = scores.masked_fill(hidden, float("-inf"))
     if params.sink_logits is not None:
         logits = params.sink_logits.to(scores)[:, None, None].expand(-1, n, 1)

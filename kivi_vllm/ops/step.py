@@ -31,6 +31,8 @@ class Batch:
         max_query_len: tokens of the longest request, or more.
         per_position, decode_len: see `Step`.
         last_visible: see `Step`; on the CPU.
+        generated: [num_reqs] bool, of the requests whose tokens in this step all come after their
+            prompts; None: it is not known of any. On a GPU, the same memory in every step.
 
     """
 
@@ -44,17 +46,23 @@ class Batch:
     per_position: bool
     decode_len: int
     last_visible: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1; a < b."""
+    """One request of a step: its tokens are `query[q0:q1]`, at positions a..b-1; a < b.
+
+    `generated`: they are a decode's, of at most `decode_len` tokens, none of which is the
+    prompt's. So each may choose what it reads (see `select`).
+    """
 
     index: int
     q0: int
     q1: int
     a: int
     b: int
+    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Step:
             F(a) of the row's first ("exact").
         decode_len: longest row that counts as decode: 1 + draft tokens.
         last_visible: [num_tokens] int32, the last position that each token sees, where it is not
-            its own for all: images whose tokens see each other (see `spans`).
+            its own for all: images whose tokens see each other (see `images`).
 
     """
 
@@ -86,8 +94,9 @@ class Step:
     def of(cls, batch: Batch) -> Step:
         """The step of a batch whose tensors are on the CPU."""
         starts, ends = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        made = [False] * len(ends) if batch.generated is None else batch.generated.tolist()
         rows = [
-            Row(i, q0, q1, end - (q1 - q0), end)
+            Row(i, q0, q1, end - (q1 - q0), end, made[i] and q1 - q0 <= batch.decode_len)
             for i, (q0, q1, end) in enumerate(zip(starts, starts[1:], ends, strict=False))
             if q1 > q0
         ]
@@ -97,9 +106,14 @@ class Step:
 
     @functools.cached_property
     def row_array(self) -> torch.Tensor:
-        """The rows as [n, 5] int64 on the CPU: index, q0, q1, a, b."""
-        rows = [(r.index, r.q0, r.q1, r.a, r.b) for r in self.rows]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+        """The rows as [n, 6] int64 on the CPU: index, q0, q1, a, b, generated."""
+        rows = [(r.index, r.q0, r.q1, r.a, r.b, r.generated) for r in self.rows]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+
+    @functools.cached_property
+    def longest_generated(self) -> int:
+        """The largest position of a token that may choose what it reads; -1: there is none."""
+        return max((row.b - 1 for row in self.rows if row.generated), default=-1)
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -136,6 +150,7 @@ class DeviceStep:
         per_position, decode_len, last_visible: see `Step`.
         nothing_cached: requests after the decodes have all their tokens in this step.
         prefill_lens: tokens of each of those requests in this step.
+        generated: see `Batch`.
 
     """
 
@@ -151,6 +166,7 @@ class DeviceStep:
     nothing_cached: bool = False
     prefill_lens: list[int] = field(default_factory=list)
     last_visible: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -187,6 +203,7 @@ class DeviceStep:
             and bool((ends[prefills] == lens[prefills]).all()),
             prefill_lens=lens[prefills].tolist(),
             last_visible=None if seen is None else seen.to(batch.query_start_loc.device),
+            generated=batch.generated,
         )
 
 
@@ -261,6 +278,8 @@ class AttentionParams:
         sliding_window: W > 0: position t sees t - W < s <= t; 0: all.
         chunk_size: C > 0, a multiple of the block size: position t sees no s before C * (t // C);
             0: all.
+        token_budget: tokens of pages that a generated token reads (see `select`), a multiple of
+            the block size; 0: all. It is the user's, and the layer's.
         sink_logits: [num_heads] fp32 or None; each softmax of a head has one term more in its
             denominator, exp(logit), which has no value. (vLLM calls them `sinks`. They have
             nothing to do with the sinks of a cache, the first tokens of a sequence.)
@@ -275,11 +294,13 @@ class AttentionParams:
     sliding_window: int = 0
     sink_logits: torch.Tensor | None = None
     chunk_size: int = 0
+    token_budget: int = 0
     first_chunk: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size % B:
-            raise ValueError(f"chunk_size is {self.chunk_size}, but must be a multiple of {B}")
+        for name in ("chunk_size", "token_budget"):
+            if (value := getattr(self, name)) % B:
+                raise ValueError(f"{name} is {value}, but must be a multiple of {B}")
 
 
 @dataclass(frozen=True)
@@ -291,6 +312,7 @@ class Layer:
         dtype: of the model.
         max_rows: requests of a step.
         decode_len: tokens of a request that still is a decode.
+        max_tokens: of a sequence.
 
     """
 
@@ -300,3 +322,4 @@ class Layer:
     dtype: torch.dtype
     max_rows: int
     decode_len: int
+    max_tokens: int

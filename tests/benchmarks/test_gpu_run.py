@@ -43,7 +43,9 @@ def test_what_tells_most_comes_first(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert modules(commands) == [
         "benchmarks.attention.gpu.canary",
-        *["benchmarks.attention"] * 3,
+        *["benchmarks.attention"] * 2,
+        "benchmarks.attention.gpu.sweep",
+        "benchmarks.attention",
         "pytest",
     ]
     assert "--context 32768 --batch 32" in commands[1]

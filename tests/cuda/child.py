@@ -94,7 +94,7 @@ class ReferenceOperators:
             for i, (q0, q1, end) in enumerate(zip(starts[:-1], starts[1:], ends, strict=True))
             if q1 > q0
         ]
-        return Step(rows, step.block_table, step.per_position, step.decode_len)
+        return Step(rows, step.block_table, step.per_position, step.decode_len, step.last_visible)
 
     def store_blocks(self, step: Any, *args: Any) -> None:
         with self.graphs.in_a_kernel():
@@ -146,6 +146,7 @@ def answers(
     batches: list[list[list[int]]],
     max_tokens: int,
     operators: str = "triton",
+    images: list[list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers of one engine to each batch of prompts, and what it did.
 
@@ -155,12 +156,14 @@ def answers(
         batches: prompts as token ids; one batch after the other.
         max_tokens: of each answer.
         operators: "triton" or "reference".
+        images: seeds of those in each prompt, if the model sees any.
 
     """
     import torch
 
     from kivi_vllm.ops import dispatch
     from tests.engine import engine, generate
+    from tests.models.pictures import Prompt, ask, image_processors
 
     reference, steps = ReferenceOperators(graphs), Steps()
     captured, replayed = graphs.captured, graphs.replayed
@@ -173,9 +176,15 @@ def answers(
         if operators == "reference":
             chosen = mock.Mock(return_value=reference)
             stack.enter_context(mock.patch.object(dispatch, "operators", chosen))
+        if images:
+            stack.enter_context(image_processors())
         llm = stack.enter_context(engine(**{**SETTINGS, **engine_args}))
         stack.enter_context(steps.watched())
-        found = [generate(llm, prompts, max_tokens) for prompts in batches]
+        if images:
+            seeing = [map(Prompt, *batch) for batch in zip(batches, images, strict=True)]
+            found = [ask(llm, [*prompts], max_tokens) for prompts in seeing]
+        else:
+            found = [generate(llm, prompts, max_tokens) for prompts in batches]
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     return dict(
         answers=[[dataclasses.asdict(answer) for answer in batch] for batch in found],
@@ -220,6 +229,9 @@ def _main() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    from tests.cuda import stand_ins
+
+    stand_ins.install()
     found = {}
     for name, task in tasks.items():
         do = refusal if "capability" in task else answers

@@ -79,6 +79,8 @@ class OnTheCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.is_pinned:
             return True
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         kwargs.pop("pin_memory", None)
         if "device" in kwargs:
             kwargs["device"] = _on_the_cpu(kwargs["device"])
@@ -271,8 +273,14 @@ def _choose_the_cuda_platform() -> None:
 
 
 def _change_vllm() -> None:
-    """Run vLLM's operators under the mode, and sample without a kernel that is too much."""
+    """Run vLLM's operators under the mode, and sample without a kernel that is too much.
+
+    And look at models' classes here: a process made for that would not know of this device.
+    """
+    import vllm.model_executor.models.registry as registry
     import vllm.utils.torch_utils as torch_utils
+
+    registry._run_in_subprocess = lambda function: function()
 
     register = torch_utils.direct_register_custom_op
 

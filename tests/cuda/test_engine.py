@@ -6,26 +6,25 @@ backend, and what the operators make of it. How they compile and how fast they a
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.cuda.child import GRAPHS, results_in_child
+from tests.cuda.harness import (
+    PROMPTS,
+    SAME,
+    TOKENS,
+    answers,
+    assert_same,
+    greedy,
+    result,
+    sources_or_skip,
+)
 from tests.drafts import eagle, foreseeable
-from tests.engine import Answer, gemma3, gemma3n, random_prompt, tiny_model
-from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
+from tests.engine import Answer, random_prompt, tiny_model
 
-PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
-"""Of the last, a first step computes 256 tokens at most, less what the others take."""
-
-LONG = PROMPTS[2] + random_prompt(150, seed=1)
-"""Long enough that pages have left a window of 100 tokens."""
-
-TOKENS = 6
 DRAFTED_TOKENS = 8
 
 RETURNING = (random_prompt(40, seed=1) * 8)[:290]
@@ -48,9 +47,6 @@ DRAFT_GRAPHS: dict[str, Any] = {
     "compilation_config": {**GRAPHS["compilation_config"], "cudagraph_capture_sizes": [4, 12]},
 }
 
-SAME = 1e-3
-"""Largest difference of log-probabilities; one sees 2e-6, and 2e-5 for `kivi2`."""
-
 
 @pytest.fixture(scope="module")
 def model() -> str:
@@ -60,50 +56,18 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
-def windowed() -> str:
-    """Two layers with a window and one without, whose pages come two to a block."""
-    return gemma3("wwf", window=100)
-
-
-@pytest.fixture(scope="module")
 def sources() -> Path:
-    """vLLM 0.33's, where this machine can use them."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    if torch.version.cuda is not None:
-        pytest.skip("a PyTorch with CUDA cannot pretend to have another GPU")
-    try:
-        return vllm_033_sources()
-    except SourcesUnavailable as reason:
-        pytest.skip(str(reason))
+    return sources_or_skip()
 
 
 @pytest.fixture(scope="module")
-def results(
-    sources: Path, model: str, windowed: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All engines in one process, which must import vLLM first."""
     raw = dict(model=model, kv_cache_dtype="kivi_raw")
     quantized = dict(model=model, **QUANTIZED)
     tasks: dict[str, dict[str, Any]] = {
         "raw": dict(engine_args=raw, batches=[PROMPTS], max_tokens=TOKENS),
         "raw, graphs": dict(engine_args={**raw, **GRAPHS}, batches=[PROMPTS], max_tokens=TOKENS),
-        "windows, graphs": dict(
-            engine_args={**raw, **GRAPHS, "model": windowed},
-            batches=[PROMPTS, [LONG]],
-            max_tokens=TOKENS,
-        ),
-        "skipped layers": dict(
-            engine_args={
-                **raw,
-                "kv_cache_dtype_skip_layers": ["0"],
-                "attention_config": {"backend": "TRITON_ATTN"},
-                "kv_cache_memory_bytes": 64 << 20,
-            },
-            batches=[PROMPTS],
-            max_tokens=TOKENS,
-            operators="reference",
-        ),
         "kivi2, graphs": dict(
             engine_args={**quantized, **DRAFT_GRAPHS}, batches=BATCHES, max_tokens=DRAFTED_TOKENS
         ),
@@ -125,12 +89,6 @@ def results(
             batches=BATCHES,
             max_tokens=DRAFTED_TOKENS,
             operators="reference",  # interpreted, Triton's would take minutes
-        ),
-        "shared": dict(
-            engine_args={**raw, "model": gemma3n(5, 2)},
-            batches=[PROMPTS],
-            max_tokens=TOKENS,
-            operators="reference",
         ),
     }
     return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
@@ -156,41 +114,6 @@ def expected(model: str) -> list[Answer]:
     return [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
 
 
-def greedy(model: str, prompt: Sequence[int], max_tokens: int) -> Answer:
-    """The answer of transformers, all in float32."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ids, logprobs = torch.tensor([prompt]), []
-    with torch.inference_mode():
-        for _ in range(max_tokens):
-            best = network(ids).logits[0, -1].log_softmax(-1).max(-1)
-            ids = torch.cat([ids, best.indices.view(1, 1)], 1)
-            logprobs.append(best.values.item())
-    return Answer(tuple(ids[0, len(prompt) :].tolist()), tuple(logprobs))
-
-
-def result(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """Of one task."""
-    assert "error" not in results[name], results[name]["error"]
-    return results[name]
-
-
-def answers(found: dict[str, Any]) -> list[Answer]:
-    """Of all batches."""
-    return [
-        Answer(tuple(a["tokens"]), tuple(a["logprobs"]), a["num_cached_tokens"])
-        for batch in found["answers"]
-        for a in batch
-    ]
-
-
-def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.tokens == other.tokens
-        assert one.difference(other) < SAME
-
-
 @pytest.mark.slow
 def test_eager(results: dict[str, Any], expected: list[Answer]) -> None:
     found = result(results, "raw")
@@ -206,29 +129,6 @@ def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
     assert found["replayed"] > 0
     assert found["steps"]["padding"] > 0
     assert_same(answers(found), expected)
-
-
-@pytest.mark.slow
-def test_windows(results: dict[str, Any], windowed: str) -> None:
-    found = result(results, "windows, graphs")
-    assert found["captured"] == 2
-    assert found["replayed"] > 0
-    assert_same(answers(found), [greedy(windowed, p, TOKENS) for p in (*PROMPTS, LONG)])
-    # What is beyond one block of two pages is found again.
-    assert answers(found)[-1].num_cached_tokens == 256
-
-
-@pytest.mark.slow
-def test_skipped_layers(results: dict[str, Any], expected: list[Answer]) -> None:
-    """vLLM's own attention in one layer and ours in the other, in one pool."""
-    assert_same(answers(result(results, "skipped layers")), expected)
-
-
-@pytest.mark.slow
-def test_layers_that_share_caches(results: dict[str, Any]) -> None:
-    found = result(results, "shared")
-    assert found["reference_calls"] > 0
-    assert_same(answers(found), [greedy(gemma3n(5, 2), prompt, TOKENS) for prompt in PROMPTS])
 
 
 @pytest.mark.slow

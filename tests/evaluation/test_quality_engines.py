@@ -41,6 +41,9 @@ def reference() -> list[np.ndarray]:
         states, figures = perplexity.measure(engine, WINDOWS, LENGTHS, on_done=seen.append)
         assert seen == [1, 2]
         assert [x.shape for x in states] == [(LENGTH - 1, 128)] * 2
+        # Decoding a text's own tokens gives what computing all of them as a prompt does.
+        decoded = engine.decoded_states(WINDOWS["random"][0], 60)
+        np.testing.assert_allclose(decoded, states[0][-59:], atol=1e-3)
         assert engine.facts["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
         assert engine.facts["kv_cache_tokens"] >= LENGTH
         for figure in figures:
@@ -65,6 +68,21 @@ def _divergence(name: str, reference: list[np.ndarray]) -> tuple[list[np.ndarray
     assert [figure["length"] for figure in figures] == list(LENGTHS)
     assert [figure["tokens"] for figure in figures] == [2 * 149, 2 * 249]
     return states, [figure["kl"]["value"] for figure in figures]
+
+
+@pytest.mark.slow
+def test_a_budget_shows_where_tokens_are_decoded() -> None:
+    """And nowhere else: a prompt's tokens read all."""
+    window, states = random_prompt(1400, seed=3), []
+    for name in ("kivi4:prefill=exact", "kivi4:token_budget=1024,dense_layers=1"):
+        row = CacheRow.parse(name)
+        options: dict[str, Any] = dict(kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True)
+        given = arguments(row, tiny_model(), len(window), dtype="float32", **options)
+        with Engine(row, given) as engine:
+            states.append((engine.hidden_states(window[:-1]), engine.decoded_states(window, 60)))
+    assert np.array_equal(states[0][0], states[1][0])
+    difference = np.abs(states[0][1] - states[1][1]).max(-1)
+    assert difference.shape == (59,) and (difference > 1e-3).all()
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def use(operators: SimpleNamespace, module: Any) -> None:
     """Take the operators of `module`."""
-    for name in ("limits", "step", "prepare", "store_blocks", "attend", "store_ring"):
+    names = ("limits", "step", "prepare", "store_blocks", "select", "attend", "store_ring")
+    for name in names:
         setattr(operators, name, getattr(module, name))
 
 

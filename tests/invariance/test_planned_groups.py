@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kivi_vllm.attention.groups.admission import Forecast
-from kivi_vllm.attention.groups.pages import WindowPageManager
+from kivi_vllm.attention.groups.pages import ChunkPageManager, WindowPageManager
 from tests.choice import some
 from tests.engine import engine, gemma3, gemma3n, gemma4, generate, random_prompt
 from tests.invariance.conftest import check_preemption, free_blocks, same, scheduler
@@ -74,17 +74,17 @@ def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poi
         poison(llm)
         free = free_blocks(llm)
         # Found again as soon as it is there.
-        span = scheduler(llm).block_size
+        stride = scheduler(llm).block_size
         together = generate(llm, [PROMPTS[0]] * 3, MAX_TOKENS)
         same(together, [truth[0]] * 3)
-        long = (len(PROMPTS[0]) - 1) // span * span
+        long = (len(PROMPTS[0]) - 1) // stride * stride
         assert [a.num_cached_tokens for a in together] == [0, long, long]
         for _ in range(2):
             again = _alone(llm)
             same(again, truth)
-        assert (span > 128) == (name in SEVERAL_PAGES_A_BLOCK)
+        assert (stride > 128) == (name in SEVERAL_PAGES_A_BLOCK)
         assert [a.num_cached_tokens for a in again] == [
-            (len(prompt) - 1) // span * span for prompt in PROMPTS
+            (len(prompt) - 1) // stride * stride for prompt in PROMPTS
         ]
         assert free_blocks(llm) == free
 
@@ -114,19 +114,24 @@ def test_preemption(
             check_preemption(llm, preempted)
 
 
-def test_pages_that_left_the_window_are_free() -> None:
-    """A request of 900 tokens holds what a window of 200 needs, and gives the rest back."""
-    with engine(_windowed(), "kivi_raw", kivi=_options(0), enable_prefix_caching=False) as llm:
+@pytest.mark.parametrize(
+    ("name", "manager", "most"),
+    [("windows", WindowPageManager, 2), ("llama4", ChunkPageManager, 1)],
+)
+def test_pages_that_nothing_sees_any_more_are_free(name: str, manager: type, most: int) -> None:
+    """A request of 900 tokens holds what a window of 200, or a chunk of 256, needs."""
+    options = _options(0)
+    with engine(MODELS[name](), "kivi_raw", kivi=options, enable_prefix_caching=False) as llm:
         managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
-        (windowed,) = [m for m in managers if isinstance(m, WindowPageManager)]
+        (pages,) = [m for m in managers if isinstance(m, manager)]
         held = []
-        free = windowed.remove_skipped_blocks
+        free = pages.remove_skipped_blocks
 
         def watched(request_id: str, *args: Any) -> None:
             free(request_id, *args)
-            held.append(sum(not block.is_null for block in windowed.req_to_blocks[request_id]))
+            held.append(sum(not block.is_null for block in pages.req_to_blocks[request_id]))
 
-        windowed.remove_skipped_blocks = watched
+        pages.remove_skipped_blocks = watched
         scheduler(llm).max_num_scheduled_tokens = 128
         generate(llm, [PROMPTS[0]], MAX_TOKENS)
-    assert max(held) == 2 < 900 // 128
+    assert max(held) == most < 900 // 128

@@ -151,16 +151,19 @@ def test_vllm_does_not_take_back_what_rejected_drafts_did_to_states() -> None:
 
 
 @pytest.mark.slow
-def test_prompts_are_cut_where_states_are_kept() -> None:
+@pytest.mark.parametrize(
+    ("most", "stride", "found"), [(0, 512, [512, 1024, 1500]), (256, 256, [512, 1024, 1280, 1500])]
+)
+def test_prompts_are_cut_where_states_are_kept(most: int, stride: int, found: list[int]) -> None:
     """Also where another group, of tails here, has blocks of fewer tokens."""
     path = GATED_DELTA_NETS["qwen3-next"].path
     prompt = random_prompt(1500, seed=1)
     settings: dict[str, Any] = dict(max_model_len=2048, max_num_batched_tokens=700)
-    options = {"residual_length": 32}
+    options = {"residual_length": 32, "hit_stride": most}
     with engine(path, "kivi_raw", kivi=options, dtype="bfloat16", **settings) as llm:
         core = scheduler(llm)
-        span, ends = core.block_size, [0]
-        assert span == 512
+        ends = [0]
+        assert core.block_size == stride
         schedule = core.schedule
 
         def watched(*args: Any) -> Any:
@@ -170,6 +173,6 @@ def test_prompts_are_cut_where_states_are_kept() -> None:
 
         core.schedule = watched
         answers = [generate(llm, [prompt], 20)[0] for _ in range(3)]
-    assert ends[1:4] == [512, 1024, 1500]
-    assert [a.num_cached_tokens for a in answers] == [0, 1024, 1024]
+    assert ends[1 : 1 + len(found)] == found
+    assert [a.num_cached_tokens for a in answers] == [0, found[-2], found[-2]]
     assert len({a.tokens for a in answers}) == 1

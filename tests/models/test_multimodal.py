@@ -121,7 +121,7 @@ def test_quantized_answers_do_not_depend_on_chunks(family: str) -> None:
 
 @pytest.mark.slow
 def test_model_of_images_that_is_served_for_text() -> None:
-    """Gemma-3 without its images; with them: `test_spans`."""
+    """Gemma-3 without its images; with them: `test_images`."""
     model = gemma3().path
     only_text: dict[str, Any] = dict(skip_tokenizer_init=False, language_model_only=True)
     prompts = [_text(n, n) for n in (300, 77, 128, 513)]

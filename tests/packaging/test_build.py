@@ -19,6 +19,7 @@ from kivi_vllm import __version__
 pytest.importorskip("build")
 
 ROOT = Path(__file__).parents[2]
+CUDA = {str(p.relative_to(ROOT)) for p in ROOT.glob("kivi_vllm/ops/cuda/*.cu*")}
 
 TRY = """
 import torch
@@ -98,7 +99,7 @@ def test_sdist_has_what_a_build_needs(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("kivi_vllm/ops/cpu/csrc/*.*")}
-    assert sources <= names
+    assert sources | CUDA <= names
     assert not [name for name in names if name.startswith(("benchmarks/", ".git"))]
 
 
@@ -109,6 +110,7 @@ def test_without_a_compiler(source: Path, clean: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not [name for name in names if name.endswith(".so")]
+    assert set(names) >= CUDA, "they are compiled where there is a GPU"
     assert {name.split("/")[0] for name in names} == {
         "kivi_vllm",
         f"kivi_vllm-{__version__}.dist-info",

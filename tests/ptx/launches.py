@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from tests.ptx.machine import Argument, run
+from tests.ptx.machine import Argument, load, run
 from tests.unit.ahead import compiled
 
 
@@ -22,9 +22,7 @@ def launch(function: Any, kernel: Any, args: Any, kwargs: Any, grid: Any, **opti
         arguments += _flat(signature, given.get(name))
     ptx = kernel.asm["ptx"]
     # What Triton's own launcher adds: buffers that our kernels do not use.
-    arguments += [0] * (
-        ptx.partition(".entry")[2].partition(")")[0].count(".param") - len(arguments)
-    )
+    arguments += [0] * (len(load(ptx).kernel.parameters) - len(arguments))
     grid = grid(given) if callable(grid) else grid
     run(ptx, arguments, grid, shared=kernel.metadata.shared, **options)
 

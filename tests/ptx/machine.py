@@ -212,7 +212,8 @@ def _of(threads: Array, copies: tuple[Array, Array, Array]) -> tuple[Array, Arra
 
 
 @functools.lru_cache(64)
-def _program(text: str) -> Program:
+def load(text: str) -> Program:
+    """The only kernel of a module, ready to run."""
     return Program(parse(text))
 
 
@@ -241,7 +242,7 @@ def run(
         Fault: it does what a GPU would not do, or what might go wrong on one.
 
     """
-    program = _program(kernel) if isinstance(kernel, str) else Program(kernel)
+    program = load(kernel) if isinstance(kernel, str) else Program(kernel)
     kernel = program.kernel
     if len(arguments) != len(kernel.parameters):
         raise Fault(f"{kernel.name} has {len(kernel.parameters)} parameters, not {len(arguments)}")

@@ -89,7 +89,7 @@ def parse(text: str) -> Kernel:
         Fault: there are several or none.
 
     """
-    text = re.sub(r"^\s*\.loc\b.*?(?://\s*(\S+))?$", r" \1 ", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*\.loc\b.*", _marked, text, flags=re.MULTILINE)
     text = re.sub(r"^\s*\.(file|version|target|address_size)\b.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"//.*|/\*.*?\*/", "", text)
     entries = [*re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text)]
@@ -106,6 +106,12 @@ def parse(text: str) -> Kernel:
         _declare_shared(kernel, declaration[0])
     _body(kernel, text[entry.end() :])
     return kernel
+
+
+def _marked(line: re.Match[str]) -> str:
+    """What stays of `.loc 1 24 8  // file.py:24:8`: `#file.py#24`."""
+    found = re.search(r"//\s*(\S+?):(\d+)", line[0])
+    return f" #{found[1]}#{found[2]} " if found else ""
 
 
 def _parameter(text: str) -> tuple[str, tuple[str, int]]:
@@ -149,16 +155,16 @@ def _statements(text: str) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-    """Without the sources that `parse` left of `.loc`."""
-    return re.sub(r"(^|\s)\S+:\d+:\d+(?=\s|$)", " ", text).strip()
+    """Without the sources that `_marked` has left."""
+    return re.sub(r"#\S+", "", text).strip()
 
 
 def _body(kernel: Kernel, text: str) -> None:
     scopes: list[ChainMap[str, str]] = [ChainMap()]
     source, where = "", []  # of each instruction, the names that it sees
     for statement in _statements(text):
-        if lines := re.findall(r"(?:^|\s)(\S+:\d+):\d+(?=\s|$)", statement):
-            source = lines[-1]
+        if lines := re.findall(r"#(\S+)#(\d+)", statement):
+            source = ":".join(lines[-1])
         code = _code(statement)
         if code == "{":
             scopes.append(scopes[-1].new_child())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kivi_vllm.config import DTYPES, QUANTIZED_DTYPES
+from kivi_vllm.ops.triton import decode
 from tests.choice import some
 from tests.ptx.device import BF16, FP16, Compiled, simulator
 from tests.unit.simulator import Case
@@ -30,6 +32,16 @@ HOPPER = [
 ]
 
 
+@pytest.mark.parametrize("cases", [AMPERE, HOPPER], ids=["Ampere", "Hopper"])
+def test_every_format_has_a_case(cases: list[Case]) -> None:
+    formats = {(case.dtype, case.recipe) for case in cases}
+    assert formats == {(dtype, "best") for dtype in DTYPES} | {
+        (dtype, "paper") for dtype in QUANTIZED_DTYPES if DTYPES[dtype].published
+    }
+    of_both = {(c.dtype, c.recipe, c.head_size) for c in AMPERE + HOPPER}
+    assert len(of_both) == 2 * len(formats)  # each at both head sizes
+
+
 def follow(case: Case, capability: int) -> None:
     """A prompt over pages, which completes a block, and one without; then all decode."""
     sim, tokens = simulator(case), 1 + case.drafts
@@ -52,3 +64,17 @@ def test_ampere(case: Case) -> None:
 def test_hopper(case: Case) -> None:
     """Programs of four warps and more multiply asynchronously there: `wgmma`."""
     follow(case, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "capability"), [(AMPERE[0], 80), (HOPPER[1], 90)], ids=str)
+def test_many_pages_in_one_split(
+    case: Case, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are on their way at a time."""
+    monkeypatch.setattr(decode, "num_splits", lambda *_: 1)
+    sim = simulator(case)
+    request = sim.add(901)
+    sim.step({request: 900})
+    sim.ops = Compiled(capability)
+    sim.step({request: 1})

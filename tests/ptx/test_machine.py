@@ -248,6 +248,8 @@ def test_shared_memory_begins_as_nan() -> None:
         ("setp.lt.s32 %p1, %r1, 3; @%p1 redux.sync.add.s32 %r9, %r1, -1;", "only some lanes"),
         ("add.rz.f32 %r9, %r1, %r1;", "unknown instruction add.rz.f32"),
         ("frob.b32 %r9, %r1;", "unknown instruction frob.b32"),
+        (".loc 1 7 0 // f.py:7\nfrob.b32 %r9, %r1;", "test: frob.b32 %r9, %r1 (f.py:7)"),
+        (".loc 1 7 3 // f.py:7:3 @[ g.py:1:2 ]\nfrob.b32 %r9;", "test: frob.b32 %r9 (f.py:7)"),
         ("mov.b32 %r9, %nothing;", "unknown register %nothing"),
         ("ld.local.b32 %r9, [%rd2];", "local memory is not known"),
     ],

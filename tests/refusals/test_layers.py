@@ -37,9 +37,8 @@ def _layer(config: Any, kind: type | None = None, **kwargs: Any) -> Any:
     from vllm.model_executor.layers.attention import Attention
 
     make: Any = kind or Attention
-    return make(
-        4, 32, 1.0, num_kv_heads=2, cache_config=config.cache_config, prefix="l.0", **kwargs
-    )
+    given = {"cache_config": config.cache_config, "prefix": "l.0", **kwargs}
+    return make(4, 32, 1.0, num_kv_heads=2, **given)
 
 
 def test_special_layer(config: Any) -> None:
@@ -85,6 +84,16 @@ def test_a_shared_cache_with_a_smaller_window(config: Any) -> None:
         _layer(config, kv_sharing_target_layer_name="l.1")
 
 
+def test_a_shared_cache_of_an_attention_chunk(config: Any) -> None:
+    from vllm.model_executor.layers.attention import ChunkedLocalAttention
+
+    context = config.compilation_config.static_forward_context
+    context["l.1"] = _layer(config, ChunkedLocalAttention, attention_chunk_size=256)
+    del context["l.0"], context["l.0.kivi_ring"], context["l.0.kivi_sinks"]
+    with pytest.raises(KiviConfigError, match=r"KV cache of l\.1, which keeps an attention chunk"):
+        _layer(config, kv_sharing_target_layer_name="l.1")
+
+
 def test_reading_without_writing(config: Any) -> None:
     layer = _layer(config)
     with pytest.raises(NotImplementedError, match="without new keys and values"):
@@ -97,3 +106,32 @@ def test_attention_that_is_not_causal(config: Any) -> None:
     builder = object.__new__(KiviMetadataBuilder)
     with pytest.raises(NotImplementedError, match="causal attention only"):
         builder.build(0, SimpleNamespace(causal=False))
+
+
+def test_alibi_under_a_token_budget() -> None:
+    from kivi_vllm.attention.hooks.capacity import _one_worker
+
+    options = {"kivi": {"token_budget": 1024, "dense_layers": 1}}
+    config = engine_config(additional_config=options)
+    with _one_worker(config):
+        _layer(config, alibi_slopes=[0.5] * 4)  # one of the first layers, which read all
+        with pytest.raises(KiviConfigError, match=r"token_budget 1024 does not .* ALiBi .* out$"):
+            _layer(config, prefix="l.1", alibi_slopes=[0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "window", "budget"),
+    [
+        ("model.layers.1.self_attn.attn", None, 0),
+        ("model.layers.2.self_attn.attn", None, 1024),
+        ("model.layers.12.self_attn.attn", 1152, 0),
+        ("model.layers.12.self_attn.attn", 1153, 1024),
+    ],
+)
+def test_layers_that_select(prefix: str, window: int | None, budget: int) -> None:
+    from kivi_vllm.attention.hooks.capacity import _one_worker
+
+    config = engine_config(additional_config={"kivi": {"token_budget": 1024}})
+    with _one_worker(config):
+        layer = _layer(config, prefix=prefix, per_layer_sliding_window=window)
+    assert layer.impl.params.token_budget == budget

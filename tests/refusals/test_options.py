@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,17 @@ from tests.refusals.configs import config_only, engine_config, refusal
             "give up the first token's outliers, on which attention rests; set kivi.sink_tokens to "
             "4, or kivi.recipe to 'paper'",
         ),
+        (
+            {"token_budget": 1000},
+            "kivi.token_budget is 1000, but must be 0 (a generated token reads all), or a multiple "
+            "of 128 from 1024 on, for example 4096",
+        ),
+        (
+            {"token_budget": 2048, "prefill": "cached"},
+            "kivi.prefill 'cached' promises that an answer depends on its prompt alone, but "
+            "kivi.token_budget 2048 makes that of a preempted request depend on when that was; "
+            "leave one of the two out",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -48,7 +60,8 @@ def test_wrong_value(options: dict[str, Any], message: str) -> None:
     assert refusal(additional_config={"kivi": options}) == message
 
 
-KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill"
+KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill, "
+KNOWN += "token_budget, dense_layers, hit_stride"
 
 
 def test_unknown_option() -> None:
@@ -132,6 +145,7 @@ def test_group_size_that_does_not_divide_the_head_size(
         {"recipe": "paper"},
         {"recipe": "best", "sink_tokens": 8},
         {"recipe": "paper", "group_size": 64, "sink_tokens": 4},
+        {"token_budget": 1152, "dense_layers": 0},
     ],
     ids=str,
 )
@@ -186,6 +200,51 @@ def test_the_least_bits_name_what_loses_less(
         "(docs/quality.md)"
     )
     assert said == [message] * lines
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers", "line"),
+    [
+        (
+            2048,
+            2,
+            "kivi.token_budget 2048: a generated token selects 16 of up to 32 pages of each head, "
+            "in all layers but the first 2",
+        ),
+        (1024, 0, "8 of up to 32 pages of each head, in all layers"),
+        (
+            4096,
+            1,
+            "kivi.token_budget 4096 selects nothing: sequences have up to 32 pages of 128 tokens, "
+            "all of which are read",
+        ),
+        (0, 2, None),
+    ],
+)
+def test_the_log_says_what_a_budget_selects(
+    budget: int, layers: int, line: str | None, said: list[str]
+) -> None:
+    options = {"kivi": {"token_budget": budget, "dense_layers": layers}}
+    engine_config(
+        kv_cache_dtype="kivi_k3v2",
+        additional_config=options,
+        max_model_len=4096,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    assert len(said) == (line is not None)
+    assert line is None or said[0].endswith(line)
+
+
+def test_a_budget_on_a_device_whose_kernels_read_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kivi_vllm.ops import dispatch
+
+    operators = dispatch.backend("cpu").operators
+    limits = dataclasses.replace(operators.limits, selects=False)
+    monkeypatch.setattr(operators, "limits", limits)
+    message = refusal(additional_config={"kivi": {"token_budget": 2048}})
+    assert message.endswith(
+        "kivi.token_budget is not there for CPUs yet, whose kernels read all pages; leave it out"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])

@@ -6,7 +6,7 @@ import pytest
 
 from kivi_vllm.config import Recipe
 from tests.choice import some
-from tests.triton.device import BF16, FP16, simulator
+from tests.triton.device import BF16, FP16, Triton, simulator
 from tests.unit.simulator import Case
 from tests.unit.sink_logits import check_far_away
 
@@ -59,6 +59,17 @@ def test_a_prefix_of_another_request(exact: bool, recipe: Recipe) -> None:
     second = sim.add(290, like=first, hit_blocks=2)
     sim.step({first: 270, second: 20})
     sim.run(first, second)
+    sim.check_untouched()
+
+
+@pytest.mark.parametrize("size", some([80, 112], [0]))
+def test_heads_smaller_than_those_of_pages(size: int) -> None:
+    pytest.importorskip("vllm")
+    from tests.unit.padded_heads import ThroughTheLayer
+
+    case = Case("kivi_k3v2", head_size=size, heads=(2, 1), model=BF16)
+    sim = simulator(case, ops=ThroughTheLayer(Triton))
+    sim.run(sim.add(140), sim.add(20))
     sim.check_untouched()
 
 

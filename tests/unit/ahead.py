@@ -84,21 +84,26 @@ def _run(*command: str) -> str:
 
 
 def inspect(kernel: Any) -> Binary:
-    """What `cuobjdump` and `nvdisasm` say of a compiled kernel."""
+    """What `cuobjdump` and `nvdisasm` say of a kernel that Triton compiled."""
+    of = kernel.metadata
+    return inspect_code(kernel.asm["cubin"], of.name, of.num_warps, of.shared)
+
+
+def inspect_code(cubin: bytes, name: str, warps: int, shared: int = 0) -> Binary:
+    """The same of a cubin; `shared` bytes are given by the launch, beside those of the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
         code = _run(_tool("nvdisasm"), "-c", file.name)
-    [registers] = re.findall(r"REG:(\d+)", usage)
+    [registers], [own] = re.findall(r"REG:(\d+)", usage), re.findall(r"SHARED:(\d+)", usage)
     instructions, loop = _instructions(code)
-    of = kernel.metadata
     return Binary(
-        name=of.name,
-        warps=of.num_warps,
+        name=name,
+        warps=warps,
         registers=int(registers),
         spills=sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions),
-        shared=of.shared,
+        shared=int(own) + shared,
         instructions=len(instructions),
         loop=loop,
     )

@@ -293,6 +293,37 @@ def decode_page(page: Bytes, fmt: Format) -> tuple[Floats, Floats]:
         return k * k_scale + k_zero, v * v_scale + v_zero
 
 
+def ranges(page: Bytes, fmt: Format) -> tuple[Doubles, Doubles]:
+    """Least and largest key of each group of K that codes can stand for, each [128 / G, D]."""
+    d = fmt.head_size
+    for name, (start, end) in layout(fmt).items():
+        if name == "k_codes":
+            ends = []
+            for code in (0, 2**fmt.k_bits - 1):
+                codes = np.full((TOKENS, d), code, np.uint8)
+                changed = page.copy()
+                changed[start:end] = pack(codes, fmt.k_bits, "k").ravel()
+                keys = decode_page(changed, fmt)[0]
+                ends.append(keys[:: fmt.group_size].astype(np.float64))
+    return ends[0], ends[1]
+
+
+def page_weights(
+    q: Doubles, pages: Sequence[Bytes], fmt: Format, soft_cap: float, radius: float = 0.5
+) -> Doubles:
+    """What pages of one head weigh for its queries [heads, D], times the scale, in float64."""
+    x = []
+    for page in pages:
+        low, high = ranges(page, fmt)
+        middle, half = (low + high) / 2, (high - low) / 2
+        x.append(q @ middle.T + radius * (np.abs(q) @ half.T))
+    scores = np.stack(x, 1)  # [heads, pages, groups]
+    if soft_cap:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    e = np.exp(scores - scores.max((1, 2), keepdims=True))
+    return (e / e.sum((1, 2), keepdims=True)).sum((0, 2))
+
+
 def canonical(page: Bytes, fmt: Format) -> Bytes:
     """The page with one NaN and one zero: the formula leaves their bits and sign open."""
     page = page.copy()
@@ -317,10 +348,12 @@ def attention(
     sink_logits: Doubles | None,
     chunk: int,
     images: Sequence[tuple[int, int]] = (),
+    unread: NDArray[np.bool_] | None = None,
 ) -> Doubles:
     """Queries [n, num_heads, D] at positions t [n] over k, v [.., num_kv_heads, D], in float64.
 
-    Tokens of an image, from its first position to its last, see each other.
+    Tokens of an image, from its first position to its last, see each other. `unread` [n,
+    num_kv_heads, ..] are positions whose pages a query leaves out.
     """
     out = np.empty_like(q)
     per_kv_head = q.shape[1] // k.shape[1]
@@ -340,6 +373,8 @@ def attention(
         if slopes is not None:
             scores = scores + slopes[h] * distance
         scores = np.where(visible, scores, -np.inf)
+        if unread is not None:
+            scores = np.where(unread[:, h // per_kv_head], -np.inf, scores)
         if sink_logits is not None:  # a key that has no value
             more = np.full((len(scores), 1), sink_logits[h])
             scores = np.concatenate([more, scores], 1)

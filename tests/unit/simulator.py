@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from kivi_vllm.config import KiviConfig, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.format import PageFormat
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Row, Step
 from tests.unit import kivi_numpy
 
@@ -57,6 +58,7 @@ class Case:
     sinks: int | None = None
     per_block: int = 1  # k, the pages of a head in a block of the pool
     raw: tuple[int, int, int] | None = None  # T of the ring, the tails and the sinks
+    budget: int = 0  # tokens of pages that a generated token reads
 
     def __str__(self) -> str:
         """For example kivi2-best-R0-H4x2-D64-T300."""
@@ -65,7 +67,7 @@ class Case:
         short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
         more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
         more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
-        more |= {"chunk": self.chunk}
+        more |= {"chunk": self.chunk, "budget": self.budget}
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
         given = {"G": self.group, "sinks": self.sinks}
         words += [f"{k}{v}" for k, v in given.items() if v is not None]
@@ -89,7 +91,8 @@ class Case:
         logits = None
         if self.sink_logits:
             logits = torch.tensor(self.sink_logits).repeat(n)[:n].float()
-        return AttentionParams(scale, self.soft_cap, slopes, self.window, logits, self.chunk)
+        asked = (scale, self.soft_cap, slopes, self.window, logits, self.chunk)
+        return AttentionParams(*asked, token_budget=self.budget)
 
 
 @dataclass(eq=False)
@@ -101,6 +104,10 @@ class Request:
     v: torch.Tensor
     output: torch.Tensor
     images: list[tuple[int, int]] = field(default_factory=list)  # first and last position
+    prompt: int = 1 << 40  # tokens after these are generated
+    read: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # of positions: blocks that each head reads
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # 0: it left the window, or was not wanted
     stale: dict[int, int] = field(default_factory=dict)  # what is left in entries of the table
@@ -139,7 +146,7 @@ class Simulator:
         self.raw_tokens = case.raw or (self.fmt.raw_tokens,) * 3
         self.num_tails = -(-case.residual // self.raw_tokens[1])
         # What a block holds of another layer lies between ours.
-        self.token_bytes = 2 * case.head_size * case.model.itemsize
+        self.token_bytes = 2 * self.fmt.head_size * case.model.itemsize
         most = max(case.per_block * self.fmt.page_bytes, max(self.raw_tokens) * self.token_bytes)
         shape = (num_blocks, 2, case.heads[1] * most)
         self.pool = torch.full(shape, POISON, dtype=torch.uint8, device=device)
@@ -301,7 +308,8 @@ class Simulator:
         rows, at = [], 0
         for index, request in enumerate(order):
             if n := counts.get(request, 0):
-                rows.append(Row(index, at, at + n, request.computed, request.computed + n))
+                made = request.computed >= request.prompt and n <= self.decode_len
+                rows.append(Row(index, at, at + n, request.computed, request.computed + n, made))
                 at += n
         table = self._table(
             [[page or r.stale.get(i, 0) for i, page in enumerate(r.blocks)] for r in order]
@@ -314,7 +322,7 @@ class Simulator:
 
         cache = self._cache(order)
         self.ops.store_blocks(step, cache, k, v)
-        self.ops.attend(step, cache, q, k, v, self.case.params, output)
+        self._attend(step, cache, q, k, v, output, order)
         self.ops.store_ring(step, cache, k, v)
 
         for row in rows:
@@ -323,6 +331,18 @@ class Simulator:
             request.computed = row.b
             self.check(request, row.a, row.b)
         assert output[at:].isnan().all(), "padding of the output was written"
+
+    def _attend(
+        self,
+        step: Step,
+        cache: LayerCache,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        output: torch.Tensor,
+        order: list[Request],
+    ) -> None:
+        self.ops.attend(step, cache, q, k, v, self.case.params, output)
 
     def run(self, *requests: Request, longest: int = 200) -> None:
         """All the rest of the requests, in ragged batches of random chunks."""
@@ -414,13 +434,17 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def quantized(
     k: torch.Tensor, v: torch.Tensor, fmt: PageFormat, sinks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back."""
+    """One block [128, num_kv_heads, D] as its pages, and its first tokens' page, give it back.
+
+    Where heads of pages are larger, zeros fill them up.
+    """
+    d = k.shape[-1]
     out = k.double().numpy().copy(), v.double().numpy().copy()
     for h in range(0 if fmt.is_raw else k.shape[1]):
-        heads = k[:, h].float().numpy(), v[:, h].float().numpy()
+        heads = (pad(x[:, h].float(), (0, fmt.head_size - d)).numpy() for x in (k, v))
         lossy = kivi_numpy.decode_page(kivi_numpy.encode_page(*heads, fmt, sinks), fmt)
         for x, y in zip(out, lossy, strict=True):
-            x[sinks:, h] = y[sinks:]
+            x[sinks:, h] = y[sinks:, :d]
     return out
 
 
@@ -455,5 +479,18 @@ def truth(request: Request, a: int, b: int, seen: list[int], case: Case) -> np.n
             logits,
             params.chunk_size,
             images=request.images,
+            unread=_unread(request, at, b, case),
         )
+    return out
+
+
+def _unread(request: Request, at: np.ndarray, end: int, case: Case) -> np.ndarray | None:
+    """Positions up to `end` whose pages those at `at` leave out: [at, num_kv_heads, end]."""
+    if not any(int(t) in request.read for t in at):
+        return None
+    out = np.zeros((len(at), case.heads[1], end), bool)
+    for i, t in enumerate(at):
+        if (read := request.read.get(int(t))) is not None:  # [num_kv_heads, blocks] bool
+            out[i, :, : B * read.shape[1]] = ~read.repeat(B, 1)
+            out[i, :, : case.fmt.sink_tokens] = False
     return out

@@ -47,6 +47,16 @@ def test_bad_value_is_refused_with_the_good_ones(option: str, value: Any) -> Non
         KiviConfig("kivi2", **{"recipe": "best", "group_size": 16, "sink_tokens": 4, option: value})
 
 
+@pytest.mark.parametrize("value", [-128, 1, 100, 129, 128.0, "128", True, None], ids=repr)
+def test_a_bad_hit_stride_is_refused_with_an_example(value: Any) -> None:
+    message = (
+        f"kivi.hit_stride is {value!r}, but must be a multiple of 128, such as 512, or 0 (as many "
+        "tokens as fill the blocks of the pool)"
+    )
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"hit_stride": value})
+
+
 @pytest.mark.parametrize("value", [*BAD_GROUPS, 32, 64], ids=repr)
 def test_group_size_of_recipe_best_is_the_dtypes_own(value: Any) -> None:
     message = (
@@ -70,6 +80,36 @@ def test_group_size_of_recipe_paper_is_refused_with_the_good_ones(value: Any) ->
     message = f"kivi.group_size under recipe 'paper' is {value!r}, but must be one of: 32, 64, 128"
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         KiviConfig.from_options("kivi2", {"recipe": "paper", "group_size": value})
+
+
+@pytest.mark.parametrize(
+    "value", [128, 896, 1025, 1023, -1024, 2048.0, "2048", True, None], ids=repr
+)
+def test_a_token_budget_out_of_range(value: Any) -> None:
+    message = (
+        f"kivi.token_budget is {value!r}, but must be 0 (a generated token reads all), or a "
+        "multiple of 128 from 1024 on, for example 4096"
+    )
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"token_budget": value})
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, "2", True, None], ids=repr)
+def test_dense_layers_out_of_range(value: Any) -> None:
+    message = f"kivi.dense_layers is {value!r}, but must be a number of layers: 0 or more"
+    with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
+        KiviConfig.from_options("kivi2", {"dense_layers": value})
+
+
+def test_what_a_token_budget_cannot_go_with() -> None:
+    with pytest.raises(
+        KiviConfigError, match=r"needs the ranges of quantized keys, which kivi_raw"
+    ):
+        KiviConfig.from_options("kivi_raw", {"token_budget": 2048})
+    with pytest.raises(KiviConfigError, match=r"'cached' promises .* leave one of the two out$"):
+        KiviConfig.from_options("kivi2", {"token_budget": 2048, "prefill": "cached"})
+    for good in (0, 1024, 1152, 4096):
+        assert KiviConfig.from_options("kivi2", {"token_budget": good}).token_budget == good
 
 
 @pytest.mark.parametrize("dtype", ["kivi_k3v2", "kivi3", "kivi_k4v3"])
@@ -117,7 +157,7 @@ def test_the_options_that_were_are_parts_of_the_recipe(name: str) -> None:
     message = (
         f"unknown option {name!r} in the 'kivi' entry of --additional-config; recipe 'best' "
         "includes it, recipe 'paper' does not; the options are: recipe, group_size, sink_tokens, "
-        "residual_length, prefill"
+        "residual_length, prefill, token_budget, dense_layers, hit_stride"
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         KiviConfig.from_options("kivi2", {name: True})

@@ -79,7 +79,7 @@ def test_every_layer_is_in_one_group() -> None:
 def test_windows_beside_full_attention() -> None:
     made = plan(gemma(10, 52), 131072, align=False)
     (full,), (windowed,) = named(made, "PageSpec"), named(made, "WindowPageSpec")
-    assert full.kv_cache_spec.block_size == made.span == 5 * 128
+    assert full.kv_cache_spec.block_size == made.hit_stride == 5 * 128
     assert windowed.kv_cache_spec.block_size == 128
     block = group_bytes(windowed)
     assert 0.95 * block < group_bytes(full) <= block
@@ -88,7 +88,7 @@ def test_windows_beside_full_attention() -> None:
     assert ring.kv_cache_spec.num_states == tokens
     assert block - 62 * 8 * 512 < group_bytes(ring) == 62 * 8 * 512 * tokens <= block
     assert sinks.kv_cache_spec.num_states == 4
-    assert sinks.kv_cache_spec.block_size == made.span
+    assert sinks.kv_cache_spec.block_size == made.hit_stride
     assert ring.kv_cache_spec.page_groups == (PageGroup(5, 0), PageGroup(1, 1024))
 
 
@@ -120,17 +120,64 @@ def test_states_lie_side_by_side(number: int) -> None:
     made = plan(gemma(4, 0) | states(number, 5 << 20), 1 << 20, align=True)
     groups = named(made, "MambaSpec")
     assert len(groups) <= MOST_STATE_GROUPS
-    assert {g.kv_cache_spec.block_size for g in groups} == {made.span}
+    assert {g.kv_cache_spec.block_size for g in groups} == {made.hit_stride}
     sizes = [len(g.layer_names) for g in groups]
     assert sum(sizes) == number and max(sizes) - min(sizes) <= 1
     block = max(map(group_bytes, made.groups))
     (pages,) = named(made, "PageSpec")
-    assert group_bytes(pages) > block - group_bytes(pages) / (made.span // 128)
+    assert group_bytes(pages) > block - group_bytes(pages) / (made.hit_stride // 128)
+
+
+def test_a_hit_stride_makes_blocks_of_states_smaller_then_leaves_gaps() -> None:
+    """As of Granite-4: three states of 2 MiB a block, of which 18 pages would fill one."""
+    specs = gemma(4, 0) | states(36, 2 << 20)
+    made = plan(specs, 1 << 20, align=True)
+    assert (made.hit_stride, len(named(made, "MambaSpec"))) == (19 * 128, 12)
+    for most, groups, pages in ((1664, 18, 12), (1024, 36, 6), (512, 36, 4)):
+        made = plan(specs, 1 << 20, True, most)
+        assert made.hit_stride == pages * 128 <= most
+        found = named(made, "MambaSpec")
+        assert len(found) == groups
+        assert {g.kv_cache_spec.block_size for g in found} == {made.hit_stride}
+        assert max(map(group_bytes, made.groups)) == 36 // groups * (2 << 20)
+    windows = plan(gemma(10, 52), 131072, False, 256)
+    assert windows.hit_stride == 256
+
+
+def test_attention_chunks_have_a_group_of_their_own() -> None:
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+
+    specs = gemma(4, 0)
+    for i in range(12):
+        name, chunk = f"chunked.{i}", 8192
+        specs |= {name: page_spec(8, FMT, chunk=chunk)}
+        specs |= {f"{name}.kivi_ring": ring_spec(8, FMT, 0, 1, chunk=chunk)}
+    assert is_needed(specs.values())
+    made = plan(specs, 131072, align=False)
+    (full,), (chunked,), (ring,) = (
+        named(made, kind) for kind in ("PageSpec", "ChunkPageSpec", "RingSpec")
+    )
+    assert [len(group.layer_names) for group in (full, chunked)] == [4, 12]
+    assert (full.kv_cache_spec.block_size, chunked.kv_cache_spec.block_size) == (384, 128)
+    assert made.hit_stride == 384
+    assert next(iter(layers_of(ring).values())).page_groups == (
+        PageGroup(3),
+        PageGroup(1, chunk=8192),
+    )
+    # vLLM's own search in such layers takes no blocks of several sizes.
+    other = ChunkedLocalAttentionSpec(
+        block_size=128,
+        num_kv_heads=8,
+        head_size=128,
+        dtype=torch.bfloat16,
+        attention_chunk_size=8192,
+    )
+    assert plan(specs | {"skipped": other}, 131072, align=False).hit_stride == 128
 
 
 def test_no_block_is_longer_than_a_sequence() -> None:
     made = plan(gemma(1, 0) | states(4, 50 << 20), 1000, align=False)
-    assert made.span == 8 * 128
+    assert made.hit_stride == 8 * 128
 
 
 def test_room_for_sinks_where_states_and_pages_are_small() -> None:
@@ -150,6 +197,7 @@ def test_blocks_that_requests_hold() -> None:
     lengths = np.array([0, 127, 128, 640, 641, 768, 5000])
     assert PageGroup(5).held(lengths).tolist() == [0, 0, 1, 1, 1, 2, 8]
     assert PageGroup(1, 300).held(lengths).tolist() == [0, 0, 1, 4, 4, 4, 4]
+    assert PageGroup(1, chunk=640).held(lengths).tolist() == [0, 0, 1, 5, 5, 1, 4]
 
 
 def test_hits_land_on_multiples_of_the_largest_block() -> None:
@@ -162,4 +210,4 @@ def test_hits_land_on_multiples_of_the_largest_block() -> None:
         1,
         3,
     ]
-    assert made.span == 9 * 128
+    assert made.hit_stride == 9 * 128

@@ -23,14 +23,14 @@ from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.ops.codec import encode_pages
-from kivi_vllm.ops.triton import decode, prefill, store
+from kivi_vllm.ops.triton import decode, prefill, ring, store
 
 KERNELS = (
     decode._decode,
     decode._combine,
     prefill._prefill,
     store._store_blocks,
-    store._store_ring,
+    ring._store_ring,
 )
 
 Result = dict[str, Any]

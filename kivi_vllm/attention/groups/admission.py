@@ -21,15 +21,20 @@ class PageGroup:
     Attributes:
         pages: pages of each layer in one block of the pool.
         window: tokens that its layers see; 0: all.
+        chunk: tokens of its layers' attention chunks; 0: there are none.
 
     """
 
     pages: int = 1
     window: int = 0
+    chunk: int = 0
 
     def held(self, lengths: np.ndarray) -> np.ndarray:
         """Blocks of the pool that requests of these lengths hold."""
         blocks = -(-(lengths // BLOCK_SIZE) // self.pages)
+        if self.chunk:  # those of a chunk that is over are free when it is known to be over
+            start = np.maximum(lengths - 2, 0) // self.chunk * self.chunk
+            return blocks - start // (BLOCK_SIZE * self.pages)
         if not self.window:
             return blocks
         return np.minimum(blocks, -(-(self.window - 1) // (BLOCK_SIZE * self.pages)) + 1)

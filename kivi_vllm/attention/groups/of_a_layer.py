@@ -19,10 +19,11 @@ def residual_specs(
     config: KiviConfig,
     vllm_config: VllmConfig,
     window: int = 0,
+    chunk: int = 0,
 ) -> dict[str, AttentionSpec]:
     """The full-precision caches of one layer by name: the ring, the tails, the sinks.
 
-    `window` is how many tokens the layer sees; 0: all.
+    `window` is how many tokens the layer sees, `chunk` how many an attention chunk has; 0: all.
     """
     num_tails = cdiv(config.residual_length, fmt.raw_tokens)
     num_sinks = int(fmt.sink_tokens > 0)
@@ -32,7 +33,7 @@ def residual_specs(
     dropped = speculative is not None and speculative.use_eagle_block_drop()
     tail = tail_spec(num_kv_heads, fmt, num_drafts, interval, dropped)
     return {
-        "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts, num_tails + num_sinks, window),
+        "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts, num_tails + num_sinks, window, chunk),
         **{f"kivi_tail{i}": tail for i in range(num_tails)},
         **({"kivi_sinks": sink_spec(num_kv_heads, fmt)} if num_sinks else {}),
     }

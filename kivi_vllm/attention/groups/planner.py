@@ -6,9 +6,9 @@ model whose layers all have the same pages needs no more than vLLM's own groupin
 model (windows beside full attention, states of Mamba layers, several head sizes), the groups
 are made here so that blocks are full:
 
-- **pages**: a group for those that see everything, and one for each window. The largest makes
-  the size of a block; the others' pages come several to a block, so `block_size` is a
-  multiple of 128 tokens, and prefix hits land on multiples of all of them;
+- **pages**: a group for those that see everything, one for each window, and one for those with
+  attention chunks. The largest makes the size of a block; the others' pages come several to a
+  block, so `block_size` is a multiple of 128 tokens, and prefix hits land on multiples of all;
 - **rings** of all layers: as many tokens a page as fit;
 - **sinks** of all layers; **tails**: as many layers a group as fit;
 - **states**, as many layers a group as fit, in at most `MOST_STATE_GROUPS` groups;
@@ -33,10 +33,11 @@ from vllm.v1.kv_cache_interface import (
 
 from kivi_vllm.attention.groups.admission import PageGroup
 from kivi_vllm.attention.groups.base import of_tokens
-from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
+from kivi_vllm.attention.groups.pages import ANY_PAGES
 from kivi_vllm.attention.groups.ring import RingSpec
 from kivi_vllm.attention.groups.sinks import SinkSpec
 from kivi_vllm.attention.groups.tails import TailSpec
+from kivi_vllm.attention.options import kivi_config
 from kivi_vllm.config import BLOCK_SIZE
 
 MOST_STATE_GROUPS = 12
@@ -50,7 +51,7 @@ def is_needed(specs: Iterable[KVCacheSpec]) -> bool:
     """Whether layers with these cache specs, ours among them, need groups of our making."""
     pages, raw, others = set(), set(), set()
     for spec in specs:
-        if isinstance(spec, (PageSpec, WindowPageSpec)):
+        if isinstance(spec, ANY_PAGES):
             pages.add(spec)
         elif isinstance(spec, (RingSpec, SinkSpec, TailSpec)):
             raw.add(spec.page_size_bytes)
@@ -62,40 +63,52 @@ def is_needed(specs: Iterable[KVCacheSpec]) -> bool:
 def plan_for(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Plan:
     """`plan` for an engine."""
     align = vllm_config.cache_config.mamba_cache_mode == "align"
-    return plan(specs, vllm_config.model_config.max_model_len, align)
+    stride = kivi_config(vllm_config).hit_stride
+    return plan(specs, vllm_config.model_config.max_model_len, align, stride)
 
 
-def plan(specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool) -> Plan:
+def plan(
+    specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool, most_stride: int = 0
+) -> Plan:
     """Groups of all layers.
 
     Args:
         specs: cache specs by layer name.
         max_model_len: longest sequence; no block holds more than that many tokens need.
-        align: whether prefix caching keeps states at multiples of the span (vLLM's
+        align: whether prefix caching keeps states at multiples of the hit stride (vLLM's
             `mamba_cache_mode` "align"), so that their blocks are that long.
+        most_stride: largest hit stride that may be, a multiple of 128; 0: any. Blocks of states
+            are made smaller for it, in more groups, and those of pages are left with gaps.
 
     """
     kinds = _Kinds.of(specs)
+    most = cdiv(min(max_model_len, most_stride or max_model_len), BLOCK_SIZE)
     block_bytes = max(_bytes(layers) for layers in [*kinds.pages.values(), *kinds.others.values()])
     block_bytes = max(block_bytes, _sink_bytes(kinds))
     states = kinds.states
     if states:
         largest = max(spec.page_size_bytes for spec in states.values())
-        fit = max(block_bytes // largest, cdiv(len(states), MOST_STATE_GROUPS))
+        fit = cdiv(len(states), MOST_STATE_GROUPS)
+        if most_stride:
+            fit = min(fit, most * min(map(_bytes, kinds.pages.values())) // largest)
+        fit = max(1, block_bytes // largest, fit)
         num_state_groups = cdiv(len(states), fit)
         block_bytes = max(block_bytes, cdiv(len(states), num_state_groups) * largest)
     groups: list[Specs] = []
     page_groups = []
-    fitting = _pages_a_block(kinds, block_bytes, cdiv(max_model_len, BLOCK_SIZE))
-    for window in sorted(kinds.pages, key=lambda w: not _of_draft_model(kinds.pages[w])):
-        layers, pages = kinds.pages[window], fitting[window]
+    # vLLM's search for hits in layers with attention chunks takes blocks of one size only.
+    if any(seen.chunk for _, seen in kinds.others):
+        most = 1
+    fitting = _pages_a_block(kinds, block_bytes, most)
+    for seen in sorted(kinds.pages, key=lambda seen: not _of_draft_model(kinds.pages[seen])):
+        layers, pages = kinds.pages[seen], fitting[seen]
         groups.append(_replaced(layers, block_size=pages * BLOCK_SIZE))
-        page_groups.append(PageGroup(pages, window))
-    span = max(fitting.values()) * BLOCK_SIZE  # the others divide it
+        page_groups.append(replace(seen, pages=pages))
+    stride = max(fitting.values()) * BLOCK_SIZE  # the others divide it
     tails = [part for layers in kinds.tails.values() for part in _parts(layers, block_bytes)]
     # Layers with another cache dtype hold a block for every 128 tokens. (States are not foreseen:
     # a request holds one or two blocks of each group of theirs, from its first token on.)
-    held_by_others = [PageGroup(1, window or 0) for _, window in kinds.others]
+    held_by_others = [seen for _, seen in kinds.others]
     num_others = len(tails) + bool(kinds.sinks)
     groups += [
         _rings(kinds.rings, block_bytes, (*page_groups, *held_by_others), num_others),
@@ -104,52 +117,50 @@ def plan(specs: Mapping[str, KVCacheSpec], max_model_len: int, align: bool) -> P
     if kinds.sinks:
         groups.append(
             {
-                name: replace(spec, **of_tokens(spec.token_bytes, spec.num_tokens, span))
+                name: replace(spec, **of_tokens(spec.token_bytes, spec.num_tokens, stride))
                 for name, spec in kinds.sinks.items()
             }
         )
     if states:
-        size = {"block_size": span} if align else {}
+        size = {"block_size": stride} if align else {}
         names = list(states)
         groups += [
             _replaced({name: states[name] for name in names[i::num_state_groups]}, **size)
             for i in range(num_state_groups)
         ]
     groups += kinds.others.values()
-    return Plan([_group(layers) for layers in groups], span)
+    return Plan([_group(layers) for layers in groups], stride)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
     groups: as vLLM wants them.
-    span: tokens on whose multiples prefix hits land.
+    hit_stride: tokens on whose multiples prefix hits land.
 
     """
 
     groups: list[KVCacheGroupSpec]
-    span: int
+    hit_stride: int
 
 
 @dataclass(frozen=True)
 class _Kinds:
-    """Cache specs by what they are; pages by window (0: none), tails by their number."""
+    """Cache specs by what they are; pages by what their layers see, tails by their number."""
 
-    pages: dict[int, Specs] = field(default_factory=lambda: defaultdict(dict))
+    pages: dict[PageGroup, Specs] = field(default_factory=lambda: defaultdict(dict))
     rings: Specs = field(default_factory=dict)
     tails: dict[str, Specs] = field(default_factory=lambda: defaultdict(dict))
     sinks: Specs = field(default_factory=dict)
     states: Specs = field(default_factory=dict)
-    others: dict[Any, Specs] = field(default_factory=lambda: defaultdict(dict))
+    others: dict[tuple[type, PageGroup], Specs] = field(default_factory=lambda: defaultdict(dict))
 
     @staticmethod
     def of(specs: Mapping[str, KVCacheSpec]) -> _Kinds:
         kinds = _Kinds()
         for name, spec in specs.items():
-            if isinstance(spec, PageSpec):
-                kinds.pages[0][name] = spec
-            elif isinstance(spec, WindowPageSpec):
-                kinds.pages[spec.sliding_window][name] = spec
+            if isinstance(spec, ANY_PAGES):
+                kinds.pages[_seen(spec)][name] = spec
             elif isinstance(spec, RingSpec):
                 kinds.rings[name] = spec
             elif isinstance(spec, TailSpec):
@@ -159,9 +170,14 @@ class _Kinds:
             elif isinstance(spec, MambaSpec):
                 kinds.states[name] = spec
             else:
-                window = getattr(spec, "sliding_window", None)
-                kinds.others[type(spec), window][name] = spec
+                kinds.others[type(spec), _seen(spec)][name] = spec
         return kinds
+
+
+def _seen(spec: Any) -> PageGroup:
+    """What a layer sees, as a group of one page a block."""
+    window, chunk = (getattr(spec, name, 0) for name in ("sliding_window", "attention_chunk_size"))
+    return PageGroup(1, window or 0, chunk or 0)
 
 
 def _bytes(layers: Specs) -> int:
@@ -173,8 +189,8 @@ def _of_draft_model(layers: Specs) -> bool:
     return any(name.startswith("draft_model.") for name in layers)
 
 
-def _pages_a_block(kinds: _Kinds, block_bytes: int, most: int) -> dict[int, int]:
-    """Pages of each group in a block, by window.
+def _pages_a_block(kinds: _Kinds, block_bytes: int, most: int) -> dict[PageGroup, int]:
+    """Pages of each group in a block.
 
     All divide the largest: hits land on their least common multiple.
     """

@@ -180,9 +180,14 @@ class RingManager(SparseManager, CircularBufferManager):
 
 
 def ring_spec(
-    num_kv_heads: int, fmt: PageFormat, num_drafts: int, num_others: int = 0, window: int = 0
+    num_kv_heads: int,
+    fmt: PageFormat,
+    num_drafts: int,
+    num_others: int = 0,
+    window: int = 0,
+    chunk: int = 0,
 ) -> RingSpec:
-    """The ring of a layer.
+    """The ring of a layer, with a window or attention chunks of so many tokens; 0: none.
 
     It holds the current block and the draft tokens of the steps in flight: those
     are stored before it is known whether they are accepted, while the next step
@@ -194,6 +199,6 @@ def ring_spec(
         page_tokens=fmt.raw_tokens,
         num_drafts=num_drafts,
         token_bytes=fmt.raw_token_bytes,
-        page_groups=(PageGroup(1, window),),
+        page_groups=(PageGroup(1, window, chunk),),
         num_others=num_others,
     )

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
 
-from kivi_vllm.attention.groups.pages import PageSpec, WindowPageSpec
+from kivi_vllm.attention.groups.pages import ANY_PAGES
 from kivi_vllm.attention.groups.ring import RingSpec
 from kivi_vllm.attention.groups.sinks import SinkSpec
 from kivi_vllm.attention.groups.tails import TailSpec
@@ -86,9 +86,9 @@ def words(spec: Any) -> tuple[str, int]:
         seen = f"window of {window:,}"
     elif chunk := getattr(one, "attention_chunk_size", None):
         seen = f"chunks of {chunk:,}"
+    if isinstance(one, ANY_PAGES):
+        return f"pages, {seen}", one.block_size
     match one:
-        case PageSpec() | WindowPageSpec():
-            return f"pages, {seen}", one.block_size
         case RingSpec():
             return RING, one.page_tokens
         case TailSpec():

@@ -88,10 +88,10 @@ class TailManager(SparseManager, SlidingWindowManager):
         newest = ring_start(num_tokens, 1 + 2 * self.kv_cache_spec.num_drafts) // size - 1
         if not self.enable_caching:
             return list(range(max(known, newest), num_tokens // size))
-        span = self.cache_hit_alignment_tokens  # hits land on its multiples
+        stride = self.cache_hit_alignment_tokens  # hits land on its multiples
         boundaries = self._boundaries.get(request_id, ())
         # Where a block is dropped, a hit needs its tail too.
-        ends = {boundary // span * span + i * size for boundary in boundaries for i in self._ends}
+        ends = {b // stride * stride + i * size for b in boundaries for i in self._ends}
         return [
             block
             for block in range(known, num_tokens // size)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kivi_vllm.config import BLOCK_SIZE, KiviConfigError, is_kivi
+from kivi_vllm.config import KiviConfigError, is_kivi
 
 
 def register_backend_name() -> None:
@@ -40,6 +40,7 @@ def register_cache_specs() -> None:
     for spec, manager, base in (
         (pages.PageSpec, pages.PageManager, FullAttentionSpec),
         (pages.WindowPageSpec, pages.WindowPageManager, pages.WindowPageSpec),
+        (pages.ChunkPageSpec, pages.ChunkPageManager, pages.ChunkPageSpec),
         (ring.RingSpec, ring.RingManager, ring.RingSpec),
         (tails.TailSpec, tails.TailManager, tails.TailSpec),
         (sinks.SinkSpec, sinks.SinkManager, sinks.SinkSpec),
@@ -167,101 +168,16 @@ def plan_cache_groups() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from kivi_vllm.attention import hooks
+    from kivi_vllm.attention.hooks import grouping
 
-    _wrap(hooks.of_this_version().grouping_module(), "get_kv_cache_groups", _planned_groups)
-    _wrap(Scheduler, "__init__", _steps_end_where_states_are_kept)
-    _wrap(utils, "resolve_kv_cache_layout", _block_outermost)
+    _wrap(hooks.of_this_version().grouping_module(), "get_kv_cache_groups", grouping.planned)
+    _wrap(Scheduler, "__init__", grouping.steps_end_where_states_are_kept)
+    _wrap(utils, "resolve_kv_cache_layout", grouping.block_outermost)
     core = sys.modules.get("vllm.v1.engine.core")
     if core is not None:  # it has imported the name
         core.resolve_kv_cache_layout = utils.resolve_kv_cache_layout  # type: ignore[attr-defined]
-    _wrap(type(current_platform), "_align_hybrid_block_size", _keep_block_size)
-    _wrap(type(current_platform), "_align_heterogeneous_kv_block_size", _keep_block_size)
-
-
-def _planned_groups(original: Callable) -> Callable:
-    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
-        from kivi_vllm.attention.groups import planner
-        from kivi_vllm.attention.hooks import drafts
-
-        cache_config = vllm_config.cache_config
-        if planner.is_needed(kv_cache_spec.values()):
-            plan = planner.plan_for(vllm_config, kv_cache_spec)
-            groups = plan.groups
-            if cache_config.mamba_cache_mode == "align":
-                cache_config.mamba_block_size = plan.span
-        else:
-            groups = original(vllm_config, kv_cache_spec)
-        if is_kivi(cache_config.cache_dtype):
-            drafts.flag_groups(vllm_config, groups)
-        return groups
-
-    return get_kv_cache_groups
-
-
-def _steps_end_where_states_are_kept(original: Callable) -> Callable:
-    """Let a hybrid's prompts be cut at multiples of what a block of states stands for.
-
-    vLLM cuts them by the smallest block size of all groups, which it takes to be that of the
-    states. Where some group of ours has a smaller one, a state would be cached as another's.
-    """
-
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        cache_config = vllm_config.cache_config
-        if is_kivi(cache_config.cache_dtype) and cache_config.mamba_cache_mode == "align":
-            cache_config.block_size = cache_config.mamba_block_size
-        original(self, vllm_config, *args, **kwargs)
-
-    return __init__
-
-
-def _block_outermost(original: Callable) -> Callable:
-    def resolve_kv_cache_layout(
-        vllm_config: Any, supported_layouts: list[list[str]], kv_cache_specs: Any = None
-    ) -> Any:
-        from vllm.v1.kv_cache_interface import KVCacheLayout
-
-        from kivi_vllm.attention.groups import planner
-
-        specs = tuple(kv_cache_specs or ())
-        if planner.is_needed(specs):
-            given = supported_layouts
-            supported_layouts = [
-                [name for name in names if KVCacheLayout[name].is_block_outermost]
-                for names in given
-            ]
-            if not all(supported_layouts):
-                raise KiviConfigError(
-                    "the layers of this model differ, and so need a KV cache layout with the "
-                    f"block outermost; its attention backends have {given} in common: leave out "
-                    "--kv-cache-dtype-skip-layers, or give those layers another "
-                    "--attention-backend"
-                )
-        return original(vllm_config, supported_layouts, specs)
-
-    return resolve_kv_cache_layout
-
-
-def _keep_block_size(original: Callable) -> Callable:
-    def align(vllm_config: Any, backend_cls: Any) -> None:
-        cache_config = vllm_config.cache_config
-        if not is_kivi(cache_config.cache_dtype):
-            original(vllm_config, backend_cls)
-            return
-        from kivi_vllm.attention.groups import planner
-        from kivi_vllm.attention.layer import cache_specs
-
-        # vLLM makes pages as large as a state, or as other layers', here; the plan makes blocks
-        # that hold all.
-        specs = cache_specs(vllm_config)
-        if not planner.is_needed(specs.values()):  # no layer is ours
-            original(vllm_config, backend_cls)
-            return
-        cache_config.block_size = BLOCK_SIZE
-        if cache_config.mamba_cache_mode == "align":
-            # The worker and the engine's core come to the same plan.
-            cache_config.mamba_block_size = planner.plan_for(vllm_config, specs).span
-
-    return align
+    _wrap(type(current_platform), "_align_hybrid_block_size", grouping.keep_block_size)
+    _wrap(type(current_platform), "_align_heterogeneous_kv_block_size", grouping.keep_block_size)
 
 
 def keep_images_whole() -> None:
@@ -302,6 +218,20 @@ def _is_vllm_command_line() -> bool:
     """Whether this process is `vllm ...`: there, a message is better than a traceback."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
+
+
+def publish_counts() -> None:
+    """Let the server's metrics say what generated tokens have read of pages."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from kivi_vllm.attention.hooks import counts
+
+    _wrap(ModelRunnerOutput, "__init__", counts.answer)
+    _wrap(Scheduler, "update_from_output", counts.keep)
+    _wrap(Scheduler, "make_stats", counts.send)
+    _wrap(StatLoggerManager, "record", counts.receive)
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:

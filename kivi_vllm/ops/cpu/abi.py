@@ -22,7 +22,7 @@ def _packed(fields: Fields) -> struct.Struct:
     return struct.Struct("=" + "".join(kind.format.lstrip("=") for _, kind in fields))
 
 
-ROW_FIELDS = _fields("index q0 q1 a b")  # `Step.row_array`
+ROW_FIELDS = _fields("index q0 q1 a b generated")  # `Step.row_array`
 RAW_FIELDS = _fields(
     "data block_stride head_stride token_stride num_blocks page_tokens table table_stride "
     "table_width"
@@ -37,14 +37,14 @@ COMMON_FIELDS = _fields(
     "sink_tokens key value threads",
     **dict(ring=RAW, sinks=RAW, key=TENSOR, value=TENSOR),
 )
-"""Of a KiviCall: what all three calls of a step need."""
+"""Of a KiviCall: what all calls of a step need."""
 
 QUERY_FIELDS = _fields(
     "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window sink_logits "
-    "chunk_size last_visible",
+    "chunk_size last_visible token_budget selected selected_counts selected_width counted",
     **dict(query=TENSOR, output=TENSOR, scale=_DOUBLE, soft_cap=_DOUBLE),
 )
-"""The rest, which attention alone needs."""
+"""The rest, which `select` and `attend` alone need."""
 
 COMMON, QUERY = _packed(COMMON_FIELDS), _packed(QUERY_FIELDS)
 

@@ -27,7 +27,7 @@ PATH = Path(os.environ.get("KIVI_VLLM_CPU_LIBRARY") or Path(__file__).with_name(
 
 I64 = ctypes.c_int64
 
-OK, NO_MEMORY, BAD_PAGE = range(3)
+OK, NO_MEMORY, BAD_PAGE, BAD_LIST = range(4)
 
 
 class _Field(ctypes.Structure):
@@ -73,9 +73,11 @@ class Library:
         c = self._c
         c.kivi_fields.restype = ctypes.POINTER(_Field)
         c.kivi_select.restype = ctypes.c_char_p
-        for function in (c.kivi_store_blocks, c.kivi_attend, c.kivi_store_ring):
+        functions = (c.kivi_store_blocks, c.kivi_select_pages, c.kivi_attend, c.kivi_store_ring)
+        for function in functions:
             function.argtypes = [ctypes.c_char_p]
         self.store_blocks = c.kivi_store_blocks
+        self.select_pages = c.kivi_select_pages
         self.attend = c.kivi_attend
         self.store_ring = c.kivi_store_ring
 

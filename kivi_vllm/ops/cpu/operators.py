@@ -1,10 +1,10 @@
-"""`store_blocks`, `attend` and `store_ring` by the native kernels.
+"""`store_blocks`, `select`, `attend` and `store_ring` by the native kernels.
 
 Meaning and arguments are those of `kivi_vllm.ops.reference`. Whatever does not fit the
 kernels raises a ValueError that names it before any of them runs (`checks`); a page id
 outside of its cache does so too.
 
-The three calls of a step must cost microseconds in every layer: what they have in common is
+The calls of a step must cost microseconds in every layer: what they have in common is
 packed by the first and kept in `LayerCache.native` for the others; caches and tables, which
 live for many calls, are checked and described once; and keys, values, queries and outputs
 like some that passed the checks are recognized by their shapes and strides.
@@ -22,11 +22,12 @@ import torch
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import CHECKED_FORMS, DTYPES, MOST_KNOWN, record_form
 from kivi_vllm.ops.cpu.abi import COMMON, QUERY, RAW, RAW_FIELDS
-from kivi_vllm.ops.cpu.library import BAD_PAGE, NO_MEMORY, OK, load
+from kivi_vllm.ops.cpu.library import BAD_LIST, BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import limits, prepare, step
+from kivi_vllm.ops.select import COUNTED, Selection, must_choose
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
 
-__all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
+__all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
 
 NO_QUERY = bytes(QUERY.size)
 NO_RAW = (0,) * len(RAW_FIELDS)
@@ -48,6 +49,25 @@ def store_ring(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Te
         _run(load().store_ring, _common(step, cache, key, value) + NO_QUERY, cache)
 
 
+def select(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+) -> Selection | None:
+    """See `reference.select`."""
+    if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
+        return None
+    if cache.fmt.is_raw:
+        raise ValueError("pages of kivi_raw have no ranges to select by")
+    made = Selection.empty(step.num_tokens, cache.num_kv_heads, params.token_budget)
+    call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
+    _run(load().select_pages, call, cache)
+    return made
+
+
 def attend(
     step: Step,
     cache: LayerCache,
@@ -56,11 +76,24 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """See `reference.attend`."""
     if not step.rows:
         return
-    common = _common(step, cache, key, value)
+    call = _common(step, cache, key, value) + _query(step, cache, query, params, output, selection)
+    _run(load().attend, call, cache)
+
+
+def _query(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+    selection: Selection | None,
+) -> bytes:
+    """The part of a KiviCall that choosing and attending need."""
     form = _form_of("query", step, cache, query, output)
     strides = CHECKED_FORMS.get(form)
     if strides is None:
@@ -68,27 +101,30 @@ def attend(
         strides = _record_strides(form, query, output)
     slopes, logits = params.alibi_slopes, params.sink_logits
     token, head, out_token, out_head = strides
-    _run(
-        load().attend,
-        common
-        + QUERY.pack(
-            query.data_ptr(),
-            token,
-            head,
-            output.data_ptr(),
-            out_token,
-            out_head,
-            DTYPES[output.dtype],
-            query.shape[1],
-            params.scale,
-            params.logits_soft_cap,
-            0 if slopes is None else _per_head("alibi_slopes", slopes, query),
-            params.sliding_window,
-            0 if logits is None else _per_head("sink_logits", logits, query),
-            params.chunk_size,
-            _last_visible(step),
-        ),
-        cache,
+    lists = (0, 0, 0)
+    if selection is not None:
+        checks.check_selection(selection, step, cache)
+        blocks, counts = selection.blocks, selection.counts
+        lists = (blocks.data_ptr(), counts.data_ptr(), blocks.shape[2])
+    return QUERY.pack(
+        query.data_ptr(),
+        token,
+        head,
+        output.data_ptr(),
+        out_token,
+        out_head,
+        DTYPES[output.dtype],
+        query.shape[1],
+        params.scale,
+        params.logits_soft_cap,
+        0 if slopes is None else _per_head("alibi_slopes", slopes, query),
+        params.sliding_window,
+        0 if logits is None else _per_head("sink_logits", logits, query),
+        params.chunk_size,
+        _last_visible(step),
+        params.token_budget,
+        *lists,
+        COUNTED.data_ptr() if params.token_budget else 0,
     )
 
 
@@ -237,6 +273,10 @@ def _run(function: Any, call: bytes, cache: LayerCache) -> None:
             f"of its cache (pages: {cache.pages.shape[0]}, ring: {cache.ring.cache.shape[0]}), the "
             "table has too few columns for a row's positions, a block that attention reads has no "
             "page (id 0), or a row's positions and tokens do not fit"
+        )
+    if status == BAD_LIST:
+        raise ValueError(
+            "selection: the blocks of a token are not ascending, or it does not see one of them"
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the work space of the CPU kernels")

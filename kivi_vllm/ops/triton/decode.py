@@ -8,16 +8,22 @@ narrow side (8) of the tensor cores' tiles, the codes the wide one.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops.cuda import kernels as cuda
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
 from kivi_vllm.ops.triton.codec import rotate
+from kivi_vllm.ops.triton.in_cuda import fields, variant
 from kivi_vllm.ops.triton.page import PageConstants, page_constants
 from kivi_vllm.ops.triton.products import packed_scores, packed_values, raw_scores, raw_values
 from kivi_vllm.ops.triton.softmax import (
+    LOG2E,
     log2_scores,
     oldest_seen,
     rules_of,
@@ -37,7 +43,14 @@ from kivi_vllm.ops.triton.tokens import (
     raw_start,
     row_of,
 )
-from kivi_vllm.ops.triton.workspace import columns, num_splits, workspace
+from kivi_vllm.ops.triton.workspace import (
+    Kernel,
+    columns,
+    num_splits,
+    slots,
+    token_columns,
+    workspace,
+)
 
 # Tokens that the split of the raw ones takes at a time.
 RAW_STEP: tl.constexpr = tl.constexpr(32)
@@ -112,7 +125,7 @@ def _decode(
         if split == 0:
             whole = _query(q, live, 0, 1, C.DP, C)
             start, lead = raw_start(first_raw(a, RULES.R), oldest_seen(a, RULES), C)
-            for s0 in range(start, b, RAW_STEP):
+            for s0 in tl.range(start, b, RAW_STEP, num_stages=2):
                 s = raw_position(s0 + tl.arange(0, RAW_STEP), start, lead, C)
                 valid = s < b
                 k, v = raw_bases(s, valid, row, q0, a, head, raw, C, RULES.R)
@@ -136,12 +149,14 @@ def _decode(
             largest = tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0))
             largest = tl.where(largest > 0, largest, 1.0)
             x, y = (x / largest[None]).to(T), (y / largest[None]).to(T)
-            factor = largest * scale
+            PLAIN: tl.constexpr = RULES.CAP == 0 and not RULES.ALIBI
+            factor = largest * scale * (LOG2E if PLAIN else 1.0)
             for n in range(first, tl.minimum(first + per_split, end)):
                 page = page_of(paged, row, n, head, C)[1]
                 s = n * B + tl.arange(0, B)
-                scores = packed_scores(page, x, y, C) * factor[None]
-                scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
+                scores = packed_scores(page, x, y, factor, C)
+                if not PLAIN:
+                    scores = log2_scores(scores, s[:, None], t[None], slope[None], RULES)
                 if MASKED:  # else all columns see all of these pages
                     seen = s[:, None] < seen_from[None]
                     seen &= visible(s[:, None], t[None], t[None], RULES)
@@ -192,25 +207,39 @@ def _combine(
     output,
     output_token,
     output_head,
+    counts,
     splits,
     C: tl.constexpr,
     RULES: tl.constexpr,
     GQA: tl.constexpr,
     TILES: tl.constexpr,
     N: tl.constexpr,
+    APART: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Put the splits together; grid (rows, num_kv_heads * TILES, N).
 
     `partial` [rows, num_kv_heads * TILES, 1 + splits, N, D] fp32: sums of weights times
-    values; `statistics` [.., N, 2]: the maximum and the sum of weights.
+    values; `statistics` [.., N, 2]: the maximum and the sum of weights. APART: tiles of a token,
+    where each has its own, and reads `counts` pages, -1: all; else 0.
     """
     row, head = tl.program_id(0), tl.program_id(1) // TILES
-    column = tl.program_id(1) % TILES * N + tl.program_id(2)
+    tile = tl.program_id(1) % TILES
     q0, a, b = row_of(query_start_loc, seq_lens, row)
-    i = column // GQA
-    if a + i < b:
-        first, end, per_split = split_of(a, b, splits, RULES)
+    if APART > 0:
+        i, of_group = tile // APART, tile % APART * N + tl.program_id(2)
+    else:
+        column = tile * N + tl.program_id(2)
+        i, of_group = column // GQA, column % GQA
+    if (a + i < b) & (of_group < GQA):
+        if APART > 0:
+            first, end, per_split = split_of(a + i, a + i + 1, splits, RULES)
+            listed = tl.load(counts + q0 + i)
+            first = tl.where(listed < 0, first, 0)
+            end = tl.where(listed < 0, end, listed)
+            per_split = tl.maximum(tl.cdiv(end - first, splits), 2)
+        else:
+            first, end, per_split = split_of(a, b, splits, RULES)
         used = 1 + tl.cdiv(tl.maximum(end - first, 0), per_split)
         base = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (1 + splits)
         d = tl.arange(0, C.DP)
@@ -221,18 +250,32 @@ def _combine(
         if C.RUN > 0:  # the sums over pages are of rotated values, those of the raw split not
             state = (rotate(state[0], C.RUN, 1, True), state[1], state[2])
             state = _add_splits(state, partial, statistics, base, tl.arange(0, 1), used, C, N)
-        query_of = head * GQA + column % GQA
+        query_of = head * GQA + of_group
         total, mass, m = state
         mass = with_sink_logits(mass, m, sink_logits, query_of, RULES)
         to = output + (q0 + i).to(tl.int64) * output_token + query_of * output_head
         tl.store(to + d, (total / mass).to(output.dtype.element_ty), mask=d < C.D)
 
 
-def _num_warps(constants: PageConstants, columns: int) -> int:
-    """Two, or four or eight where fewer would not have registers enough."""
+class Shape(NamedTuple):
+    """How `_decode` is compiled: warps of a program, and stages of its loop over pages."""
+
+    warps: int
+    stages: int
+
+
+def launch_shape(constants: PageConstants, columns: int) -> Shape:
+    """As few warps as have registers enough, and a page more in shared memory if it fits."""
+    spare = constants.K_BITS == constants.V_BITS == 3  # many words are made of others
+    if constants.PACKED and constants.DP * columns <= 1024 and not spare:
+        return Shape(2, 5)  # finding the page takes stages, too: two buffers are left of five
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
-        return 2
-    return 8 if constants.TWO_LEVEL and constants.DP > 128 else 4
+        return Shape(2, 2)
+    return Shape(8 if constants.DP > 128 else 4, 2)
+
+
+_kernels: dict[Any, Kernel] = {}
+"""What programs of `_decode` take, by what it was compiled for, once it has been launched."""
 
 
 def decode(
@@ -243,38 +286,64 @@ def decode(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """`reference.attend` for the step's decodes; two launches."""
     num_kv_heads = key.shape[1]
     rows, gqa = step.num_decodes, query.shape[1] // num_kv_heads
-    tiles, n = columns(gqa, min(step.decode_len, step.max_query_len))
+    tokens, apart, read = min(step.decode_len, step.max_query_len), 0, 0
+    if selection is None:
+        tiles, n = columns(gqa, tokens)
+    else:
+        apart, n = token_columns(gqa, cache.fmt.head_size)
+        tiles, read = tokens * apart, selection.blocks.shape[2] - 1
     most_pages = step.block_table.shape[1] * cache.pages_per_block
-    splits = num_splits(rows * num_kv_heads * tiles, most_pages, query.device)
     constants, rules = page_constants(cache), rules_of(params, cache)
+    masked = step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0
+    in_cuda = None
+    if cuda.serves(cache.fmt, query.dtype, n):
+        sizes = (gqa, (tiles, n), masked, read)
+        in_cuda = cuda.kernel(variant(constants, rules, query.dtype, *sizes), query.device)
+    form = (constants, rules, gqa, tiles, n, masked, query.dtype, query.device)
+    together = slots(query.device, in_cuda or _kernels.get(form))
+    splits = num_splits(rows * num_kv_heads * tiles, most_pages, together)
     parts = (rows, num_kv_heads * tiles, 1 + splits, n)
     partial, statistics = workspace(parts, cache.fmt.head_size, query.device)
-    _decode[parts[:3]](
-        query,
-        *query.stride()[:2],
-        step.query_start_loc,
-        step.seq_lens,
-        pages_arguments(step, cache),
-        raw_arguments(cache, key, value),
-        params.alibi_slopes,
-        params.scale,
-        splits,
-        partial,
-        statistics,
-        C=constants,
-        RULES=rules,
-        GQA=gqa,
-        TILES=tiles,
-        N=n,
-        MASKED=step.decode_len > 1 or rules.R % BLOCK_SIZE > 0 or rules.WINDOW > 0,
-        num_warps=_num_warps(constants, n),
-        num_stages=2,  # a page ahead: more takes more registers than there are
-        maxnreg=255,  # else ptxas would rather spill than pass 128
-    )
+    paged, raw = pages_arguments(step, cache), raw_arguments(cache, key, value)
+    if in_cuda is not None:
+        given = fields(query, step, paged, raw, params)
+        given |= {"partial": partial.data_ptr(), "statistics": statistics.data_ptr()}
+        if selection is not None:
+            given |= {name: getattr(selection, name).data_ptr() for name in ("blocks", "counts")}
+        cuda.launch(in_cuda, parts[:3], given | {"splits": splits})
+    elif selection is not None:
+        raise ValueError("there is no kernel that reads lists of pages: see select")
+    else:
+        warps, stages = launch_shape(constants, n)
+        compiled = _decode[parts[:3]](
+            query,
+            *query.stride()[:2],
+            step.query_start_loc,
+            step.seq_lens,
+            paged,
+            raw,
+            params.alibi_slopes,
+            params.scale,
+            splits,
+            partial,
+            statistics,
+            C=constants,
+            RULES=rules,
+            GQA=gqa,
+            TILES=tiles,
+            N=n,
+            MASKED=masked,
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=255,  # else ptxas would rather spill than pass 128
+        )
+        if form not in _kernels and hasattr(compiled, "n_regs"):
+            _kernels[form] = Kernel(compiled.n_regs, compiled.metadata.shared, warps)
     _combine[(rows, num_kv_heads * tiles, n)](
         partial,
         statistics,
@@ -283,11 +352,13 @@ def decode(
         params.sink_logits,
         output,
         *output.stride()[:2],
+        None if selection is None else selection.counts,
         splits,
         C=constants,
         RULES=rules,
         GQA=gqa,
         TILES=tiles,
         N=n,
+        APART=apart,
         STEP=16,
     )

@@ -7,6 +7,8 @@ all other strides and addresses multiples of 16 bytes, as vLLM's are; block tabl
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
 
 import torch
@@ -14,8 +16,10 @@ import torch
 from kivi_vllm.ops import checks
 from kivi_vllm.ops.checks import CHECKED_FORMS, record_form
 from kivi_vllm.ops.contract import Limits
+from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, Layer, LayerCache
-from kivi_vllm.ops.triton import store
+from kivi_vllm.ops.triton import ring, spills, store
+from kivi_vllm.ops.triton import select as chooser
 from kivi_vllm.ops.triton.decode import decode
 from kivi_vllm.ops.triton.first_chunk import choose
 from kivi_vllm.ops.triton.page import page_constants
@@ -23,7 +27,7 @@ from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.softmax import rules_of
 from kivi_vllm.ops.triton.workspace import reserve
 
-__all__ = ["attend", "limits", "prepare", "step", "store_blocks", "store_ring"]
+__all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
 
 limits = Limits(
     "GPUs",
@@ -84,27 +88,45 @@ def store_blocks(
     store.store_blocks(step, cache, key, value)
 
 
-store_ring = store.store_ring
+store_ring = ring.store_ring
 
 
 def prepare(layer: Layer, params: AttentionParams) -> AttentionParams:
     """Choose and allocate what the kernels need for a layer; see `contract.Operators`."""
     device = torch.device("cuda", torch.accelerator.current_device_index())
+    spills.watch()
     slopes = params.alibi_slopes
     params = dataclasses.replace(
         params,
         alibi_slopes=None if slopes is None else slopes.to(device),
         first_chunk=choose(params, layer.head_size, layer.dtype),
     )
-    reserve(
+    nbytes = reserve(
         rows=layer.max_rows,
         num_kv_heads=layer.num_kv_heads,
         gqa=layer.num_heads // layer.num_kv_heads,
         tokens=layer.decode_len,
         head_size=layer.head_size,
         device=device,
+        apart=params.token_budget > 0,
     )
+    if params.token_budget:
+        chooser.check(layer, params)
+        nbytes += chooser.reserve(layer, params.token_budget, device)
+    _say_workspace(nbytes, layer.max_rows)
     return params
+
+
+@functools.cache
+def _say_workspace(nbytes: int, rows: int) -> None:
+    logging.getLogger("vllm.kivi_vllm").info(
+        "Decode steps of up to %d requests take %.0f MiB of GPU memory, which all layers share",
+        rows,
+        nbytes / 2**20,
+    )
+
+
+select = chooser.select
 
 
 def attend(
@@ -115,6 +137,7 @@ def attend(
     value: torch.Tensor,
     params: AttentionParams,
     output: torch.Tensor,
+    selection: Selection | None = None,
 ) -> None:
     """As `reference.attend`, for a `DeviceStep`: decodes first, then the other requests.
 
@@ -122,6 +145,7 @@ def attend(
         step: the step; `store_blocks` has run for it.
         cache, query, key, value, params, output: as the reference's; the params' `first_chunk`
             serves the requests after the decodes where nothing is cached.
+        selection: pages that the generated tokens read; None: all.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.
@@ -145,7 +169,7 @@ def attend(
         _check_alignment("output", output)
         record_form(form)
     if step.num_decodes:
-        decode(step, cache, query, key, value, params, output)
+        decode(step, cache, query, key, value, params, output, selection)
     if not step.num_prefills:
         return
     first_chunk = params.first_chunk

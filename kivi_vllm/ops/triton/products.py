@@ -37,8 +37,8 @@ from kivi_vllm.ops.triton.tokens import B
 
 
 @triton.jit
-def packed_scores(page, q_even, q_odd, C: tl.constexpr):
-    """q·k [128, N] over a page's K; q [DP / 2, N], the even and odd channels."""
+def packed_scores(page, q_even, q_odd, factor, C: tl.constexpr):
+    """q·k times factor [N]: [128, N], over a page's K; q [DP / 2, N], even and odd channels."""
     T: tl.constexpr = q_even.dtype
     N: tl.constexpr = q_even.shape[1]
     PAIRS: tl.constexpr = pairs(C.K_BITS)  # of 32 tokens in a unit
@@ -61,12 +61,12 @@ def packed_scores(page, q_even, q_odd, C: tl.constexpr):
             x, y = q_even[None] * x[:, :, None], q_odd[None] * y[:, :, None]
         s = tl.dot(codes_of(even, i, C.K_BITS, T), x, input_precision=PRECISION)
         s = tl.dot(codes_of(odd, i, C.K_BITS, T), y, s, input_precision=PRECISION)
-        parts += (s * (1 / unit_of(i, C.K_BITS, T)),)  # [UNITS, 16, N]
+        parts += (s * (factor * (1 / unit_of(i, C.K_BITS, T)))[None, None],)  # [UNITS, 16, N]
     if PAIRS == 2:
         first, second = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
     else:
         first, second = parts[0][:, :, :, None], parts[1][:, :, :, None]
-    zeros = tl.reshape(zeros, (UNITS, PAIRS, 2 // SHARED, N))
+    zeros = tl.reshape(zeros * factor[None], (UNITS, PAIRS, 2 // SHARED, N))
     zeros = tl.permute(zeros, (0, 3, 1, 2))[:, None]
     scores = tl.join(first, second) + zeros  # [UNITS, 16, N, PAIRS, 2]
     return tl.reshape(tl.permute(scores, (0, 3, 4, 1, 2)), (B, N))
@@ -144,9 +144,8 @@ def packed_values(page, p, C: tl.constexpr):
     QUADS: tl.constexpr = value_quads(C.V_BITS)
     even = value_words(page + C.V[-1], 0, QUADS, C.V_BITS, C.D, C.DP)
     if C.TWO_LEVEL:
-        x, largest, zeros = _two_level_weights(page, p, C)
         even = tl.reshape(even, (UNITS * 16, QUADS))
-        p_even, p_odd = _even_odd(x, (TOKENS // 2, N), PAIRS)
+        p_even, p_odd, largest, zeros = _two_level_weights(page, p, (TOKENS // 2, N), PAIRS, C)
     else:
         x, largest, zeros = _paper_weights(page, p, C)
         p_even, p_odd = _even_odd(x, (UNITS, TOKENS // 2, N), PAIRS)
@@ -204,18 +203,35 @@ def _paper_weights(page, p, C: tl.constexpr):
 
 
 @triton.jit
-def _two_level_weights(page, p, C: tl.constexpr):
-    """As `_paper_weights`, for all channels together: [1, 128, N]."""
-    token = tl.arange(0, B)
-    scale = half_at(page, C.V[1], token, token >= 0, C)
-    largest = tl.max(scale, 0)
-    x = p * (scale * _inverse(largest)).to(p.dtype)[:, None]
-    total = (tl.sum(x.to(tl.float32), 0) * largest)[None, None]
-    d = tl.arange(0, C.DP // 32)[:, None] * 32 + tl.arange(0, 16)[None]
-    MIDDLE: tl.constexpr = top(C.V_BITS) / 2
-    first = half_at(page, C.V[0], d, d < C.D, C) - MIDDLE
-    second = half_at(page, C.V[0], d + 16, d < C.D, C) - MIDDLE
-    return x[None], largest, (first[:, :, None] * total, second[:, :, None] * total)
+def _two_level_weights(page, p, SHAPE: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr):
+    """p times scales, of even and odd tokens as `_even_odd` has them, and as `_paper_weights`."""
+    words = tl.load((page + C.V[1]).to(tl.pointer_type(tl.int32)) + tl.arange(0, B // 2))
+    even, odd = low_high(words, tl.float16)
+    largest = tl.max(tl.maximum(even, odd).to(tl.float32), 0)
+    inverse = _inverse(largest)
+    even = (even.to(tl.float32) * inverse).to(p.dtype)
+    odd = (odd.to(tl.float32) * inverse).to(p.dtype)
+    x = tl.reshape(p, (B // 2, 2, p.shape[1]))
+    x, y = tl.split(tl.permute(x, (0, 2, 1)))
+    x, y = x * even[:, None], y * odd[:, None]
+    total = tl.sum(x.to(tl.float32) + y.to(tl.float32), 0) * largest
+    x, y = _by_pair(x, SHAPE, PAIRS), _by_pair(y, SHAPE, PAIRS)
+    words = _k_words(page, C.V[0], tl.zeros((1,), tl.int32), C.D // 2, C.DP // 2)
+    first, second = low_high(words, tl.float16)
+    means = tl.reshape(tl.join(first, second), (C.DP // 32, 2, 16)).to(tl.float32)
+    first, second = tl.split(tl.permute(means - top(C.V_BITS) / 2, (0, 2, 1)))
+    total = total[None, None]
+    return x, y, largest, (first[:, :, None] * total, second[:, :, None] * total)
+
+
+@triton.jit
+def _by_pair(x, SHAPE: tl.constexpr, PAIRS: tl.constexpr):
+    """x [64, N] of the tokens of each pair of slots, of SHAPE: a tuple."""
+    if PAIRS == 2:
+        x = tl.split(tl.permute(tl.reshape(x, (2, SHAPE[0], SHAPE[1])), (1, 2, 0)))
+    else:
+        x = (x,)
+    return x
 
 
 @triton.jit

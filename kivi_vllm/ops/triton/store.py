@@ -1,8 +1,8 @@
-"""Storing: completed blocks are quantized into pages, the step's last tokens go into the ring.
+"""Storing completed blocks: they are quantized into pages, and their tails and sinks are kept.
 
-Two launches a layer, before and after attention (`reference` says why). A program of
-`_store_blocks` makes one part of one block of one kv head: some of K, some of V, the tokens that
-one tail keeps, or the sinks. Under recipe "best", K's parts are channels, and V is one part.
+One launch a layer, before attention (`reference` says why). A program of `_store_blocks` makes one
+part of one block of one kv head: some of K, some of V, the tokens that one tail keeps, or the
+sinks. Under recipe "best", K's parts are channels, and V is one part.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from kivi_vllm.ops.triton.tokens import (
     pages_arguments,
     raw_arguments,
     raw_bases,
-    ring_entry,
-    ring_slot,
     row_of,
     sinks_page,
     tail_page,
@@ -112,7 +110,7 @@ def _best_v(page, start, row, q0, a, head, raw, C: tl.constexpr, TOKENS: tl.cons
     d = tl.arange(0, C.DP)
     live = d < C.D
     sinks = tl.where(start == 0, C.SINKS, 0)
-    total = tl.zeros((C.DP,), tl.float32)
+    total = tl.zeros(d.shape, tl.float32)
     for part in range(PARTS):
         x = _rotated(start, part, row, q0, a, head, raw, C, TOKENS)
         u, _, good, _ = in_steps(x)
@@ -234,36 +232,6 @@ def _store_blocks(
                     _keep(to, raw.sinks_token, 0, C.SINKS, row, q0, a, head, raw, C, KEPT)
 
 
-@triton.jit(do_not_specialize=["num_rows", "decode_len"])
-def _store_ring(
-    query_start_loc,
-    seq_lens,
-    num_rows,
-    decode_len,
-    raw,
-    num_heads,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """Grid (tokens of the step + rows): all kv heads of a token."""
-    row, i = find_row(query_start_loc, num_rows, tl.program_id(0), 1)
-    q0, a, b = row_of(query_start_loc, seq_lens, row)
-    s = a + i
-    needed = tl.maximum(b - (decode_len - 1), 0) // B * B  # `residual.ring_start`
-    if (s < b) & (s >= needed):
-        page = tl.load(raw.table + row * raw.table_row + ring_entry(s, C)).to(tl.int64)
-        to = raw.ring + page * raw.ring_page + ring_slot(s, C) * raw.ring_token
-        token = (q0 + i).to(tl.int64)
-        h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, C.DP)[None]
-        mask = (h < num_heads) & (d < C.D)
-        k = tl.load(raw.key + token * raw.key_token + h * raw.key_head + d, mask=mask, other=0)
-        v = tl.load(
-            raw.value + token * raw.value_token + h * raw.value_head + d, mask=mask, other=0
-        )
-        tl.store(to + h * raw.ring_head + d, k, mask=mask)
-        tl.store(to + h * raw.ring_head + C.D + d, v, mask=mask)
-
-
 def _parts(c: PageConstants) -> tuple[tuple[int, int], tuple[int, int]]:
     """(tokens, channels) of K and of V that a program of `_store_blocks` takes; V's at a time."""
     if not c.PACKED:
@@ -297,22 +265,4 @@ def store_blocks(
         K=k,
         V=v,
         KEPT=16 if constants.DP > 128 else 32,
-    )
-
-
-def store_ring(step: DeviceStep, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write the step's last tokens of every request into its ring.
-
-    As `reference.store_ring`, for a `DeviceStep`; one launch.
-    """
-    num_heads = key.shape[1]
-    _store_ring[(step.num_tokens + step.num_reqs,)](
-        step.query_start_loc,
-        step.seq_lens,
-        step.num_reqs,
-        step.decode_len,
-        raw_arguments(cache, key, value),
-        num_heads,
-        C=page_constants(cache),
-        HEADS=triton.next_power_of_2(num_heads),
     )

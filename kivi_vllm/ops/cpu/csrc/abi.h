@@ -22,7 +22,7 @@ struct KiviRaw {
 
 // One request of the step: tokens query[q0:q1] at positions a..b-1 (step.Row).
 struct KiviRow {
-  int64_t index, q0, q1, a, b;
+  int64_t index, q0, q1, a, b, generated;
 };
 
 struct KiviTensor {
@@ -30,8 +30,8 @@ struct KiviTensor {
   int64_t token_stride, head_stride;
 };
 
-// One layer's step: step.Step and LayerCache, and, for kivi_attend alone, the query, the
-// output and step.AttentionParams.
+// One layer's step: step.Step and LayerCache, and, for kivi_select_pages and kivi_attend alone, the
+// query, the output, step.AttentionParams and select.Selection.
 struct KiviCall {
   const KiviRow *rows;
   int64_t num_rows;
@@ -59,11 +59,16 @@ struct KiviCall {
   const float *sink_logits;   // [num_heads] or null
   int64_t chunk_size;         // a multiple of 128; 0: none
   const int32_t *last_visible;  // [num_tokens] or null: each token sees up to itself
+  int64_t token_budget;         // a multiple of 128; 0: none
+  int32_t *selected;            // [num_tokens, num_kv_heads, selected_width] or null: all pages
+  int32_t *selected_counts;     // [num_tokens]
+  int64_t selected_width;
+  int64_t *counted;  // two numbers: what generated tokens saw and read of pages of each kv head
 };
 
 #define KIVI_FIELDS(FIELD)                                                                     \
   FIELD(KiviRow, index) FIELD(KiviRow, q0) FIELD(KiviRow, q1) FIELD(KiviRow, a)                \
-  FIELD(KiviRow, b) FIELD(KiviRaw, data) FIELD(KiviRaw, block_stride)                          \
+  FIELD(KiviRow, b) FIELD(KiviRow, generated) FIELD(KiviRaw, data) FIELD(KiviRaw, block_stride)                          \
   FIELD(KiviRaw, head_stride) FIELD(KiviRaw, token_stride) FIELD(KiviRaw, num_blocks)          \
   FIELD(KiviRaw, page_tokens) FIELD(KiviRaw, table) FIELD(KiviRaw, table_stride)               \
   FIELD(KiviRaw, table_width) FIELD(KiviTensor, data) FIELD(KiviTensor, token_stride)          \
@@ -81,7 +86,8 @@ struct KiviCall {
   FIELD(KiviCall, output) FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads)                \
   FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes)               \
   FIELD(KiviCall, sliding_window) FIELD(KiviCall, sink_logits) FIELD(KiviCall, chunk_size)      \
-  FIELD(KiviCall, last_visible)
+  FIELD(KiviCall, last_visible) FIELD(KiviCall, token_budget) FIELD(KiviCall, selected)        \
+  FIELD(KiviCall, selected_counts) FIELD(KiviCall, selected_width) FIELD(KiviCall, counted)
 #define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
 
 // Where a field begins, or a struct (whose name has no dot) ends.
@@ -95,4 +101,5 @@ enum {
   KIVI_OK = 0,
   KIVI_NO_MEMORY = 1,
   KIVI_BAD_PAGE = 2,  // a page id outside of its pool, or a table too narrow for the row
+  KIVI_BAD_LIST = 3,  // selected blocks that are not ascending, or that the token does not see
 };

@@ -16,6 +16,7 @@ namespace KIVI_ISA {
 #include "two_level.h"
 #include "source.h"
 #include "page.h"
+#include "select.h"
 #include "raw.h"
 #include "encode.h"
 
@@ -26,6 +27,7 @@ struct AttendScratch {
   union {
     PageScratch page;
     RawScratch raw;
+    SelectScratch select;
   };
 };
 
@@ -137,6 +139,20 @@ static void combine(const KiviCall &c, const Unit &u, int parts, uint8_t *scratc
   write_output(c, u, state, rows);
 }
 
+static void estimate(const KiviCall &c, const Unit &whole, float *out, int64_t stride,
+                     uint8_t *scratch) {
+  AttendScratch &s = *(AttendScratch *)scratch;
+  const int most = (int)most_rows(c.head_size);
+  Unit u = whole;
+  for (; u.g0 < whole.g1; u.g0 = u.g1) {
+    u.g1 = min_of(whole.g1, u.g0 + most);
+    Queries q;
+    load_queries(c, u, s, q);
+    estimate(c, u, s.q, q.rows, out + (u.g0 - whole.g0) * (kBlock / c.group_size) * stride, stride,
+             s.select);
+  }
+}
+
 static void encode(const KiviCall &c, const KiviRow &row, int64_t block, int64_t kv_head,
                    uint8_t *scratch) {
   encode_block(c, row, block, kv_head, *(EncodeScratch *)scratch);
@@ -151,7 +167,7 @@ constexpr int64_t kScratch =
     sizeof(AttendScratch) > sizeof(EncodeScratch) ? sizeof(AttendScratch) : sizeof(EncodeScratch);
 
 extern const Kernels kernels;
-const Kernels kernels = {KIVI_NAME, kScratch, attend, combine, encode, begin, end};
+const Kernels kernels = {KIVI_NAME, kScratch, attend, combine, encode, kRows, estimate, weigh, begin, end};
 
 }  // namespace KIVI_ISA
 }  // namespace kivi

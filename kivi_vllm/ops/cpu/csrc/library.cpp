@@ -10,7 +10,7 @@
 #include <new>
 #include <vector>
 
-#include "plan.h"
+#include "choose.h"
 
 namespace kivi {
 
@@ -94,7 +94,7 @@ struct Scratch {
     return data;
   }
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch, room;
 
 bool ids_within(const int32_t *table, int64_t stride, int64_t width, int64_t row, int64_t first,
                 int64_t end, int64_t least, int64_t num_blocks) {
@@ -155,6 +155,12 @@ bool reads_pages(const KiviCall &c, const KiviRow &row) {
   const int64_t end = max_of(0, newest / kBlock * kBlock - c.residual_length);
   return blocks_within(c, row.index, first_visible(c, row.a) / kBlock,
                        (end + kBlock - 1) / kBlock, false);
+}
+
+bool all_read_pages(const KiviCall &c) {
+  for (int64_t i = 0; i < c.num_rows; i++)
+    if (!reads_pages(c, c.rows[i])) return false;
+  return true;
 }
 
 // Run f(i, scratch) for i in [0, n) on the call's threads; false if memory was short.
@@ -253,11 +259,30 @@ int kivi_store_blocks(const KiviCall *call) try {
   return KIVI_NO_MEMORY;
 }
 
+int kivi_select_pages(const KiviCall *call) try {
+  const KiviCall &c = *call;
+  if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
+  thread_local ChoosingPlan kept;
+  ChoosingPlan &plan = kept;
+  plan_choosing(*chosen, c, plan);
+  const int64_t bytes = choosing_bytes(*chosen, c, plan);
+  bool enough = true;
+  const bool ok = run((int64_t)plan.parts.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    if (uint8_t *own = room.get(bytes))
+      choose_part(*chosen, c, plan, i, own, mine);
+    else
+      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+  });
+  return ok && enough ? KIVI_OK : KIVI_NO_MEMORY;
+} catch (const std::bad_alloc &) {
+  return KIVI_NO_MEMORY;
+}
+
 int kivi_attend(const KiviCall *call) try {
   const KiviCall &c = *call;
-  if (!all_within(c)) return KIVI_BAD_PAGE;
-  for (int64_t i = 0; i < c.num_rows; i++)
-    if (!reads_pages(c, c.rows[i])) return KIVI_BAD_PAGE;
+  if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
+  for (int64_t i = 0; c.selected && i < c.num_rows; i++)
+    if (!lists_within(c, c.rows[i])) return KIVI_BAD_LIST;
   thread_local Plan kept;
   Plan &plan = kept;  // this thread's, also in what the others run
   make_plan(c, plan);
@@ -268,7 +293,11 @@ int kivi_attend(const KiviCall *call) try {
     // short call more than its work.
     if (unit.split && __atomic_sub_fetch(&unit.split->left, 1, __ATOMIC_ACQ_REL) == 0)
       chosen->combine(c, plan.units[unit.split->first], unit.split->count, mine);
+    if (c.counted && unit.row->generated && unit.g0 == 0)
+      __atomic_fetch_add(c.counted + 1, (unit.block_hi - unit.block_lo) * (unit.end - unit.start),
+                         __ATOMIC_RELAXED);
   });
+  if (c.counted) *c.counted += pages_seen(c);
   return ok ? KIVI_OK : KIVI_NO_MEMORY;
 } catch (const std::bad_alloc &) {
   return KIVI_NO_MEMORY;

@@ -119,15 +119,15 @@ template <class KEYS, class VALUES, class LAYOUT>
 static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &queries, PageScratch &s,
                             State &state) {
   const LAYOUT at(c);
-  KEYS::begin(page_of(c, *u.row, u.kv_head, u.tile_block_lo), at, queries, s);
-  const uint8_t *page = page_of(c, *u.row, u.kv_head, u.block_lo);
+  const auto page_at = [&](int64_t i) { return page_of(c, *u.row, u.kv_head, block_at(u, i)); };
+  KEYS::begin(page_at(u.tile_block_lo), at, queries, s);
+  const uint8_t *page = page_at(u.block_lo);
   // What comes after the last page: a page of full-precision tokens has the same size.
   const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
-  for (int64_t block = u.block_lo; block < u.block_hi; block++) {
-    const uint8_t *next =
-        block + 1 < u.block_hi ? page_of(c, *u.row, u.kv_head, block + 1) : residual;
-    const int64_t first = block * kBlock;
+  for (int64_t i = u.block_lo; i < u.block_hi; i++) {
+    const uint8_t *next = i + 1 < u.block_hi ? page_at(i + 1) : residual;
+    const int64_t block = block_at(u, i), first = block * kBlock;
     const int low = block ? 0 : (int)c.sink_tokens;  // those are read at full precision
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
     const bool plain = !modified && low == 0 && high == kBlock;

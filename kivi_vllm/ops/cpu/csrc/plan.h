@@ -23,6 +23,11 @@ bool reads_by_position(const KiviCall &c, const KiviRow &row) {
   return c.per_position || row.b - row.a <= c.decode_len;
 }
 
+// Whether a token reads the blocks of a list.
+bool has_list(const KiviCall &c, const KiviRow &row, int64_t t) {
+  return c.selected && row.generated && c.selected_counts[row.q0 + t - row.a] >= 0;
+}
+
 // Its memory is kept from call to call.
 struct Plan {
   std::vector<Unit> tiles, units;
@@ -35,8 +40,10 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
   const int64_t most = most_rows(c.head_size), per_tile = max_of(1, most / group);
   const bool per_position = reads_by_position(c, row);
   for (int64_t start = row.a; start < row.b;) {
-    const int64_t end =
-        min_of(min_of(row.b, (start / kBlock + 1) * kBlock), start + per_tile);
+    int64_t end = min_of(min_of(row.b, (start / kBlock + 1) * kBlock), start + per_tile);
+    const bool listed = has_list(c, row, start);  // of its own, so it is alone
+    for (int64_t t = start + 1; row.generated && t < end; t++)
+      if (listed || has_list(c, row, t)) end = t;
     const int64_t seen = (per_position ? start : row.a) / kBlock * kBlock - c.residual_length;
     Unit u{};
     u.row = &row;
@@ -61,6 +68,12 @@ void add_tiles(const KiviCall &c, const KiviRow &row, std::vector<Unit> &units) 
         u.kv_head = (int)h;
         u.g0 = (int)g;
         u.g1 = (int)min_of(group, g + most);
+        if (listed) {
+          const int64_t token = row.q0 + start - row.a;
+          u.list = c.selected + (token * c.num_kv_heads + h) * c.selected_width;
+          u.block_lo = u.tile_block_lo = 0;
+          u.block_hi = c.selected_counts[token];
+        }
         units.push_back(u);
       }
     start = end;

@@ -26,6 +26,7 @@ struct Unit {
   int64_t raw_from;             // F: positions below are read from pages
   int64_t block_lo, block_hi;
   int64_t tile_block_lo;        // of all parts of the tile
+  const int32_t *list;          // blocks that block numbers are places in; null: they are blocks
   int64_t raw_lo, raw_hi;
   int64_t sink_lo, sink_hi;     // of the sinks, which are full-precision tokens too
   float *partial;               // where to leave (max, sum, accumulator) of a part; null: output
@@ -41,6 +42,12 @@ struct Kernels {
   void (*combine)(const KiviCall &, const Unit &, int parts, uint8_t *scratch);
   // Quantize one block of one request and kv head; keep its last tokens in the tails.
   void (*encode)(const KiviCall &, const KiviRow &, int64_t block, int64_t kv_head, uint8_t *scratch);
+  int rows;  // query rows whose estimates lie together
+  // Estimates of the rows of the unit's one token, see select.h; `out` is that of block 0, and
+  // `stride` the pages of all units of the token.
+  void (*estimate)(const KiviCall &, const Unit &, float *out, int64_t stride, uint8_t *scratch);
+  void (*weigh)(const KiviCall &, float *estimates, int rows, int64_t pages, int64_t stride,
+                float *weights);
   void (*begin)();  // once per thread and call, before any of the above
   void (*end)();
 };
@@ -79,12 +86,29 @@ static inline int64_t first_visible(const KiviCall &c, int64_t t) {
   return window > chunk ? window : chunk;
 }
 
-// The last position that the row's token at position `t` sees (spans.last_visible).
+// The last position that the row's token at position `t` sees (images.last_visible).
 static inline int64_t last_visible(const KiviCall &c, const KiviRow &row, int64_t t) {
   if (!c.last_visible) return t;
   const int64_t seen = c.last_visible[row.q0 + t - row.a];
   return seen < t ? t : seen < row.b ? seen : row.b - 1;
 }
+
+// Of a position: the first block whose page it reads something of, the first one of which it does
+// not read all as it is in pages, and the one after the last (select.candidates).
+struct Pages {
+  int64_t first, whole, end;
+};
+
+static inline Pages pages_of(const KiviCall &c, const KiviRow &row, int64_t t) {
+  const bool by_position = c.per_position || row.b - row.a <= c.decode_len;
+  const int64_t start = (by_position ? t : row.a) / kBlock * kBlock - c.residual_length;
+  const int64_t raw_from = start > 0 ? start : 0, first = first_visible(c, t) / kBlock;
+  const int64_t whole = raw_from / kBlock, end = (raw_from + kBlock - 1) / kBlock;
+  return {first, whole > first ? whole : first, end > first ? end : first};
+}
+
+// The block at a place of what the unit reads.
+static inline int64_t block_at(const Unit &u, int64_t i) { return u.list ? u.list[i] : i; }
 
 // The pool's block that holds the page of a request's block, or 0: it has no page.
 static inline int64_t pool_block(const KiviCall &c, const KiviRow &row, int64_t block) {

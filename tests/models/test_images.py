@@ -42,7 +42,7 @@ def _text(length: int, seed: int) -> tuple[int, ...]:
     return tuple(token % TEXT_TOKENS for token in random_prompt(length, seed))
 
 
-def _prompts() -> tuple[list[Prompt], Prompt]:
+def seeing_prompts() -> tuple[list[Prompt], Prompt]:
     """Prompts with an image, with none and with two; and the first with another image.
 
     An image is 100 tokens between two others; the first one goes beyond position 256, where
@@ -54,7 +54,7 @@ def _prompts() -> tuple[list[Prompt], Prompt]:
     return [Prompt(one, (1,)), Prompt(_text(300, 3)), Prompt(two, (2, 3))], Prompt(one, (4,))
 
 
-def _transformers(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Answer]:
+def by_transformers(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Answer]:
     """What transformers says of the answers: its own best tokens, given those before."""
     import transformers as hf
 
@@ -83,16 +83,16 @@ def _transformers(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[
 
 def _difference(llm: Any, prompts: Sequence[Prompt]) -> float:
     answers = ask(llm, prompts)
-    return worst(answers, _transformers(prompts, answers))
+    return worst(answers, by_transformers(prompts, answers))
 
 
-def test_the_lossless_codec_equals_transformers() -> None:
-    prompts, other = _prompts()
+def test_the_lossless_codec_equalsby_transformers() -> None:
+    prompts, other = seeing_prompts()
     settings = dict(max_num_batched_tokens=130, kivi=CACHED, **SETTINGS)
     with engine(gemma3().path, "kivi_raw", **settings) as llm:
         assert backends(llm) == {"KIVI"}
         answers = ask(llm, prompts)
-        assert worst(answers, _transformers(prompts, answers)) < LOSSLESS
+        assert worst(answers, by_transformers(prompts, answers)) < LOSSLESS
         # Again: whole blocks, images too; the first hit ends within an image.
         again = ask(llm, prompts)
         assert worst(again, answers) < LOSSLESS
@@ -101,7 +101,7 @@ def test_the_lossless_codec_equals_transformers() -> None:
         # Another image behind the same text: nothing of the first one is taken for it.
         [third] = ask(llm, [other])
         assert third.num_cached_tokens == 0 and third.difference(answers[0]) > 10 * LOSSLESS
-        assert worst([third], _transformers([other], [third])) < LOSSLESS
+        assert worst([third], by_transformers([other], [third])) < LOSSLESS
 
 
 def test_gemma4_takes_images_from_layers_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_images_that_do_not_see_each_other_are_noticed(monkeypatch: pytest.Monke
     from kivi_vllm.attention import metadata
 
     monkeypatch.setattr(metadata, "last_visible", lambda *_: None)
-    prompts, _ = _prompts()
+    prompts, _ = seeing_prompts()
     with engine(gemma3().path, "kivi_raw", kivi=CACHED, **SETTINGS) as llm:
         assert _difference(llm, prompts[:1]) > 10 * LOSSLESS
 
@@ -140,7 +140,7 @@ def test_steps_that_end_within_an_image_are_noticed(monkeypatch: pytest.MonkeyPa
     from kivi_vllm.attention.hooks import images
 
     monkeypatch.setattr(images, "see_each_other", lambda vllm_config: False)
-    prompts, _ = _prompts()
+    prompts, _ = seeing_prompts()
     with engine(
         gemma3().path, "kivi_raw", kivi=CACHED, max_num_batched_tokens=130, **SETTINGS
     ) as llm:
@@ -165,7 +165,7 @@ def test_steps_too_short_for_an_image_are_refused() -> None:
 def test_quantized_answers_do_not_depend_on_the_schedule(
     dtype: str, options: dict[str, Any]
 ) -> None:
-    prompts, _ = _prompts()
+    prompts, _ = seeing_prompts()
     kivi = CACHED | options
     with engine(gemma3().path, dtype, kivi=kivi, **SETTINGS) as llm:
         whole = [ask(llm, [prompt])[0] for prompt in prompts]

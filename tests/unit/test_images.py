@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kivi_vllm.ops import reference
-from kivi_vllm.ops.spans import last_visible
+from kivi_vllm.ops.images import last_visible
 from kivi_vllm.ops.step import DeviceStep
 from tests.choice import some
 from tests.unit import native

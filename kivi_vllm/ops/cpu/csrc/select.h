@@ -1,0 +1,208 @@
+// Estimates of pages for ops/select.py: how large scores of a page's groups of keys may be, by their
+// ranges alone, and what a page weighs by them.
+//
+// With zero and scale of a group's channel and q' = (q + kRadius |q|) top / 2, an estimate is
+// sum_c q[c] zero[c] + sum_c q'[c] scale[c]: two dot products of what a page begins with. In fp32:
+// sums are short, and making the query ready for integers takes longer than they save.
+//
+// Estimates lie as [row / kRows][group][page][row % kRows], those of rows that are not there -inf.
+
+constexpr float kRadius = 0.5f;  // RADIUS
+
+struct SelectScratch {
+  // What a page's bytes, and their scales, are multiplied with; of paper pages: q'.
+  alignas(64) float of_bytes[kRows][kMaxHead], of_scales[kRows][kMaxHead];
+  float sums[2][kKGroups * kRows];
+};
+
+// W ranges of two levels, and their scales alone.
+static INLINE void load_ranges(const uint8_t *p, vf &ranges, vf &scales) {
+#if defined(__AVX512F__)
+  const vi x = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+  const vi x = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+  const vi x = __builtin_convertvector(*(const vb_mem *)p, vi);
+#endif
+  ranges = to_float(x);
+  scales = to_float(x & 15);
+}
+
+template <class CODES>
+struct TwoLevelEstimates {
+  using Layout = TwoLevelLayout;
+  static int bytes(const Layout &at) { return at.k_codes; }  // of a page that are read
+
+  template <int R>
+  static void begin(const float *, int, SelectScratch &) {}
+
+  // out[g * pitch + r], of R rows of queries. A byte is 16 zero + scale, so with y = q step, and y' alike,
+  // and kZero of zero's steps: y kZero zero + y' scale = y kZero / 16 byte + (y' - y kZero / 16) scale.
+  template <int R>
+  static void estimate(const uint8_t *page, const float *q, const Layout &at, SelectScratch &s,
+                       float *out, int64_t pitch) {
+    constexpr float kZero = CODES::zero_step / 16.0f, kHalf = 0.5f * CODES::top;
+    const int d = at.head_size;
+    const uint16_t *low = (const uint16_t *)(page + at.k_low);
+    const uint16_t *step = (const uint16_t *)(page + at.k_step);
+    vf sum[R] = {};
+    for (int i = 0; i < d; i += W) {
+      const vf l = load_half(low + i), x = load_half(step + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const vf z = load(q + r * d + i), y = z * x;
+        sum[r] += z * l;
+        store(s.of_bytes[r] + i, y * kZero);
+        store(s.of_scales[r] + i, y * (kHalf - kZero) + vmax(y, -y) * (kHalf * kRadius));
+      }
+    }
+    float lows[R];
+    sum_each<R>(sum, lows);
+    constexpr int kTogether = max_of(1, min_of(4, (W == 16 ? 16 : 8) / R));  // as registers allow
+    for_groups<kTogether>(at.k_groups, [&](int g0, auto count) __attribute__((always_inline)) {
+      constexpr int G = count.value;
+      const uint8_t *range = page + at.k_range + g0 * d;
+      vf x[G * R];
+#pragma GCC unroll 16
+      for (int k = 0; k < G * R; k++) x[k] = vf{};
+      for (int i = 0; i < d; i += W) {
+        vf a[R], b[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) a[r] = load(s.of_bytes[r] + i), b[r] = load(s.of_scales[r] + i);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          vf ranges, scales;
+          load_ranges(range + g * d + i, ranges, scales);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            x[g * R + r] += ranges * a[r];
+            x[g * R + r] += scales * b[r];
+          }
+        }
+      }
+      float sums[G * R];
+      sum_each<G * R>(x, sums);
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) out[(g0 + g) * pitch + r] = lows[r] + sums[g * R + r];
+    });
+  }
+};
+
+template <class CODES>
+struct PaperEstimates {
+  using Layout = PaperLayout;
+  static int bytes(const Layout &at) { return at.k_codes; }
+
+  template <int R>
+  static void begin(const float *q, int d, SelectScratch &s) {
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < d; i += W) {
+        const vf x = load(q + r * d + i);
+        store(s.of_scales[r] + i, 0.5f * CODES::top * (x + kRadius * vmax(x, -x)));
+      }
+  }
+
+  template <int R>
+  static void estimate(const uint8_t *page, const float *q, const Layout &at, SelectScratch &s,
+                       float *out, int64_t pitch) {
+    const int d = at.head_size;
+    zero_sums<R>(page + at.k_zero, at.k_groups, q, d, d, s.sums[0]);
+    zero_sums<R>(page + at.k_scale, at.k_groups, s.of_scales[0], kMaxHead, d, s.sums[1]);
+    for (int g = 0; g < at.k_groups; g++)
+      for (int r = 0; r < R; r++)
+        out[g * pitch + r] = s.sums[0][g * kRows + r] + s.sums[1][g * kRows + r];
+  }
+};
+
+// Estimates of the rows q [n][head_size], at most kRows, for the unit's pages, of `stride` in all.
+template <class ESTIMATES>
+static void estimate_rows(const KiviCall &c, const Unit &u, const float *q, int n, float *out,
+                          int64_t stride, SelectScratch &s) {
+  const typename ESTIMATES::Layout at(c);
+  const int d = at.head_size, bytes = ESTIMATES::bytes(at);
+  with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
+    constexpr int R = rows.value;
+    ESTIMATES::template begin<R>(q, d, s);
+    const uint8_t *page = page_of(c, *u.row, u.kv_head, u.block_lo);
+    for (int64_t block = u.block_lo; block < u.block_hi; block++) {
+      const uint8_t *next = page_of(c, *u.row, u.kv_head, min_of(block + 1, u.block_hi - 1));
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 3);
+      float *to = out + block * kRows;
+      ESTIMATES::template estimate<R>(page, q, at, s, to, stride * kRows);
+      if constexpr (R < kRows)
+        for (int g = 0; g < at.k_groups; g++)
+          for (int r = R; r < kRows; r++) to[g * stride * kRows + r] = -__builtin_inff();
+      page = next;
+    }
+  });
+}
+
+// `out` is that of block 0.
+static void estimate(const KiviCall &c, const Unit &u, const float *q, int rows, float *out,
+                     int64_t stride, SelectScratch &s) {
+  with_codes(c, [&](auto k, auto, auto two_level) __attribute__((always_inline)) {
+    using CODES = decltype(k);
+    for (int r = 0; r < rows; r += kRows) {
+      const int n = min_of(kRows, rows - r);
+      const float *x = q + (int64_t)r * c.head_size;
+      float *to = out + (int64_t)r * (kBlock / c.group_size) * stride;
+      if constexpr (two_level.value)
+        estimate_rows<TwoLevelEstimates<CODES>>(c, u, x, n, to, stride, s);
+      else
+        estimate_rows<PaperEstimates<CODES>>(c, u, x, n, to, stride, s);
+    }
+  });
+}
+
+// Of lanes x whose numbers are a row's every kRows, the joined number of each row, in all its lanes.
+template <class JOIN>
+static INLINE vf of_rows(vf x, JOIN join) {
+  for (int i = kRows; i < W; i++) x[i % kRows] = join(x[i % kRows], x[i]);
+  for (int i = kRows; i < W; i++) x[i] = x[i % kRows];
+  return x;
+}
+
+// What n pages weigh, in `weights`, by the estimates of all rows, which are in units of log2 and are
+// lost. `stride`, of both, is a multiple of 16.
+static void weigh(const KiviCall &c, float *x, int rows, int64_t n, int64_t stride,
+                  float *weights) {
+  static_assert(W % kRows == 0 || kRows % W == 0, "rows lie in the same lanes of all vectors");
+  constexpr int kVectors = max_of(1, kRows / W);  // that have all rows
+  const int groups = kBlock / (int)c.group_size;
+  const float cap = (float)c.soft_cap * 1.4426950408889634f;
+  const vf none = all(-__builtin_inff());
+  const int64_t end = stride * kRows;
+  for (int64_t i = 0; i < stride; i++) weights[i] = 0.0f;
+  for (int r0 = 0; r0 < rows; r0 += kRows, x += groups * end)
+    for (int v = 0; v < kVectors; v++) {
+      vf most = none, total = {};
+      for (int g = 0; g < groups; g++) {
+        float *of = x + g * end;
+        for (int64_t i = n * kRows; i < end; i++) of[i] = none[0];
+        for (int64_t i = v * W; i < end; i += kVectors * W) {
+          vf y = load(of + i);
+          const vi finite = y - y == vf{};
+          if (cap > 0) y = cap * tanhv(y * (1.0f / cap));
+          y = either(finite, y, none);
+          most = vmax(most, y);
+          store(of + i, y);
+        }
+      }
+      most = of_rows(most, [](float a, float b) { return a < b ? b : a; });
+      const vf shift = either(most == none, vf{}, most);
+      for (int64_t i = v * W; i < end; i += kVectors * W) {
+        vf e = {};
+        for (int g = 0; g < groups; g++) e += exp2v(load(x + g * end + i) - shift);
+        total += e;
+        store(x + i, e);
+      }
+      vf share = 1.0f / of_rows(total, [](float a, float b) { return a + b; });
+      for (int i = 0; i < W; i++)
+        if (r0 + (v * W + i) % kRows >= rows) share[i] = 0.0f;
+      for (int64_t i = v * W; i < end; i += kVectors * W) {
+        const vf y = load(x + i) * share;
+        for (int j = 0; j < W; j++) weights[(i + j) / kRows] += y[j];
+      }
+    }
+}
