@@ -12,7 +12,7 @@ from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection
 from kivi_vllm.ops.step import AttentionParams
 from tests.choice import some
-from tests.engine import Answer, engine, generate, random_prompt, tiny_model
+from tests.engine import Answer, engine, gemma3n, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler, use
 from tests.unit.selecting import unread_poisoned
 
@@ -169,3 +169,34 @@ def test_each_draft_chooses_for_itself(budget: Any) -> None:
     for other in answers[1:]:
         for got, want in zip(other, answers[0], strict=True):
             assert got.difference(want) < 0.02
+
+
+@pytest.mark.slow
+def test_layers_that_share_a_cache_choose_for_themselves(budget: Any) -> None:
+    """Of Gemma-3n: its windows are smaller than the budget, the other layers select."""
+    poisoned: list[int] = []
+    windows: set[int] = set()
+
+    def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
+        with unread_poisoned(step, cache, selection, AttentionParams(1.0)) as pages:
+            poisoned.append(pages)
+            attend()
+
+    options = {"token_budget": 1024, "dense_layers": 0}
+    prompts = [random_prompt(900, seed=1), random_prompt(777, seed=2)]
+    more = {"enable_prefix_caching": False, **SETTINGS}
+    with engine(gemma3n(), "kivi_k3v2", kivi=options, **more) as llm:
+        context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        for layer in context.values():
+            if (impl := getattr(layer, "impl", None)) is not None:
+                assert bool(impl.params.token_budget) == (impl.params.sliding_window == 0)
+                windows.add(impl.params.sliding_window)
+        budget(256)
+        plain = generate(llm, prompts, 8)
+        budget(256, watch)
+        COUNTED.zero_()
+        watched = generate(llm, prompts, 8)
+    assert windows == {0, 200}
+    assert watched == plain
+    seen, read = COUNTED.tolist()
+    assert 0 < read < seen and any(poisoned)

@@ -86,12 +86,12 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
             "it has KiviCall.soft_cap at byte 460 where KiviCall.soft_cap at 464 is expected",
         ),
         (
-            [("int32_t *last_visible;", "int32_t *last_visible, *more;")],
-            "it has KiviCall at byte 520 where KiviCall at 512 is expected",
+            [("int64_t *counted;", "int64_t *counted, *more;")],
+            "it has KiviCall at byte 560 where KiviCall at 552 is expected",
         ),
         (
-            [("FIELD(KiviCall, last_visible)", "")],
-            "it has KiviRow at byte 40 where KiviCall.last_visible at 504 is expected",
+            [("FIELD(KiviCall, counted)", "")],
+            "it has KiviRow at byte 48 where KiviCall.counted at 544 is expected",
         ),
     ],
     ids=["order", "name", "raw", "type", "size", "missing"],

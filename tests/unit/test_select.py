@@ -140,6 +140,27 @@ def test_a_wrong_list_is_noticed(ops: Any, fault: str) -> None:
             sim.step(dict.fromkeys(requests, 1))
 
 
+BAD = {
+    "dtype": lambda s: replace(s, blocks=s.blocks.long()),
+    "heads": lambda s: replace(s, blocks=s.blocks[:, :1].contiguous()),
+    "strides": lambda s: replace(s, blocks=s.blocks.mT.contiguous().mT),
+    "tokens": lambda s: replace(s, counts=s.counts[:0]),
+    "more-than-there-are": lambda s: replace(s, counts=s.counts + 1),
+    "not-ascending": lambda s: replace(s, blocks=s.blocks.flip(-1).contiguous()),
+    "not-seen": lambda s: replace(s, blocks=s.blocks + 100),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_lists_are_checked_before_anything_is_read(fault: str) -> None:
+    sim = make(Case(budget=256, tokens=660, heads=(2, 2), residual=32))
+    request = sim.add(660)
+    generate(sim, request, 9, until=652)
+    sim.change = BAD[fault]
+    with pytest.raises(ValueError, match="selection"):
+        sim.step({request: 1})
+
+
 def test_ties_go_to_the_older_page_and_the_newest_is_there(isa: str) -> None:
     """Keys that are the same in all pages, but for one: its weight is the largest."""
     for ops in (reference, native):
