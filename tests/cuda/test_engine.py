@@ -162,7 +162,8 @@ def test_eagle(results: dict[str, Any]) -> None:
     prompts = [prompt for batch in BATCHES for prompt in batch]
     truth = [greedy(foreseeable(head_dim=64), prompt, DRAFTED_TOKENS) for prompt in prompts]
     assert_same(answers(found), truth)
-    assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 128]  # a block is dropped
+    # vLLM 0.33's hashes know the next token: no block is dropped.
+    assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 256]
 
 
 def test_compute_capability(configured: dict[str, Any]) -> None:

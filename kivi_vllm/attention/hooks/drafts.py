@@ -52,7 +52,7 @@ def flag_groups(vllm_config: Any, groups: list[Any]) -> None:
 
     What a draft's layer keeps of a token depends on the next one, which is another one there.
     vLLM 0.32 knows the groups of drafts by the last layer (MTP), or takes all (EAGLE): of our
-    groups, where a layer has several, all. 0.33 knows them, and says so itself later.
+    groups, where a layer has several, all. 0.33 drops none: its hashes know the next token.
     """
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.use_eagle_block_drop():
