@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kivi_vllm.attention import memory, ray_nodes, speculation
+from kivi_vllm.attention import connectors, memory, ray_nodes, speculation
 from kivi_vllm.attention.selection import start_line
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
 from kivi_vllm.config import (
@@ -137,11 +137,7 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
             "backend out, it follows from the cache dtype"
         )
-    if connector:
-        yield (
-            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
-            "and --kv-offloading-size"
-        )
+    yield from connectors.problems(vllm_config)
     yield from speculation.problems(vllm_config)
     sizes = {
         "decode context": parallel.decode_context_parallel_size,

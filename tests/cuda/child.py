@@ -226,6 +226,9 @@ def _main() -> None:
     from tests.cuda.graphs import emulate
 
     graphs = emulate()
+    from tests.cuda import copies
+
+    copies.install()
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()

@@ -24,6 +24,9 @@ from tests.cuda.harness import (
 )
 from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, random_prompt, tiny_model
+from tests.offload import offloaded
+
+LONG = PROMPTS[2] + random_prompt(150, seed=1)
 
 DRAFTED_TOKENS = 8
 
@@ -90,6 +93,16 @@ def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory)
             max_tokens=DRAFTED_TOKENS,
             operators="reference",  # interpreted, Triton's would take minutes
         ),
+        "offloaded": dict(
+            engine_args={
+                **raw,
+                "num_gpu_blocks_override": 16,
+                **offloaded(64 << 20),
+            },
+            batches=[[LONG], *([random_prompt(450, seed=seed)] for seed in (2, 3, 4)), [LONG]],
+            max_tokens=2,
+            operators="reference",
+        ),
     }
     return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
 
@@ -129,6 +142,15 @@ def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
     assert found["replayed"] > 0
     assert found["steps"]["padding"] > 0
     assert_same(answers(found), expected)
+
+
+@pytest.mark.slow
+def test_offloaded(results: dict[str, Any]) -> None:
+    """vLLM's own copies, thread and all; the pool has no room for what comes again."""
+    found = result(results, "offloaded")
+    first, *_, last = answers(found)
+    assert_same([last], [first])
+    assert (first.num_cached_tokens, last.num_cached_tokens) == (0, 384)
 
 
 @pytest.mark.slow

@@ -41,11 +41,6 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "leave out --disable-hybrid-kv-cache-manager",
         ),
         (
-            dict(kv_offloading_size=1),
-            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
-            "and --kv-offloading-size",
-        ),
-        (
             dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3}),
             "speculation with 'ngram_gpu' is not supported; use one of: ngram, suffix, eagle, "
             "eagle3, mtp, draft_model",
@@ -97,13 +92,6 @@ def test_chunked_local_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_parallel_on_ray() -> None:
     message = refusal(data_parallel_size=2, data_parallel_backend="ray")
     assert "--data-parallel-backend ray is not tested; use --data-parallel-backend mp" in message
-
-
-def test_kv_connector() -> None:
-    connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
-    message = refusal(kv_transfer_config=connector)
-    assert "KV connectors and KV offloading are not tested" in message
-    assert "leave out --kv-transfer-config and --kv-offloading-size" in message
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,28 @@ from unittest.mock import patch
 from kivi_vllm.attention.groups.admission import Forecast
 from tests.drafts import eagle, foreseeable
 from tests.engine import MAMBA2, Answer, engine, gemma3, generate, tiny_model
+from tests.offload import offloaded
 from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache dtype, its residual length, who makes drafts ("": nobody), and a kind of model."""
+    """A cache dtype, its residual length, who makes drafts ("": nobody), and a kind of model.
+
+    With `offload`, prefixes that the pool has no room for are kept elsewhere.
+    """
 
     dtype: str
     residual: int
     drafts: str = ""
     model: str = "plain"
+    offload: bool = False
 
     def __str__(self) -> str:
         drafts = f"-{self.drafts}" if self.drafts else ""
         model = "" if self.model == "plain" else f"-{self.model}"
-        return f"{self.dtype}-R{self.residual}{drafts}{model}"
+        offload = "-offload" if self.offload else ""
+        return f"{self.dtype}-R{self.residual}{drafts}{model}{offload}"
 
     @property
     def hits(self) -> bool:
@@ -41,6 +47,9 @@ class Kind:
 
 BLOCKS = {"plain": 36, "foreseeable": 36, "windows": 48, "hybrid": 36}
 """Of the small engine's pool, by kind of model."""
+
+OFFLOADED = 8 << 20
+"""Bytes of the offloaded pool: too few for all, so that it forgets too."""
 
 
 def model(kind: str = "plain") -> str:
@@ -92,6 +101,8 @@ def small_engine(kind: Kind) -> Iterator[Any]:
         settings["speculative_config"] = dict(
             method="eagle", num_speculative_tokens=4, model=eagle(path)
         )
+    if kind.offload:
+        settings |= offloaded(OFFLOADED)
     reckless = patch.object(Forecast, "most_pages", lambda *_: 0)
     with reckless, engine(path, kind.dtype, **settings) as llm:
         yield llm

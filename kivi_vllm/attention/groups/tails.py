@@ -114,6 +114,8 @@ class TailManager(SparseManager, SlidingWindowManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
         *args: Any,
         apply_admission_cap: bool = False,
         **kwargs: Any,
@@ -124,7 +126,10 @@ class TailManager(SparseManager, SlidingWindowManager):
         together than were checked at start, so the count is capped by that.
         """
         known = len(self.req_to_blocks.get(request_id, ())) or len(new_computed_blocks)
-        lacking = len(self._wanted(request_id, num_tokens, known))
+        loaded = total_computed_tokens > num_local_computed_tokens
+        if loaded:
+            known = total_computed_tokens // BLOCK_SIZE
+        lacking = loaded + len(self._wanted(request_id, num_tokens, known))
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             lacking = min(lacking, self.max_admission_blocks_per_request)
         return self._get_num_evictable_blocks(new_computed_blocks) + lacking
@@ -134,6 +139,18 @@ class TailManager(SparseManager, SlidingWindowManager):
         super().add_local_computed_blocks(request_id, *args, **kwargs)
         found = enumerate(self.req_to_blocks[request_id])
         self._held[request_id] = [entry for entry, block in found if not block.is_null]
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Claim the page of the last tail: a connector loads no other."""
+        end = (num_local_computed_tokens + num_external_computed_tokens) // BLOCK_SIZE
+        self._append(request_id, [end - 1], self.block_pool.get_new_blocks(1), end)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
