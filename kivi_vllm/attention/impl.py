@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 from vllm.config import CompilationMode, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
@@ -211,11 +210,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self._pages = pages.transpose(1, 2)  # of a head, one lies after the other
             self._raws = [self._tokens(raw.kv_cache) for raw in raws]
             self._bound = kv_cache
-        metadata = get_forward_context().attn_metadata
-        if isinstance(metadata, list):  # one entry per micro-batch; there is one
-            metadata = metadata[0]
-        tables = [metadata[raw.name].block_table for raw in raws]
-        ring, *tails = map(Raw, self._raws, tables)
+        ring, *tails = (Raw(x, raw.table) for x, raw in zip(self._raws, raws, strict=True))
         sinks = tails.pop() if self.sinks else None
         return LayerCache(
             fmt=self.fmt,

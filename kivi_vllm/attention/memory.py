@@ -28,6 +28,9 @@ def problems(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> It
         return
     if not _layers_are_alike(model) or cache.kv_cache_dtype_skip_layers:
         return
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.uses_draft_kv_cache():  # layers that differ
+        return
     heads = model.get_num_kv_heads(vllm_config.parallel_config)
     pages = page_spec(heads, fmt)
     specs = [pages, *residual_specs(heads, fmt, config, vllm_config).values()]

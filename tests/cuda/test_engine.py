@@ -22,6 +22,7 @@ from tests.cuda.harness import (
     result,
     sources_or_skip,
 )
+from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, random_prompt, tiny_model
 
 DRAFTED_TOKENS = 8
@@ -75,6 +76,19 @@ def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory)
             batches=BATCHES,
             max_tokens=DRAFTED_TOKENS,
             operators="reference",
+        ),
+        "eagle, graphs": dict(
+            engine_args={
+                **raw,
+                **DRAFT_GRAPHS,
+                "model": foreseeable(head_dim=64),
+                "speculative_config": dict(
+                    method="eagle", model=eagle(foreseeable(head_dim=64)), num_speculative_tokens=3
+                ),
+            },
+            batches=BATCHES,
+            max_tokens=DRAFTED_TOKENS,
+            operators="reference",  # interpreted, Triton's would take minutes
         ),
     }
     return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
@@ -136,6 +150,20 @@ def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     assert_same(one, other)
     # What quantization does is far larger than the tolerance.
     assert one[0].difference(greedy(model, RETURNING, DRAFTED_TOKENS)) > 50 * SAME
+
+
+@pytest.mark.slow
+def test_eagle(results: dict[str, Any]) -> None:
+    """On vLLM's second model runner, the steps of a draft in one graph."""
+    found = result(results, "eagle, graphs")
+    assert found["captured"] >= 4  # decodes of the model, the first and the later steps of a draft
+    assert found["replayed"] > 0
+    assert found["steps"]["with_drafts"] > 0
+    prompts = [prompt for batch in BATCHES for prompt in batch]
+    truth = [greedy(foreseeable(head_dim=64), prompt, DRAFTED_TOKENS) for prompt in prompts]
+    assert_same(answers(found), truth)
+    # vLLM 0.33's hashes know the next token: no block is dropped.
+    assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 256]
 
 
 def test_compute_capability(configured: dict[str, Any]) -> None:

@@ -16,16 +16,18 @@ from tests.soak.settings import LONG, REQUESTS, SECONDS, SEED
 from tests.soak.storm import Storm, make_prompts
 
 SHORT_KINDS = [
-    Kind("kivi2", 0, True),
-    Kind("kivi2", 0, False),
-    Kind("kivi2", 0, False, "windows"),
-    Kind("kivi_raw", 0, False, "hybrid"),
+    Kind("kivi2", 0, "ngram"),
+    Kind("kivi2", 0, "eagle", "foreseeable"),
+    Kind("kivi2", 0),
+    Kind("kivi2", 0, model="windows"),
+    Kind("kivi_raw", 0, model="hybrid"),
 ]
 LONG_KINDS = [
-    Kind("kivi2", 32, True),
-    Kind("kivi2", 32, False),
-    Kind("kivi4", 0, True),
-    Kind("kivi2", 32, True, "windows"),
+    Kind("kivi2", 32, "ngram"),
+    Kind("kivi2", 32, "eagle", "foreseeable"),
+    Kind("kivi2", 32),
+    Kind("kivi4", 0, "ngram"),
+    Kind("kivi2", 32, "ngram", "windows"),
 ]
 KINDS = SHORT_KINDS + LONG_KINDS if LONG else SHORT_KINDS
 

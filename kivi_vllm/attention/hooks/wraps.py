@@ -95,8 +95,12 @@ def attach_residual_to_layers() -> None:
             original(self, *args, **kwargs)
             if not is_kivi(cache_config.cache_dtype):
                 return
+            from kivi_vllm.attention.hooks import drafts
             from kivi_vllm.attention.layer import attach, check_shared_cache
 
+            # Not earlier: importing vLLM's drafts imports its models.
+            if proposer := drafts.proposer():
+                _wrap(proposer, "load_model", drafts.without_residual)
             check_shared_cache(self)
             ours = hasattr(self.impl, "bind_residual")
             if not ours and not is_kivi(self.kv_cache_dtype):

@@ -8,11 +8,21 @@
 // Estimates lie as [row / kRows][group][page][row % kRows], those of rows that are not there -inf.
 
 constexpr float kRadius = 0.5f;  // RADIUS
+constexpr int kAhead = 2;        // pages from one to that which is fetched meanwhile
 
 struct SelectScratch {
   // What a page's bytes, and their scales, are multiplied with; of paper pages: q'.
   alignas(64) float of_bytes[kRows][kMaxHead], of_scales[kRows][kMaxHead];
   float sums[2][kKGroups * kRows];
+};
+
+// What is read of a page to come, fetched line by line while another one is computed.
+struct Lines {
+  const uint8_t *at, *end;
+  INLINE void fetch() {
+    if (at < end) __builtin_prefetch(at, 0, 3);
+    at += 64;
+  }
 };
 
 // W ranges of two levels, and their scales alone.
@@ -40,13 +50,14 @@ struct TwoLevelEstimates {
   // and kZero of zero's steps: y kZero zero + y' scale = y kZero / 16 byte + (y' - y kZero / 16) scale.
   template <int R>
   static void estimate(const uint8_t *page, const float *q, const Layout &at, SelectScratch &s,
-                       float *out, int64_t pitch) {
+                       float *out, int64_t pitch, Lines lines) {
     constexpr float kZero = CODES::zero_step / 16.0f, kHalf = 0.5f * CODES::top;
     const int d = at.head_size;
     const uint16_t *low = (const uint16_t *)(page + at.k_low);
     const uint16_t *step = (const uint16_t *)(page + at.k_step);
     vf sum[R] = {};
     for (int i = 0; i < d; i += W) {
+      lines.fetch();
       const vf l = load_half(low + i), x = load_half(step + i);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -66,6 +77,7 @@ struct TwoLevelEstimates {
 #pragma GCC unroll 16
       for (int k = 0; k < G * R; k++) x[k] = vf{};
       for (int i = 0; i < d; i += W) {
+        lines.fetch();
         vf a[R], b[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) a[r] = load(s.of_bytes[r] + i), b[r] = load(s.of_scales[r] + i);
@@ -105,7 +117,8 @@ struct PaperEstimates {
 
   template <int R>
   static void estimate(const uint8_t *page, const float *q, const Layout &at, SelectScratch &s,
-                       float *out, int64_t pitch) {
+                       float *out, int64_t pitch, Lines lines) {
+    while (lines.at < lines.end) lines.fetch();
     const int d = at.head_size;
     zero_sums<R>(page + at.k_zero, at.k_groups, q, d, d, s.sums[0]);
     zero_sums<R>(page + at.k_scale, at.k_groups, s.of_scales[0], kMaxHead, d, s.sums[1]);
@@ -124,16 +137,18 @@ static void estimate_rows(const KiviCall &c, const Unit &u, const float *q, int 
   with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
     constexpr int R = rows.value;
     ESTIMATES::template begin<R>(q, d, s);
-    const uint8_t *page = page_of(c, *u.row, u.kv_head, u.block_lo);
+    const auto page_at = [&](int64_t block) { return page_of(c, *u.row, u.kv_head, block); };
+    const auto lines_of = [&](int64_t block) {
+      const uint8_t *page = page_at(min_of(block, u.block_hi - 1));
+      return Lines{page, page + bytes};
+    };
     for (int64_t block = u.block_lo; block < u.block_hi; block++) {
-      const uint8_t *next = page_of(c, *u.row, u.kv_head, min_of(block + 1, u.block_hi - 1));
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 3);
       float *to = out + block * kRows;
-      ESTIMATES::template estimate<R>(page, q, at, s, to, stride * kRows);
+      ESTIMATES::template estimate<R>(page_at(block), q, at, s, to, stride * kRows,
+                                      lines_of(block + kAhead));
       if constexpr (R < kRows)
         for (int g = 0; g < at.k_groups; g++)
           for (int r = R; r < kRows; r++) to[g * stride * kRows + r] = -__builtin_inff();
-      page = next;
     }
   });
 }
