@@ -85,7 +85,7 @@ class KiviAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # those that `connectors` lets through
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 from vllm.config import CompilationMode, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
@@ -61,10 +60,11 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._sink_weights: Any = sinks  # a weight of the model: its numbers come later
+        self._slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes).float()
         params = AttentionParams(
             scale=self.scale,
             logits_soft_cap=logits_soft_cap or 0.0,
-            alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
+            alibi_slopes=None if self._slopes is None else self._slopes.clone(),
             sliding_window=sliding_window or 0,
             sink_logits=None if sinks is None else torch.full_like(sinks, torch.nan).float(),
         )
@@ -108,9 +108,14 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.params = replace(self.params, chunk_size=chunk_size)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take over the sink logits; called again when weights are loaded anew."""
-        if self.params.sink_logits is not None:  # to where they were: captured graphs know that
+        """Fill what goes with the weights; called again when those are loaded anew.
+
+        Sleep may have lost it, and captured graphs know where it was.
+        """
+        if self.params.sink_logits is not None:
             self.params.sink_logits.copy_(self._sink_weights.detach())
+        if self.params.alibi_slopes is not None:
+            self.params.alibi_slopes.copy_(self._slopes)
 
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None
@@ -211,11 +216,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self._pages = pages.transpose(1, 2)  # of a head, one lies after the other
             self._raws = [self._tokens(raw.kv_cache) for raw in raws]
             self._bound = kv_cache
-        metadata = get_forward_context().attn_metadata
-        if isinstance(metadata, list):  # one entry per micro-batch; there is one
-            metadata = metadata[0]
-        tables = [metadata[raw.name].block_table for raw in raws]
-        ring, *tails = map(Raw, self._raws, tables)
+        ring, *tails = (Raw(x, raw.table) for x, raw in zip(self._raws, raws, strict=True))
         sinks = tails.pop() if self.sinks else None
         return LayerCache(
             fmt=self.fmt,

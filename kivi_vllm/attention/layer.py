@@ -22,12 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm.v1.worker.utils import customize_attention_spec
 
 from kivi_vllm.attention.groups.of_a_layer import residual_specs
-from kivi_vllm.attention.metadata import KiviMetadataBuilder
+from kivi_vllm.attention.metadata import KiviMetadata, KiviMetadataBuilder
 from kivi_vllm.attention.options import with_options
 from kivi_vllm.config import KiviConfig, KiviConfigError
 from kivi_vllm.ops.format import PageFormat
@@ -37,6 +41,22 @@ if TYPE_CHECKING:
 
 LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 """Layouts in which the bytes of one (block, kv head) are contiguous."""
+
+
+class RawMetadataBuilder(KiviMetadataBuilder):
+    """Gives the caches of full-precision tokens their tables."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KiviMetadata:
+        """Leave the table with the caches: a draft's passes come without metadata of this group."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name in self.layer_names:
+            context[name].table = common_attn_metadata.block_table_tensor
+        return KiviMetadata(None)
 
 
 class RawBackend(AttentionBackend):
@@ -56,8 +76,8 @@ class RawBackend(AttentionBackend):
         raise NotImplementedError("rings, tails and sinks are read by the layer's own KIVI backend")
 
     @classmethod
-    def get_builder_cls(cls) -> type[KiviMetadataBuilder]:
-        return with_options(KiviMetadataBuilder, config=cls.config)
+    def get_builder_cls(cls) -> type[RawMetadataBuilder]:
+        return with_options(RawMetadataBuilder, config=cls.config)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list:
@@ -73,7 +93,8 @@ class RawCache(AttentionLayerBase):
 
     vLLM finds it in the static forward context and binds `kv_cache`, uint8: where all layers are
     alike [num_blocks, num_kv_heads, 128, bytes_per_token], as quantized pages are; on planned
-    groups [num_blocks, num_kv_heads, tokens of a page, bytes of a token].
+    groups [num_blocks, num_kv_heads, tokens of a page, bytes of a token]. `table`
+    [num_reqs, max_blocks] is that of the step.
     """
 
     def __init__(self, name: str, spec: KVCacheSpec, config: KiviConfig) -> None:
@@ -81,6 +102,7 @@ class RawCache(AttentionLayerBase):
         self.spec = spec
         self.config = config
         self.kv_cache = torch.empty(0)
+        self.table = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return with_options(RawBackend, config=self.config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 
+from kivi_vllm.attention import connectors
 from kivi_vllm.attention.groups.of_a_layer import residual_specs
 from kivi_vllm.attention.groups.pages import page_spec
 from kivi_vllm.config import KiviConfig
@@ -28,10 +29,17 @@ def problems(vllm_config: VllmConfig, config: KiviConfig, fmt: PageFormat) -> It
         return
     if not _layers_are_alike(model) or cache.kv_cache_dtype_skip_layers:
         return
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.uses_draft_kv_cache():  # layers that differ
+        return
     heads = model.get_num_kv_heads(vllm_config.parallel_config)
     pages = page_spec(heads, fmt)
     specs = [pages, *residual_specs(heads, fmt, config, vllm_config).values()]
     block_bytes = pages.page_size_bytes * _layers_of_a_worker(vllm_config)
+    found_again = [spec for spec in specs if spec.prefix_cacheable]
+    offloads = vllm_config.kv_transfer_config is not None
+    if offloads and (less := connectors.too_small(vllm_config, found_again, block_bytes)):
+        yield f"KV offloading: {less}"
     available = cache.kv_cache_memory_bytes
     if cache.num_gpu_blocks_override is not None:
         available = cache.num_gpu_blocks_override * block_bytes

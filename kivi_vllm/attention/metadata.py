@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kivi_vllm.attention.groups.of_a_layer import num_draft_tokens
-from kivi_vllm.attention.groups.pages import ANY_PAGES
 from kivi_vllm.attention.versions import device_kind
 from kivi_vllm.config import KiviConfig
 from kivi_vllm.ops import dispatch
@@ -25,17 +24,14 @@ from kivi_vllm.ops.step import Batch
 
 @dataclass
 class KiviMetadata:
-    """One cache group's view of a step.
+    """What the layers get of a step.
 
     Attributes:
-        block_table: [num_reqs, max_blocks], page ids of this group.
-        step: what the operators must know of the step, for all layers; of the groups of
-            pages only, whose metadata the layers get.
+        step: what the operators must know of it; None for the caches of full-precision tokens.
 
     """
 
-    block_table: torch.Tensor
-    step: Any = None
+    step: Any
 
     @property
     def mm_prefix_range(self) -> torch.Tensor | None:
@@ -50,12 +46,13 @@ class KiviMetadata:
 
 
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
-    """Builds `KiviMetadata` for pages, rings, tails and sinks alike (see `with_options`)."""
+    """Builds `KiviMetadata` of quantized pages (see `with_options`)."""
 
     config: ClassVar[KiviConfig]
 
     # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update = True  # all steps of a draft in one graph (vLLM 0.33)
 
     def __init__(
         self,
@@ -73,6 +70,9 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         self._generated = torch.zeros(rows, dtype=torch.bool, device=device)
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def update_draft_decode_metadata(self, metadata: KiviMetadata) -> None:
+        """Nothing: what changes from a draft's step to the next are tensors that it refers to."""
 
     @classmethod
     def get_cudagraph_support(
@@ -98,8 +98,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("the KIVI cache serves causal attention only")
-        if not isinstance(self.kv_cache_spec, ANY_PAGES):
-            return KiviMetadata(m.block_table_tensor)
         generated = None
         if self.config.token_budget and m.is_prefilling is not None:
             generated = self._generated[: m.num_reqs]
@@ -122,4 +120,4 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             last_visible=seen,
             generated=generated,
         )
-        return KiviMetadata(batch.block_table, self.operators.step(batch))
+        return KiviMetadata(self.operators.step(batch))

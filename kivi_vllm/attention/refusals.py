@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kivi_vllm.attention import memory, ray_nodes
+from kivi_vllm.attention import connectors, memory, ray_nodes, speculation
 from kivi_vllm.attention.selection import start_line
 from kivi_vllm.attention.versions import SUPPORTED, device_kind, minor, vllm_version
 from kivi_vllm.config import (
@@ -24,9 +24,6 @@ from kivi_vllm.toolchain import find_compiler, torch_finds
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-SPECULATION = ("ngram",)
-"""Speculative methods that are tested; the others need a draft model's own cache."""
 
 _OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
 
@@ -140,33 +137,23 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             f"attention backend {backend.name} cannot read KIVI pages; leave the attention "
             "backend out, it follows from the cache dtype"
         )
-    if connector:
-        yield (
-            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
-            "and --kv-offloading-size"
-        )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in SPECULATION:
-        yield (
-            f"speculation with {speculative.method!r} is not supported; "
-            f"use one of: {', '.join(SPECULATION)}"
-        )
+    yield from connectors.problems(vllm_config)
+    yield from speculation.problems(vllm_config)
     sizes = {
         "decode context": parallel.decode_context_parallel_size,
         "prefill context": parallel.prefill_context_parallel_size,
     }
     for name, size in sizes.items():
         if size > 1:
-            yield f"{name} parallelism ({size}) is not tested; use --tensor-parallel-size instead"
+            yield (
+                f"{name} parallelism ({size}) is not supported: it deals the tokens of a sequence "
+                f"out to ranks, and a page quantizes {BLOCK_SIZE} of them together; use "
+                "--tensor-parallel-size instead"
+            )
     if parallel.data_parallel_size > 1 and parallel.data_parallel_backend != "mp":
         yield (
             f"--data-parallel-backend {parallel.data_parallel_backend} is not tested; "
             "use --data-parallel-backend mp"
-        )
-    if speculative is not None and parallel.pipeline_parallel_size > 1:
-        yield (
-            "speculation in a pipeline is not tested; leave out --speculative-config or "
-            "--pipeline-parallel-size"
         )
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     if model.is_mm_prefix_lm and scheduler.long_prefill_token_threshold:

@@ -9,7 +9,7 @@ from benchmarks.attention.gpu.model.gpus import GPUS
 from benchmarks.attention.gpu.model.sass import Instruction
 from benchmarks.attention.gpu.model.timing import Loop, cycles_per_page
 from kivi_vllm.ops.cuda import compiler
-from kivi_vllm.ops.cuda import decode as cuda
+from kivi_vllm.ops.cuda import kernels as cuda
 
 H100 = GPUS["h100"]
 
@@ -53,7 +53,7 @@ def test_the_loop_over_pages_is_found() -> None:
         D=64, K_BITS=2, V_BITS=2, G=16, SINKS=4, PER_BLOCK=1, RING=20, TAIL=1, R=0, GQA=4, TILES=1,
         N=8, MASKED=False, BF16=True, CAP=0.0, ALIBI=False, WINDOW=0, CHUNK=0,
     )  # fmt: skip
-    code = sass.disassemble(cuda.compiled(variant, "sm_90"))
+    code = sass.disassemble(cuda.compiled(variant, cuda.ENTRIES["decode"][0], "sm_90"))
     loop = sass.page_loop(code)
     products = sum(x.opcode == "HMMA.16816.F32" for x in loop)
     copies = [x for x in loop if x.opcode.startswith("LDGSTS")]

@@ -74,9 +74,10 @@ def results_in_child(
 
 
 class ReferenceOperators:
-    """`reference`'s operators for a `DeviceStep`, whose tensors they read."""
+    """`reference`'s operators for a `DeviceStep`, whose tensors they read as kernels do."""
 
-    def __init__(self) -> None:
+    def __init__(self, graphs: Any) -> None:
+        self.graphs = graphs
         from kivi_vllm.ops import reference
         from kivi_vllm.ops.triton import operators
 
@@ -96,14 +97,17 @@ class ReferenceOperators:
         return Step(rows, step.block_table, step.per_position, step.decode_len, step.last_visible)
 
     def store_blocks(self, step: Any, *args: Any) -> None:
-        self.reference.store_blocks(self._step(step), *args)
+        with self.graphs.in_a_kernel():
+            self.reference.store_blocks(self._step(step), *args)
 
     def attend(self, step: Any, *args: Any) -> None:
         self.calls += 1
-        self.reference.attend(self._step(step), *args)
+        with self.graphs.in_a_kernel():
+            self.reference.attend(self._step(step), *args)
 
     def store_ring(self, step: Any, *args: Any) -> None:
-        self.reference.store_ring(self._step(step), *args)
+        with self.graphs.in_a_kernel():
+            self.reference.store_ring(self._step(step), *args)
 
 
 @dataclasses.dataclass
@@ -161,7 +165,7 @@ def answers(
     from tests.engine import engine, generate
     from tests.models.pictures import Prompt, ask, image_processors
 
-    reference, steps = ReferenceOperators(), Steps()
+    reference, steps = ReferenceOperators(graphs), Steps()
     captured, replayed = graphs.captured, graphs.replayed
     from kivi_vllm.ops.triton import operators as triton_operators
 
@@ -222,6 +226,9 @@ def _main() -> None:
     from tests.cuda.graphs import emulate
 
     graphs = emulate()
+    from tests.cuda import copies
+
+    copies.install()
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()

@@ -22,7 +22,11 @@ from tests.cuda.harness import (
     result,
     sources_or_skip,
 )
+from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, random_prompt, tiny_model
+from tests.offload import offloaded
+
+LONG = PROMPTS[2] + random_prompt(150, seed=1)
 
 DRAFTED_TOKENS = 8
 
@@ -76,6 +80,29 @@ def results(sources: Path, model: str, tmp_path_factory: pytest.TempPathFactory)
             max_tokens=DRAFTED_TOKENS,
             operators="reference",
         ),
+        "eagle, graphs": dict(
+            engine_args={
+                **raw,
+                **DRAFT_GRAPHS,
+                "model": foreseeable(head_dim=64),
+                "speculative_config": dict(
+                    method="eagle", model=eagle(foreseeable(head_dim=64)), num_speculative_tokens=3
+                ),
+            },
+            batches=BATCHES,
+            max_tokens=DRAFTED_TOKENS,
+            operators="reference",  # interpreted, Triton's would take minutes
+        ),
+        "offloaded": dict(
+            engine_args={
+                **raw,
+                "num_gpu_blocks_override": 16,
+                **offloaded(64 << 20),
+            },
+            batches=[[LONG], *([random_prompt(450, seed=seed)] for seed in (2, 3, 4)), [LONG]],
+            max_tokens=2,
+            operators="reference",
+        ),
     }
     return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
 
@@ -118,6 +145,15 @@ def test_graphs(results: dict[str, Any], expected: list[Answer]) -> None:
 
 
 @pytest.mark.slow
+def test_offloaded(results: dict[str, Any]) -> None:
+    """vLLM's own copies, thread and all; the pool has no room for what comes again."""
+    found = result(results, "offloaded")
+    first, *_, last = answers(found)
+    assert_same([last], [first])
+    assert (first.num_cached_tokens, last.num_cached_tokens) == (0, 384)
+
+
+@pytest.mark.slow
 def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     found, reference = result(results, "kivi2, graphs"), result(results, "kivi2, reference")
     assert found["captured"] == 2
@@ -136,6 +172,20 @@ def test_quantized_with_drafts(results: dict[str, Any], model: str) -> None:
     assert_same(one, other)
     # What quantization does is far larger than the tolerance.
     assert one[0].difference(greedy(model, RETURNING, DRAFTED_TOKENS)) > 50 * SAME
+
+
+@pytest.mark.slow
+def test_eagle(results: dict[str, Any]) -> None:
+    """On vLLM's second model runner, the steps of a draft in one graph."""
+    found = result(results, "eagle, graphs")
+    assert found["captured"] >= 4  # decodes of the model, the first and the later steps of a draft
+    assert found["replayed"] > 0
+    assert found["steps"]["with_drafts"] > 0
+    prompts = [prompt for batch in BATCHES for prompt in batch]
+    truth = [greedy(foreseeable(head_dim=64), prompt, DRAFTED_TOKENS) for prompt in prompts]
+    assert_same(answers(found), truth)
+    # vLLM 0.33's hashes know the next token: no block is dropped.
+    assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 256]
 
 
 def test_compute_capability(configured: dict[str, Any]) -> None:

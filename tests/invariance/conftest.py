@@ -12,6 +12,7 @@ import torch
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from kivi_vllm.ops import dispatch, reference
 from tests.engine import generate, random_prompt
+from tests.offload import offloading  # noqa: F401  (a fixture)
 from tests.quick import quick_engines
 
 TOLERANCE = 1e-4  # of log-probabilities
@@ -79,11 +80,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int
     from vllm.v1.core.block_pool import BlockPool
 
     get_new_blocks = BlockPool.get_new_blocks
-    engines: list[tuple[list[torch.Tensor], list[int]]] = []
+    engines: list[tuple[Any, list[torch.Tensor], list[int]]] = []
 
     def get_poisoned_blocks(self: Any, num_blocks: int) -> Any:
         blocks = get_new_blocks(self, num_blocks)
-        for caches, taken in engines:
+        for pool, caches, taken in engines:
+            if pool is not self:  # a connector has one of its own
+                continue
             ids = [block.block_id for block in blocks]
             taken.extend(ids)
             for cache in caches:
@@ -101,8 +104,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[int
         ]
         for cache in caches:
             cache.fill_(POISON)
-        engines[:] = [(caches, [])]
-        return engines[0][1]
+        engines[:] = [(scheduler(llm).kv_cache_manager.block_pool, caches, [])]
+        return engines[0][2]
 
     monkeypatch.setattr(BlockPool, "get_new_blocks", get_poisoned_blocks)
     yield start

@@ -1,7 +1,7 @@
 """In `cached` mode an answer depends on its prompt and on nothing else.
 
-Not on the chunks of the prefill, on prefix hits, on who else is in the batch, on
-preemption, or on drafts that were rejected. Each with the ring alone, and with tails
+Not on the chunks of the prefill, on prefix hits, on who else is in the batch, or on
+preemption; nor on drafts (`test_drafts`). Each with the ring alone, and with tails
 and sinks too, on pages that are poisoned whenever they change hands.
 """
 
@@ -170,50 +170,6 @@ def test_aborted_neighbours(residual: int, smooth_codec: None, poison: Any) -> N
         reused = taken[before:]
         assert len(set(reused)) < len(reused), "no page changed hands: nothing was tested"
         assert free_blocks(llm) == free
-
-
-@slow
-@residuals
-def test_rejected_drafts(
-    residual: int, smooth_codec: None, poison: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Prompts that hold most of the vocabulary, so that the n-gram proposer proposes at
-    # every step and is nearly always wrong, and whose answers cross a block boundary.
-    prompts = [random_prompt(n, seed=n) for n in (500, 505, 509, 630)]
-    options = _options(residual)
-    common: dict[str, Any] = dict(kivi=options, enable_prefix_caching=False)
-    with engine(tiny_model(), "kivi_raw", **common) as llm:
-        poison(llm)
-        truth = generate(llm, prompts, 24)
-
-    drafted: list[tuple[int, int]] = []  # (position of the first draft, drafts rejected)
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    update = Scheduler.update_from_output
-
-    def watched(self: Any, scheduled: Any, output: Any) -> Any:
-        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
-            index = output.req_id_to_index[name]
-            accepted = len(output.sampled_token_ids[index]) - 1
-            start = self.requests[name].num_computed_tokens - len(drafts)
-            drafted.append((start, len(drafts) - accepted))
-        return update(self, scheduled, output)
-
-    monkeypatch.setattr(Scheduler, "update_from_output", watched)
-    speculation = dict(
-        method="ngram", num_speculative_tokens=12, prompt_lookup_min=1, prompt_lookup_max=3
-    )
-    for prefill in ("cached", "exact"):
-        drafted.clear()
-        options["prefill"] = prefill
-        with engine(tiny_model(), "kivi_raw", **common, speculative_config=speculation) as llm:
-            poison(llm)
-            got = generate(llm, prompts, 24)
-        if prefill == "cached":
-            same(got, truth)
-        rejected = [(start, n) for start, n in drafted if n]
-        assert rejected
-        assert any(start // 128 != (start + 11) // 128 for start, _ in rejected)
 
 
 @pytest.mark.parametrize("fault", some(["ring", "rule", "pages", "sinks"], [1]))

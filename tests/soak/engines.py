@@ -9,23 +9,30 @@ from typing import Any
 from unittest.mock import patch
 
 from kivi_vllm.attention.groups.admission import Forecast
+from tests.drafts import eagle, foreseeable
 from tests.engine import MAMBA2, Answer, engine, gemma3, generate, tiny_model
+from tests.offload import offloaded
 from tests.soak.storm import MAX_PROMPT, MAX_TOKENS
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache dtype, its residual length, whether n-gram drafts are made, and a kind of model."""
+    """A cache dtype, its residual length, who makes drafts ("": nobody), and a kind of model.
+
+    With `offload`, prefixes that the pool has no room for are kept elsewhere.
+    """
 
     dtype: str
     residual: int
-    drafts: bool
+    drafts: str = ""
     model: str = "plain"
+    offload: bool = False
 
     def __str__(self) -> str:
-        drafts = "-drafts" if self.drafts else ""
+        drafts = f"-{self.drafts}" if self.drafts else ""
         model = "" if self.model == "plain" else f"-{self.model}"
-        return f"{self.dtype}-R{self.residual}{drafts}{model}"
+        offload = "-offload" if self.offload else ""
+        return f"{self.dtype}-R{self.residual}{drafts}{model}{offload}"
 
     @property
     def hits(self) -> bool:
@@ -38,8 +45,11 @@ class Kind:
         return {"prefill": "cached", "residual_length": self.residual}
 
 
-BLOCKS = {"plain": 36, "windows": 48, "hybrid": 36}
+BLOCKS = {"plain": 36, "foreseeable": 36, "windows": 48, "hybrid": 36}
 """Of the small engine's pool, by kind of model."""
+
+OFFLOADED = 8 << 20
+"""Bytes of the offloaded pool: too few for all, so that it forgets too."""
 
 
 def model(kind: str = "plain") -> str:
@@ -52,6 +62,8 @@ def model(kind: str = "plain") -> str:
     shape: dict[str, Any] = dict(
         num_attention_heads=16, num_key_value_heads=2, head_dim=32, initializer_range=0.1
     )
+    if kind == "foreseeable":  # a second layer that changes little, as EAGLE's drafts need
+        return foreseeable(heads=16, head_dim=32)
     if kind == "windows":  # pages come two to a block where there is no window
         return gemma3("wwf", **shape)
     if kind == "hybrid":
@@ -80,10 +92,17 @@ def small_engine(kind: Kind) -> Iterator[Any]:
         max_num_seqs=16,
         enable_prefix_caching=kind.hits,
     )
-    if kind.drafts:
+    path = model(kind.model)
+    if kind.drafts == "ngram":
         settings["speculative_config"] = dict(
             method="ngram", num_speculative_tokens=4, prompt_lookup_min=2, prompt_lookup_max=4
         )
+    elif kind.drafts == "eagle":
+        settings["speculative_config"] = dict(
+            method="eagle", num_speculative_tokens=4, model=eagle(path)
+        )
+    if kind.offload:
+        settings |= offloaded(OFFLOADED)
     reckless = patch.object(Forecast, "most_pages", lambda *_: 0)
-    with reckless, engine(model(kind.model), kind.dtype, **settings) as llm:
+    with reckless, engine(path, kind.dtype, **settings) as llm:
         yield llm

@@ -15,7 +15,7 @@ from tests.soak.checks import assert_flat, assert_idle
 from tests.soak.engines import Kind, quiet_answers, small_engine
 from tests.soak.storm import AUDIT_EVERY, Storm, make_prompts
 
-KIND = Kind("kivi2", 0, False)
+KIND = Kind("kivi2", 0)
 PROMPTS = make_prompts(12, random.Random(1))
 
 

@@ -52,17 +52,22 @@ class Running:
     rejected: list[int] = field(default_factory=list)  # of those, in their order
     table: list[int] = field(default_factory=list)
     tokens: dict[int, int] = field(default_factory=dict)  # what was computed for a position
+    drafted: dict[int, int] = field(default_factory=dict)  # the same in a draft model's layer
 
 
 class Engine:
-    """Steps of ring writes and reads on a memory that remembers what lies where."""
+    """Steps of ring writes and reads on a memory that remembers what lies where.
 
-    def __init__(self, spec: RingSpec, drafts: int, depth: int, seed: int) -> None:
-        self.spec, self.drafts, self.depth = spec, drafts, depth
+    With `ahead` of a draft model too: after each step it adds that many tokens less one.
+    """
+
+    def __init__(self, spec: RingSpec, drafts: int, depth: int, seed: int, ahead: int = 0) -> None:
+        self.spec, self.drafts, self.depth, self.ahead = spec, drafts, depth, ahead
         self.rng = np.random.default_rng(seed)
         self.pool = pool(200)
         self.ring = manager(RingManager, spec, self.pool)
         self.memory: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.draft_memory: dict[tuple[int, int], tuple[str, int, int]] = {}
         self.requests: dict[str, Running] = {}
         self.count = self.most = 0
 
@@ -72,25 +77,26 @@ class Engine:
         for name, new in chunks.items():
             r = self.requests[name]
             self.ring.remove_skipped_blocks(name, r.scheduled - sum(r.in_flight))
-            lacks, free = lacking(self.ring, name, r.scheduled + new), self._free()
-            pages = self.ring.allocate_new_blocks(name, r.scheduled + new, r.scheduled + new)
+            end = r.scheduled + new + self.ahead
+            lacks, free = lacking(self.ring, name, end), self._free()
+            pages = self.ring.allocate_new_blocks(name, end, r.scheduled + new)
             assert lacks >= free - self._free() >= 0
             r.table += [page.block_id for page in pages]
             r.scheduled += new
             r.in_flight.append(new)
             rows.append((name, r, r.done, r.done + new))
-        for name, r, a, _ in rows:
-            for s in range(a // B * B, a):
-                assert self.memory[self._slot(r, s)] == (name, s, r.tokens[s]), (name, s, a)
         for name, r, a, b in rows:
-            for s in range(a, b):
-                self.count += 1
-                r.tokens[s] = self.count
-            for s in range(max(a, ring_start(b, 1 + self.drafts)), b):
-                self.memory[self._slot(r, s)] = (name, s, r.tokens[s])
+            self._pass(name, r, self.memory, r.tokens, a, b)
+        for name, r, a, b in rows:
+            if self.ahead:
+                self._pass(name, r, self.draft_memory, r.drafted, a, b)
             accepted = b if b - a > 1 + self.drafts else int(self.rng.integers(a + 1, b + 1))
             r.rejected.append(b - accepted)
             r.done = accepted
+        for i in range(self.ahead - 1):
+            for name, r, _, _ in rows:
+                at = r.done + i
+                self._pass(name, r, self.draft_memory, r.drafted, at, at + 1)
         for _, r, _, _ in rows:
             while len(r.in_flight) > self.depth:
                 r.in_flight.pop(0)
@@ -100,6 +106,18 @@ class Engine:
         assert len(ids) == len(set(ids)) == 199 - self._free(), "a page of two requests, or lost"
         counts = [sum(not block.is_null for block in blocks) for blocks in held]
         self.most = max([self.most, *counts])
+
+    def _pass(
+        self, name: str, r: Running, memory: dict, tokens: dict[int, int], a: int, b: int
+    ) -> None:
+        """What a layer does for positions a..b-1: read the block before them, then write them."""
+        for s in range(a // B * B, a):
+            assert memory[self._slot(r, s)] == (name, s, tokens[s]), (name, s, a)
+        for s in range(a, b):
+            self.count += 1
+            tokens[s] = self.count
+        for s in range(max(a, ring_start(b, 1 + self.drafts)), b):
+            memory[self._slot(r, s)] = (name, s, tokens[s])
 
     def finish(self, name: str) -> None:
         self.ring.free(name)
@@ -116,11 +134,15 @@ class Engine:
 
 
 @pytest.mark.parametrize("depth", [0, 1], ids=["sync", "async"])
-@pytest.mark.parametrize("drafts", [0, 3, 30])
+@pytest.mark.parametrize(
+    ("drafts", "ahead"), [(0, 0), (3, 0), (30, 0), (1, 1), (12, 12)], ids=lambda n: f"{n}"
+)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.raw_tokens}-tokens")
-def test_rings_hold_what_every_step_needs(fmt: PageFormat, drafts: int, depth: int) -> None:
+def test_rings_hold_what_every_step_needs(
+    fmt: PageFormat, drafts: int, ahead: int, depth: int
+) -> None:
     spec = ring_spec(2, fmt, drafts)
-    engine = Engine(spec, drafts, depth, seed=drafts + depth)
+    engine = Engine(spec, drafts, depth, seed=drafts + depth, ahead=ahead)
     for i in range(300):
         if len(engine.requests) < 5:
             hit = int(engine.rng.integers(0, 4)) * B  # tokens whose pages a prefix hit found
@@ -199,12 +221,14 @@ def test_pages_are_claimed_by_the_step_that_completes_their_block() -> None:
 TAIL_STEPS = (300, 128, 1, 600, 23, 100, 1)  # tokens; ends at 300, 428, 429, 1029, 1052, ...
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "a block is dropped"])
 @pytest.mark.parametrize("interval", [0, 256, None])
-def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None) -> None:
+def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None, dropped: bool) -> None:
     """Of a prompt of 900 tokens, of which another request has had 520."""
-    spec = tail_spec(2, FORMATS[0], 0, interval)
+    spec = tail_spec(2, FORMATS[0], 0, interval, two_ends=dropped)
     block_pool = pool(200)
     tails = manager(TailManager, spec, block_pool)
+    tails.use_eagle = dropped
     tails.observe(
         SimpleNamespace(request_id="r", num_prompt_tokens=900, shared_prefix_boundary=520)
     )
@@ -220,9 +244,10 @@ def test_tails_of_the_newest_block_and_of_boundaries(interval: int | None) -> No
             assert table[done // B - 1], "the tail that this step reads"
         done += new
         assert len(table) == done // B
-    # Ends of steps: 300, 428, 429, 1,029, 1,052, 1,152; boundaries: 512 and 896.
-    kept = {2, 3, 8, 9} | {4, 7}
-    kept |= {0: set(), 256: {2, 4, 6, 8}, None: set(range(1, 10))}[interval]
+    # Ends of steps: 300, 428, 429, 1,029, 1,052, 1,152; boundaries: 512, and 896 or 768.
+    kept = {2, 3, 8, 9} | ({4, 5} | {6, 7} if dropped else {4, 7})
+    every = 128 if dropped else 256  # a hit on a multiple of 256 needs two tails
+    kept |= {0: set(), 256: {*range(every // B, 10, every // B)}, None: {*range(1, 10)}}[interval]
     assert {i + 1 for i, page in enumerate(table) if page} == kept
     limit = spec.max_admission_blocks_per_request(600, 4096)
     assert most <= limit

@@ -29,7 +29,9 @@ def residual_specs(
     num_sinks = int(fmt.sink_tokens > 0)
     num_drafts = num_draft_tokens(vllm_config)
     interval = vllm_config.cache_config.prefix_cache_retention_interval
-    tail = tail_spec(num_kv_heads, fmt, num_drafts, interval)
+    speculative = vllm_config.speculative_config
+    dropped = speculative is not None and speculative.use_eagle_block_drop()
+    tail = tail_spec(num_kv_heads, fmt, num_drafts, interval, dropped)
     return {
         "kivi_ring": ring_spec(num_kv_heads, fmt, num_drafts, num_tails + num_sinks, window, chunk),
         **{f"kivi_tail{i}": tail for i in range(num_tails)},
@@ -38,6 +40,9 @@ def residual_specs(
 
 
 def num_draft_tokens(vllm_config: VllmConfig) -> int:
-    """Draft tokens that one step may store for a sequence."""
+    """Draft tokens that one pass of a model may store for a sequence that decodes."""
     speculative = vllm_config.speculative_config
-    return speculative.num_speculative_tokens if speculative else 0
+    if speculative is None:
+        return 0
+    # A draft model's first pass has the token too that the step has just chosen.
+    return speculative.num_speculative_tokens + speculative.uses_draft_model()

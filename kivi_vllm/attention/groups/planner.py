@@ -100,8 +100,8 @@ def plan(
     if any(seen.chunk for _, seen in kinds.others):
         most = 1
     fitting = _pages_a_block(kinds, block_bytes, most)
-    for seen, layers in kinds.pages.items():
-        pages = fitting[seen]
+    for seen in sorted(kinds.pages, key=lambda seen: not _of_draft_model(kinds.pages[seen])):
+        layers, pages = kinds.pages[seen], fitting[seen]
         groups.append(_replaced(layers, block_size=pages * BLOCK_SIZE))
         page_groups.append(replace(seen, pages=pages))
     stride = max(fitting.values()) * BLOCK_SIZE  # the others divide it
@@ -182,6 +182,11 @@ def _seen(spec: Any) -> PageGroup:
 
 def _bytes(layers: Specs) -> int:
     return sum(spec.page_size_bytes for spec in layers.values())
+
+
+def _of_draft_model(layers: Specs) -> bool:
+    """Whether a draft model's layers are among them: vLLM's runner takes the first group for it."""
+    return any(name.startswith("draft_model.") for name in layers)
 
 
 def _pages_a_block(kinds: _Kinds, block_bytes: int, most: int) -> dict[PageGroup, int]:

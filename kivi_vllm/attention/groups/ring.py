@@ -60,8 +60,9 @@ class RingSpec(CircularBufferSpec):
     def needed_after(self, num_tokens: int) -> range:
         """Entries of the table that the steps after a step that ends at `num_tokens` need.
 
-        Twice the drafts is a margin: if vLLM scheduled them asynchronously, those of
-        two steps would be counted as accepted before it is known.
+        Of these tokens, the step's drafts may be rejected, and as many are what a draft model
+        stores after it. Where vLLM schedules asynchronously, the drafts of the step before
+        are counted as accepted too; pages that moved on too early are not written until then.
         """
         first = ring_start(num_tokens, 1 + 2 * self.num_drafts)
         last = self.entry(num_tokens - 1) + 1 if first < num_tokens else self.entry(first)

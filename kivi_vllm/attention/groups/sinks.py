@@ -96,16 +96,21 @@ class SinkManager(SingleTypeKVCacheManager):
         kv_cache_group_ids: list[int],
         block_pool: Any,
         kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The page of the first block, which serves a prefix of any length; else nothing."""
+        """The page of the first block, which serves a prefix of any length; else nothing.
+
+        With `drop_eagle_block`, `max_length` is one block more than it may be.
+        """
         size = kv_cache_spec.block_size
+        longest = max_length // size * size - size * drop_eagle_block
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
-        found = max_length >= size and block_pool.get_cached_block(hashes[0], kv_cache_group_ids)
+        found = longest > 0 and block_pool.get_cached_block(hashes[0], kv_cache_group_ids)
         if not found:
             return tuple([] for _ in kv_cache_group_ids), 0
-        return tuple([block] for block in found), max_length // size * size
+        return tuple([block] for block in found), longest
 
 
 def sink_spec(num_kv_heads: int, fmt: PageFormat) -> SinkSpec:

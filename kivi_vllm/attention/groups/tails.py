@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_coordinator import replay_boundaries
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
@@ -28,11 +29,13 @@ class TailSpec(SlidingWindowSpec):
         interval: vLLM's `prefix_cache_retention_interval`: tails are kept for prefix
             hits every so many tokens; 0: only where a request is likely to come
             again; None: of every block.
+        two_ends: whether hits end one block before what is in the cache (EAGLE and MTP).
 
     """
 
     num_drafts: int
     interval: int | None = 0
+    two_ends: bool = False
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Tails group with tails."""
@@ -49,7 +52,9 @@ class TailSpec(SlidingWindowSpec):
         last = 1 + cdiv(2 * self.num_drafts, self.block_size)
         interval = self.block_size if self.interval is None else self.interval
         kept = cdiv(max_in_flight_tokens, interval) if interval else 0
-        return min(1 + last + 2 + kept, max_model_len // self.block_size)
+        # For EAGLE, prompts have two ends, and prefixes end with two blocks.
+        ends = 2 * (3 + kept) if self.two_ends else 2 + kept
+        return min(1 + last + ends, max_model_len // self.block_size)
 
 
 class TailManager(SparseManager, SlidingWindowManager):
@@ -64,16 +69,18 @@ class TailManager(SparseManager, SlidingWindowManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._boundaries: dict[str, tuple[int, int]] = {}
+        self._boundaries: dict[str, tuple[int, ...]] = {}
 
     def observe(self, request: Any) -> None:
         """Note where later requests may find a prefix of this one, before it gets its pages.
 
-        The same that `SlidingWindowManager.cache_blocks` takes: the prompt without its
-        last token, and the longest prefix that another request has had before.
+        The same that `SlidingWindowManager.cache_blocks` takes: where the same prompt could
+        go on, and the longest prefix that another request has had before.
         """
-        boundaries = request.num_prompt_tokens - 1, request.shared_prefix_boundary
-        self._boundaries[request.request_id] = boundaries
+        again = replay_boundaries(
+            request.num_prompt_tokens, self.cache_hit_alignment_tokens, self.use_eagle
+        )
+        self._boundaries[request.request_id] = (*again, request.shared_prefix_boundary)
 
     def _wanted(self, request_id: str, num_tokens: int, known: int) -> list[int]:
         """New entries that get a page, in a row that has `known`."""
@@ -83,21 +90,32 @@ class TailManager(SparseManager, SlidingWindowManager):
             return list(range(max(known, newest), num_tokens // size))
         stride = self.cache_hit_alignment_tokens  # hits land on its multiples
         boundaries = self._boundaries.get(request_id, ())
-        found = {boundary // stride * stride // size - 1 for boundary in boundaries}
+        # Where a block is dropped, a hit needs its tail too.
+        ends = {b // stride * stride + i * size for b in boundaries for i in self._ends}
         return [
             block
             for block in range(known, num_tokens // size)
             if block >= newest
-            or block in found
+            or (block + 1) * size in ends
             or interval is None
-            or (interval and (block + 1) * size % interval == 0)
+            or (interval and any((block + 1 - i) * size % interval == 0 for i in self._ends))
         ]
+
+    @property
+    def _ends(self) -> range:
+        """Which blocks at the end of a prefix must be there: the last one, and one that is dropped.
+
+        The latter is for EAGLE and MTP (see `hooks.drafts`).
+        """
+        return range(1 + self.use_eagle)
 
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
         *args: Any,
         apply_admission_cap: bool = False,
         **kwargs: Any,
@@ -108,7 +126,10 @@ class TailManager(SparseManager, SlidingWindowManager):
         together than were checked at start, so the count is capped by that.
         """
         known = len(self.req_to_blocks.get(request_id, ())) or len(new_computed_blocks)
-        lacking = len(self._wanted(request_id, num_tokens, known))
+        loaded = total_computed_tokens > num_local_computed_tokens
+        if loaded:
+            known = total_computed_tokens // BLOCK_SIZE
+        lacking = loaded + len(self._wanted(request_id, num_tokens, known))
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             lacking = min(lacking, self.max_admission_blocks_per_request)
         return self._get_num_evictable_blocks(new_computed_blocks) + lacking
@@ -118,6 +139,18 @@ class TailManager(SparseManager, SlidingWindowManager):
         super().add_local_computed_blocks(request_id, *args, **kwargs)
         found = enumerate(self.req_to_blocks[request_id])
         self._held[request_id] = [entry for entry, block in found if not block.is_null]
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Claim the page of the last tail: a connector loads no other."""
+        end = (num_local_computed_tokens + num_external_computed_tokens) // BLOCK_SIZE
+        self._append(request_id, [end - 1], self.block_pool.get_new_blocks(1), end)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -141,7 +174,11 @@ class TailManager(SparseManager, SlidingWindowManager):
 
 
 def tail_spec(
-    num_kv_heads: int, fmt: PageFormat, num_drafts: int, interval: int | None
+    num_kv_heads: int,
+    fmt: PageFormat,
+    num_drafts: int,
+    interval: int | None,
+    two_ends: bool = False,
 ) -> TailSpec:
     """One page of the last tokens of a block; that of the newest block is read."""
     return TailSpec(
@@ -149,4 +186,5 @@ def tail_spec(
         sliding_window=BLOCK_SIZE + 1,  # exactly one whole block before the current one
         num_drafts=num_drafts,
         interval=interval,
+        two_ends=two_ends,
     )

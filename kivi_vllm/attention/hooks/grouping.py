@@ -13,14 +13,19 @@ def planned(original: Callable) -> Callable:
 
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
         from kivi_vllm.attention.groups import planner
+        from kivi_vllm.attention.hooks import drafts
 
-        if not planner.is_needed(kv_cache_spec.values()):
-            return original(vllm_config, kv_cache_spec)
-        plan = planner.plan_for(vllm_config, kv_cache_spec)
         cache_config = vllm_config.cache_config
-        if cache_config.mamba_cache_mode == "align":
-            cache_config.mamba_block_size = plan.hit_stride
-        return plan.groups
+        if planner.is_needed(kv_cache_spec.values()):
+            plan = planner.plan_for(vllm_config, kv_cache_spec)
+            groups = plan.groups
+            if cache_config.mamba_cache_mode == "align":
+                cache_config.mamba_block_size = plan.hit_stride
+        else:
+            groups = original(vllm_config, kv_cache_spec)
+        if is_kivi(cache_config.cache_dtype):
+            drafts.flag_groups(vllm_config, groups)
+        return groups
 
     return get_kv_cache_groups
 

@@ -95,8 +95,12 @@ def attach_residual_to_layers() -> None:
             original(self, *args, **kwargs)
             if not is_kivi(cache_config.cache_dtype):
                 return
+            from kivi_vllm.attention.hooks import drafts
             from kivi_vllm.attention.layer import attach, check_shared_cache
 
+            # Not earlier: importing vLLM's drafts imports its models.
+            if proposer := drafts.proposer():
+                _wrap(proposer, "load_model", drafts.without_residual)
             check_shared_cache(self)
             ours = hasattr(self.impl, "bind_residual")
             if not ours and not is_kivi(self.kv_cache_dtype):
@@ -192,6 +196,7 @@ def check_engine_config() -> None:
     def make(original: Callable) -> Callable:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             vllm_config = original(self, *args, **kwargs)
+            from kivi_vllm.attention.connectors import use_ours
             from kivi_vllm.attention.hooks.images import ask_for_whole
             from kivi_vllm.attention.refusals import check
 
@@ -203,6 +208,8 @@ def check_engine_config() -> None:
                 if _is_vllm_command_line():
                     sys.exit(f"error: {error}")
                 raise
+            if is_kivi(vllm_config.cache_config.cache_dtype):
+                use_ours(vllm_config)
             return vllm_config
 
         return create_engine_config

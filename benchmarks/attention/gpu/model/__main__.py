@@ -57,7 +57,7 @@ def model(
             words.append(f"{row[f'{name}_modelled_share']:.0%}")
         table.add_row(*map(str, words))
         note(f"{variant.compiler}, {variant.cache}: played")
-    Console(width=max(console.width, 132)).print(table)
+    Console(width=max(console.width, 144)).print(table)
     note("Cycles are of a multiprocessor, a page; shares, of the GPU's bandwidth. All is modelled.")
     if json_path:
         write_json(json_path, {"modelled": True, "shape": shape, "rows": rows})
