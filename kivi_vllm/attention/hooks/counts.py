@@ -1,8 +1,8 @@
 """What generated tokens have read of pages, as metrics of the server.
 
 The kernels count in the workers. The counts of the first one travel with what it answers to a step
-to the scheduler, and from there with its statistics, in the place of a KV connector's, of which the
-KIVI cache has none. The metrics are `kivi:pages_seen` and `kivi:pages_read`.
+to the scheduler, and from there with its statistics, in the place of a KV connector's at steps
+where there are none. The metrics are `kivi:pages_seen` and `kivi:pages_read`.
 """
 
 from __future__ import annotations
