@@ -45,6 +45,17 @@ class KiviMetadata:
             self.step = replace(self.step, last_visible=none)
 
 
+def mark_generated(rows: torch.Tensor, is_prefilling: torch.Tensor) -> torch.Tensor:
+    """Which of the rows generate: `rows` themselves, which graphs that were captured read.
+
+    They are more than the requests of which vLLM knows it where a graph has rows of padding.
+    """
+    known = ~is_prefilling[: len(rows)]
+    rows[: len(known)].copy_(known, non_blocking=True)
+    rows[len(known) :] = False
+    return rows
+
+
 class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
     """Builds `KiviMetadata` of quantized pages (see `with_options`)."""
 
@@ -100,8 +111,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
             raise NotImplementedError("the KIVI cache serves causal attention only")
         generated = None
         if self.config.token_budget and m.is_prefilling is not None:
-            generated = self._generated[: m.num_reqs]
-            generated.copy_(~m.is_prefilling[: m.num_reqs], non_blocking=True)
+            generated = mark_generated(self._generated[: m.num_reqs], m.is_prefilling)
         starts, ends = m.query_start_loc_cpu[: m.num_reqs + 1], m.seq_lens_cpu_upper_bound
         seen = None
         if m.mm_req_doc_ranges:

@@ -113,9 +113,10 @@ def _settings(vllm_config: VllmConfig) -> Iterator[str]:
             "--kv-sharing-fast-prefill is not supported: layers that share a cache must see the "
             "same tokens of a step; leave it out"
         )
-    connector = vllm_config.kv_transfer_config is not None
-    # Connectors make vLLM itself disable the manager, and are refused by name.
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not connector:
+    # Other connectors make vLLM itself disable the manager, and are refused by name.
+    transfer = vllm_config.kv_transfer_config
+    refused = transfer is not None and transfer.kv_connector not in (None, connectors.SERVED)
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and not refused:
         remedy = "leave out --disable-hybrid-kv-cache-manager"
         if vllm_config.model_config.attention_chunk_size:  # there, vLLM itself may disable it
             remedy += (
@@ -220,10 +221,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             f"{limits.devices} are served with vLLM {' or '.join(good)}, not {version}; "
             f"pip install 'kivi-vllm[{device}]'"
         )
-    if kivi_config(vllm_config).token_budget and not limits.selects:
+    config = kivi_config(vllm_config)
+    if config.token_budget and config.recipe not in limits.selects:
         yield (
-            f"kivi.token_budget is not there for {limits.devices} yet, whose kernels read all "
-            "pages; leave it out"
+            f"kivi.token_budget is not there for recipe {config.recipe!r} on {limits.devices}; "
+            "leave it out, or kivi.recipe"
         )
     model = vllm_config.model_config
     # What no device serves is refused by `PageFormat`, with its remedy.

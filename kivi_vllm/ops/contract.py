@@ -29,7 +29,7 @@ class Limits:
             generation; None where devices have none.
         decodes_first: the requests of a step must be in this order: those of at most
             `decode_len` tokens, then the longer ones.
-        selects: whether `select` is there.
+        selects: the recipes for whose pages `select` is there.
 
     """
 
@@ -38,7 +38,7 @@ class Limits:
     model_dtypes: tuple[torch.dtype, ...] = RAW_DTYPES
     min_capability: tuple[tuple[int, int], str] | None = None
     decodes_first: bool = False
-    selects: bool = True
+    selects: tuple[str, ...] = ("best", "paper")
 
     def serves(self, capability: Any) -> bool:
         """Whether a device of this compute capability is new enough; None: it is not known."""

@@ -141,3 +141,13 @@ def test_when_the_layers_are_there(
     settings["kv_transfer_config"]["kv_connector_extra_config"].update(extra)
     with pytest.raises(KiviConfigError, match=message), engine(model(), "kivi2", **settings):
         pass
+
+
+def test_without_the_managers_of_several_groups(
+    monkeypatch: pytest.MonkeyPatch,
+    offloading: Any,  # noqa: F811
+) -> None:
+    """The connector that is served does not let pass what is refused without one."""
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    message = refusal(kv_offloading_size=1, disable_hybrid_kv_cache_manager=True)
+    assert "the full-precision residual needs the hybrid KV cache manager" in message

@@ -235,15 +235,18 @@ def test_the_log_says_what_a_budget_selects(
     assert line is None or said[0].endswith(line)
 
 
-def test_a_budget_on_a_device_whose_kernels_read_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_on_a_device_that_has_it_for_other_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     from kivi_vllm.ops import dispatch
 
     operators = dispatch.backend("cpu").operators
-    limits = dataclasses.replace(operators.limits, selects=False)
+    limits = dataclasses.replace(operators.limits, selects=("best",))
     monkeypatch.setattr(operators, "limits", limits)
-    message = refusal(additional_config={"kivi": {"token_budget": 2048}})
-    assert message.endswith(
-        "kivi.token_budget is not there for CPUs yet, whose kernels read all pages; leave it out"
+    options = {"token_budget": 2048, "recipe": "paper"}
+    assert refusal(additional_config={"kivi": options}).endswith(
+        "kivi.token_budget is not there for recipe 'paper' on CPUs; leave it out, or kivi.recipe"
+    )
+    engine_config(
+        additional_config={"kivi": {"token_budget": 2048}}, kv_cache_memory_bytes=64 << 20
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kivi_vllm.attention.metadata import mark_generated
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection, best, weights
@@ -214,3 +215,13 @@ def test_pages_are_counted(ops: Any) -> None:
     seen = sum(-(-sim.rule(t, 32) // 128) for t in range(890, 900))
     seen_short = sum(-(-sim.rule(t, 32) // 128) for t in range(320, 330))
     assert COUNTED.tolist() == [2 * (seen + seen_short), 2 * (10 * 3 + seen_short)]
+
+
+def test_rows_of_padding_do_not_generate() -> None:
+    """A graph of four rows, of which vLLM knows three; the memory is the same in every step."""
+    kept = torch.ones(6, dtype=torch.bool)
+    rows = mark_generated(kept[:4], torch.tensor([False, True, False]))
+    assert rows.tolist() == [True, False, True, False]
+    assert rows.data_ptr() == kept.data_ptr() and kept[4:].all()
+    more = mark_generated(kept[:2], torch.tensor([True, False, True]))
+    assert more.tolist() == [False, True]

@@ -1,4 +1,4 @@
-"""NVRTC, the compiler that PyTorch brings: CUDA C++ to code for one GPU, or to PTX."""
+"""NVRTC, the compiler that PyTorch's CUDA brings: CUDA C++ to code for one GPU, or to PTX."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 NAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
 
@@ -17,25 +19,46 @@ class CompilerError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """That of this process or of the system, else that of an NVIDIA package, else of CUDA."""
-    for name in NAMES:
+    """That of PyTorch's CUDA, as a package brings it; else of this process, or of the system."""
+    for folder in _folders():
+        if found := sorted(folder.glob("libnvrtc.so*")):
+            for builtins in folder.glob("libnvrtc-builtins.so*"):  # looked for by name alone
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(found[0]))
+    for name in (*NAMES, "/usr/local/cuda/lib64/libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    for folder in _folders():
-        found = sorted(folder.glob("libnvrtc.so*"))
-        if found:
-            for builtins in folder.glob("libnvrtc-builtins.so*"):  # looked for by name alone
-                ctypes.CDLL(str(builtins))
-            return ctypes.CDLL(str(found[0]))
-    raise CompilerError("libnvrtc is not there: install the package nvidia-cuda-nvrtc")
+    raise CompilerError(f"libnvrtc is not there: install the package {package()}")
+
+
+def package() -> str:
+    """The package that has the compiler for PyTorch's CUDA."""
+    major = (torch.version.cuda or "13").partition(".")[0]
+    return "nvidia-cuda-nvrtc" + (f"-cu{major}" if major == "12" else "")
 
 
 def _folders() -> list[Path]:
+    """Of NVIDIA's packages, those for PyTorch's CUDA first."""
     spec = find_spec("nvidia")
     roots = [Path(root) for root in spec.submodule_search_locations or ()] if spec else []
-    return [*(path for root in roots for path in root.glob("*/lib")), Path("/usr/local/cuda/lib64")]
+    major = (torch.version.cuda or "13").partition(".")[0]
+    own = {"12": "cuda_nvrtc"}.get(major, f"cu{major}")
+    folders = [path for root in roots for path in sorted(root.glob("*/lib"))]
+    return sorted(folders, key=lambda path: path.parent.name != own)
+
+
+def architecture_for(capability: int) -> str:
+    """What to compile for a GPU: its own code, or, if it is newer than the compiler, PTX."""
+    nvrtc, count = _library(), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    known = (ctypes.c_int * count.value)()
+    _check(nvrtc, nvrtc.nvrtcGetSupportedArchs(known))
+    older = [one for one in known if one <= capability]
+    if not older:
+        raise CompilerError(f"this NVRTC compiles for none of sm_{capability} and older")
+    return f"sm_{capability}" if capability in older else f"compute_{max(older)}"
 
 
 def available() -> bool:

@@ -91,12 +91,11 @@ extern "C" __global__ void __launch_bounds__(32, PROGRAMS) decode(const __grid_c
   const int lane = threadIdx.x, split = blockIdx.z;
   const int head = blockIdx.y / TILES, tile = blockIdx.y % TILES;
   const Row row = Row::of(call, blockIdx.x);
-  if (row.a >= row.b) return;
+  if (row.a >= row.b || !Column::of(row, head, tile, 0).live) return;
   int oldest = row.a, newest = row.b - 1, listed = -1;
   const int *list = nullptr;
   if (BUDGET > 0) {
     oldest = newest = position_of(row, tile);
-    if (newest >= row.b) return;
     const i64 token = row.q0 + newest - row.a;
     listed = call.counts[token];
     if (listed >= 0) list = call.blocks + (token * (gridDim.y / TILES) + head) * (BUDGET + 1);

@@ -56,12 +56,12 @@ class Variant:
     PAGES: int = 0
 
     @property
-    def options(self) -> list[str]:
-        """Those of the compiler."""
+    def header(self) -> str:
+        """Their definitions: `constants.cuh`, which the sources include first."""
         words = {name: f"{value:d}" for name, value in vars(self).items() if name != "CAP"}
         words |= {"CAP": f"{self.CAP!r}f", "ZERO_STEP": str(codes.zero_step(self.K_BITS))}
         words["CALL_BYTES"] = str(ctypes.sizeof(Call))
-        return ["--std=c++17", *(f"-D{name}={value}" for name, value in words.items())]
+        return "".join(f"#define {name} {value}\n" for name, value in words.items())
 
 
 def _fields(pointer: str, *numbers: str) -> list[tuple[str, type]]:
@@ -114,8 +114,9 @@ def compiled(variant: Variant, source: str, architecture: str, ptx: bool = False
         CompilerError: there is no NVRTC, or it does not know the architecture.
 
     """
-    options = [*variant.options, f"--gpu-architecture={architecture}"]
+    options = ["--std=c++17", f"--gpu-architecture={architecture}"]
     headers = {name: text for name, text in _sources().items() if name.endswith(".cuh")}
+    headers["constants.cuh"] = variant.header
     return compiler.compiled(_sources()[source], source, options, headers, ptx)
 
 
@@ -141,7 +142,9 @@ def kernel_of(variant: Variant, device: torch.device, name: str) -> driver.Kerne
     major, minor = torch.cuda.get_device_capability(device)
     source, threads = ENTRIES[name]
     try:
-        return driver.load(compiled(variant, source, f"sm_{major}{minor}"), name, threads)
+        architecture = compiler.architecture_for(10 * major + minor)
+        code = compiled(variant, source, architecture, architecture.startswith("compute"))
+        return driver.load(code, name, threads)
     except (compiler.CompilerError, driver.DriverError, OSError) as error:
         logger.warning(
             "the CUDA kernel %s cannot be had, Triton's takes its place, and is slower: %s",

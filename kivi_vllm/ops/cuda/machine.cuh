@@ -1,6 +1,7 @@
 // Instructions that CUDA C++ has no names for, and what all kernels here need of a warp.
 
 #pragma once
+#include "constants.cuh"  // kernels.py makes it: after what the compiler itself includes
 
 typedef unsigned char u8;
 typedef unsigned short u16;

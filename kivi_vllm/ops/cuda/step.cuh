@@ -42,7 +42,7 @@ struct Call {
   float scale;
   int splits, most_pages, unused;
 };
-static_assert(sizeof(Call) == CALL_BYTES, "decode.py knows other fields");
+static_assert(sizeof(Call) == CALL_BYTES, "kernels.py knows other fields");
 
 // A request of the step.
 struct Row {

@@ -39,6 +39,7 @@ limits = Limits(
     # Matrix products of bf16, and asynchronous copies.
     min_capability=((8, 0), "Ampere"),
     decodes_first=True,
+    selects=("best",),
 )
 
 step = DeviceStep.of

@@ -19,7 +19,13 @@ from kivi_vllm.ops.triton.in_cuda import fields, variant
 from kivi_vllm.ops.triton.page import page_constants
 from kivi_vllm.ops.triton.softmax import rules_of
 from kivi_vllm.ops.triton.tokens import pages_arguments
-from kivi_vllm.ops.triton.workspace import kept, num_splits, slots, token_columns
+from kivi_vllm.ops.triton.workspace import (
+    decode_tokens,
+    kept,
+    num_splits,
+    slots,
+    token_columns,
+)
 
 MOST_PAGES = 8192
 """Whose weights fit into a program's shared memory: of a million tokens."""
@@ -35,8 +41,8 @@ def check(layer: Layer, params: AttentionParams) -> None:
     if not compiler.available() or not cuda.WANTED:
         raise KiviConfigError(
             "kivi.token_budget needs NVRTC on GPUs, to compile the kernels that choose: install "
-            "the package nvidia-cuda-nvrtc (and unset KIVI_VLLM_CUDA_DECODE), or leave the budget "
-            "out"
+            f"the package {compiler.package()} (and unset KIVI_VLLM_CUDA_DECODE), or leave the "
+            "budget out"
         )
     if layer.max_tokens > MOST_PAGES * BLOCK_SIZE:
         raise KiviConfigError(
@@ -45,9 +51,13 @@ def check(layer: Layer, params: AttentionParams) -> None:
         )
 
 
+_reserved: dict[torch.device, int] = {}
+"""Pages of a sequence that the buffers of a device have room for."""
+
+
 def reserve(layer: Layer, budget: int, device: torch.device) -> int:
     """Allocate what the choice of any step will need, once for all layers; its bytes."""
-    pages = _pages(-(-layer.max_tokens // BLOCK_SIZE))
+    pages = _reserved[device] = _pages(-(-layer.max_tokens // BLOCK_SIZE))
     tokens = layer.max_rows * layer.decode_len
     sizes = (tokens, layer.num_heads, layer.num_kv_heads, pages, budget // BLOCK_SIZE)
     _count(device)
@@ -98,14 +108,15 @@ def select(
         return None
     num_heads, kv_heads, device = query.shape[1], key.shape[1], query.device
     rows, gqa = step.num_decodes, num_heads // kv_heads
-    tokens = min(step.decode_len, step.max_query_len)
+    tokens = decode_tokens(step)
     token_tiles, n = token_columns(gqa, cache.fmt.head_size)
     if not cuda.serves(cache.fmt, query.dtype, n):
         raise KiviConfigError(
             "kivi.token_budget serves pages of recipe 'best' and 16-bit models on GPUs; leave it "
             "out, or set kivi.recipe to 'best'"
         )
-    pages = _pages(most_pages)
+    # A table may be wider, where blocks hold several pages; a sequence has no more.
+    pages = _reserved.get(device) or _pages(most_pages)
     columns = (tokens * token_tiles, n)
     rules = rules_of(params, cache)
     of = variant(page_constants(cache), rules, query.dtype, gqa, columns, False, read, pages)

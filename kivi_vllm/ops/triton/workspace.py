@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from kivi_vllm.ops.step import DeviceStep
+
 MOST_PROGRAMS = 16
 """Programs of a multiprocessor that splits count with, at most: a bound of the workspace."""
 
@@ -91,6 +93,11 @@ def num_splits(programs: int, most_pages: int, slots: int) -> int:
         if share >= FULL:
             break
     return best
+
+
+def decode_tokens(step: DeviceStep) -> int:
+    """Tokens that a decode of a step may have: one, or as many as any, so that few are compiled."""
+    return 1 if step.max_query_len == 1 else step.decode_len
 
 
 def columns(gqa: int, tokens: int) -> tuple[int, int]:

@@ -212,7 +212,8 @@ static void weigh(const KiviCall &c, float *x, int rows, int64_t n, int64_t stri
         total += e;
         store(x + i, e);
       }
-      vf share = 1.0f / of_rows(total, [](float a, float b) { return a + b; });
+      total = of_rows(total, [](float a, float b) { return a + b; });
+      vf share = either(total == vf{}, vf{}, 1.0f / total);  // none of the head's is finite
       for (int i = 0; i < W; i++)
         if (r0 + (v * W + i) % kRows >= rows) share[i] = 0.0f;
       for (int64_t i = v * W; i < end; i += kVectors * W) {
