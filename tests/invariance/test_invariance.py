@@ -191,8 +191,8 @@ def test_a_fault_is_seen(
         elif fault == "rule":  # a residual that starts one block late
             tiles = reference._tiles
 
-            def late(*args: Any) -> Any:
-                return ((s, e, min(s, f + 32)) for s, e, f in tiles(*args))
+            def late(*args: Any, **options: Any) -> Any:
+                return ((s, e, min(s, f + 32)) for s, e, f in tiles(*args, **options))
 
             monkeypatch.setattr(reference, "_tiles", late)
         elif fault == "sinks":  # sinks that are never written

@@ -16,10 +16,11 @@ from tests.refusals.configs import engine_config
 @pytest.fixture(autouse=True)
 def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the check at start; and what an engine that fails half way leaves behind."""
-    monkeypatch.setattr(refusals, "_model", lambda vllm_config: iter(()))
-    yield
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    cleanup_dist_env_and_memory()  # of tests before, too
+    monkeypatch.setattr(refusals, "_model", lambda vllm_config: iter(()))
+    yield
     cleanup_dist_env_and_memory()
 
 
