@@ -190,7 +190,9 @@ def launch_shape(constants: PageConstants, columns: int) -> Shape:
         return Shape(2, 5)  # finding the page takes stages, too: two buffers are left of five
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
         return Shape(2, 2)
-    return Shape(8 if constants.DP > 128 else 4, 2)
+    if constants.DP > 128:
+        return Shape(8, 1 if spare else 2)  # two pages of these would not fit all GPUs
+    return Shape(4, 2)
 
 
 _kernels: dict[Any, Kernel] = {}
