@@ -16,6 +16,9 @@ from tests.patches.vllm033 import SourcesUnavailable, vllm_033_sources
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 37, 300)]
 """Of the last, a first step computes 256 tokens at most, less what the others take."""
 
+LONG = PROMPTS[2] + random_prompt(150, seed=1)
+"""Long enough that pages have left a window of 100 tokens."""
+
 TOKENS = 6
 
 SAME = 1e-3

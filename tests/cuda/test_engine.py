@@ -13,6 +13,7 @@ import pytest
 
 from tests.cuda.child import GRAPHS, results_in_child
 from tests.cuda.harness import (
+    LONG,
     PROMPTS,
     SAME,
     TOKENS,
@@ -25,8 +26,6 @@ from tests.cuda.harness import (
 from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, random_prompt, tiny_model
 from tests.offload import offloaded
-
-LONG = PROMPTS[2] + random_prompt(150, seed=1)
 
 DRAFTED_TOKENS = 8
 

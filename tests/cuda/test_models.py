@@ -12,6 +12,7 @@ import pytest
 
 from tests.cuda.child import GRAPHS, results_in_child
 from tests.cuda.harness import (
+    LONG,
     PROMPTS,
     SAME,
     TOKENS,
@@ -21,13 +22,10 @@ from tests.cuda.harness import (
     result,
     sources_or_skip,
 )
-from tests.engine import MAMBA2, gemma3, gemma3n, random_prompt, tiny_model
+from tests.engine import MAMBA2, gemma3, gemma3n, tiny_model
 from tests.models import pictures
 from tests.models.test_families import FAMILIES
 from tests.models.test_images import CACHED, SETTINGS, by_transformers, seeing_prompts
-
-LONG = PROMPTS[2] + random_prompt(150, seed=1)
-"""Long enough that pages have left a window of 100 tokens."""
 
 _LARGE_HEADS = dict(num_attention_heads=2, num_key_value_heads=1)
 """Of 64 channels, which the operators for GPUs serve."""

@@ -79,6 +79,22 @@ DEV float unit_of_steps(const u8 *k, int t) {
   return power_below(fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)));
 }
 
+// The ranges of quad 4s + t of a page: even and odd channels of `low` and of steps divided by their
+// unit, and what the groups have, of which the threads with this g have group g.
+struct Ranges {
+  u32 low_even, low_odd, step_even, step_odd, group;
+
+  DEV Ranges of(const u8 *k, int quad, u32 by, int g) {
+    const uint2 l = words(k + 8 * quad), w = words(k + K_STEP + 8 * quad);
+    Ranges r;
+    r.low_even = __byte_perm(l.x, l.y, 0x5410), r.low_odd = __byte_perm(l.x, l.y, 0x7632);
+    r.step_even = mul2(__byte_perm(w.x, w.y, 0x5410), by);
+    r.step_odd = mul2(__byte_perm(w.x, w.y, 0x7632), by);
+    r.group = B / G >= 8 || g < B / G ? word(k + K_RANGE + g * D + 4 * quad) : 0;
+    return r;
+  }
+};
+
 // Scores of a page, without the zeros: those of tile k in units of the returned number over
 // `unit_of(k % K_SLOTS)`; and the zeros of the groups, of which the threads with this g have group g.
 DEV float page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], float (*zeros)[2], int g,
@@ -89,22 +105,17 @@ DEV float page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], floa
   UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 32; i++) scores[n][i / 4][i % 4] = 0.f;
   UNROLL for (int s = 0; s < D / 16; s++) {
     const int quad = 4 * s + t;
-    const uint2 l = words(k + 8 * quad), w = words(k + K_STEP + 8 * quad);
-    const u32 low_even = __byte_perm(l.x, l.y, 0x5410), low_odd = __byte_perm(l.x, l.y, 0x7632);
-    const u32 step_even = mul2(__byte_perm(w.x, w.y, 0x5410), by);
-    const u32 step_odd = mul2(__byte_perm(w.x, w.y, 0x7632), by);
+    const Ranges of = Ranges::of(k, quad, by, g);
     u32 x[NT][2], x1024[NT][2];
     uint2 query[NT];
-    u32 z = 0;
-    if (B / G >= 8 || g < B / G) z = word(k + K_RANGE + g * D + 4 * quad);
     UNROLL for (int n = 0; n < NT; n++) {
       query[n] = q.of(n, s);
-      x[n][0] = mul2(query[n].x, step_even);
-      x[n][1] = mul2(query[n].y, step_odd);
+      x[n][0] = mul2(query[n].x, of.step_even);
+      x[n][1] = mul2(query[n].y, of.step_odd);
       x1024[n][0] = mul2(x[n][0], 0xe400e400u);  // * -1024
       x1024[n][1] = mul2(x[n][1], 0xe400e400u);
-      mma(low[n], low_even, 0, low_odd, 0, query[n].x, query[n].y);
-      mma(steps[n], z & 0x00f000f0u, 0, z >> 8 & 0x00f000f0u, 0, x[n][0], x[n][1]);
+      mma(low[n], of.low_even, 0, of.low_odd, 0, query[n].x, query[n].y);
+      mma(steps[n], of.group & 0x00f000f0u, 0, of.group >> 8 & 0x00f000f0u, 0, x[n][0], x[n][1]);
     }
     uint2 codes[K_UNITS];
     UNROLL for (int u = 0; u < K_STORED; u++)

@@ -11,23 +11,18 @@ DEV void page_estimates(const u8 *k, const Queries &q, float (*x)[2], int g, int
   const u32 by = half2(inverse(unit), inverse(unit));
   float low[NT][4] = {}, zeros[NT][4] = {}, scales[NT][4] = {};
   UNROLL for (int s = 0; s < D / 16; s++) {
-    const int quad = 4 * s + t;
-    const uint2 l = words(k + 8 * quad), w = words(k + K_STEP + 8 * quad);
-    const u32 low_even = __byte_perm(l.x, l.y, 0x5410), low_odd = __byte_perm(l.x, l.y, 0x7632);
-    const u32 step_even = mul2(__byte_perm(w.x, w.y, 0x5410), by);
-    const u32 step_odd = mul2(__byte_perm(w.x, w.y, 0x7632), by);
-    u32 z = 0;
-    if (B / G >= 8 || g < B / G) z = word(k + K_RANGE + g * D + 4 * quad);
+    const Ranges of = Ranges::of(k, 4 * s + t, by, g);
+    const u32 z = of.group;
     UNROLL for (int n = 0; n < NT; n++) {
       const uint2 query = q.of(n, s);
       // With half the radius: q + |q| / 2.
       const u32 wide_even = fma2(query.x & 0x7fff7fffu, 0x38003800u, query.x);
       const u32 wide_odd = fma2(query.y & 0x7fff7fffu, 0x38003800u, query.y);
-      mma(low[n], low_even, 0, low_odd, 0, query.x, query.y);
-      mma(zeros[n], z & 0x00f000f0u, 0, z >> 8 & 0x00f000f0u, 0, mul2(query.x, step_even),
-          mul2(query.y, step_odd));
-      mma(scales[n], z & 0x000f000fu, 0, z >> 8 & 0x000f000fu, 0, mul2(wide_even, step_even),
-          mul2(wide_odd, step_odd));
+      mma(low[n], of.low_even, 0, of.low_odd, 0, query.x, query.y);
+      mma(zeros[n], z & 0x00f000f0u, 0, z >> 8 & 0x00f000f0u, 0, mul2(query.x, of.step_even),
+          mul2(query.y, of.step_odd));
+      mma(scales[n], z & 0x000f000fu, 0, z >> 8 & 0x000f000fu, 0, mul2(wide_even, of.step_even),
+          mul2(wide_odd, of.step_odd));
     }
   }
   const float zero = unit * (float)(1 << 20) * ZERO_STEP;
