@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ CROWDED = (
 )
 # Nothing is shared in a file that costs more than a moment: their tests are dealt out singly.
 SINGLY = ("tests/unit/", "tests/triton/", "tests/ptx/")
+
+
+@pytest.fixture
+def caplog(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """Our records too where vLLM, once imported, keeps those below its logger to itself."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
