@@ -32,6 +32,7 @@ DOCUMENTS = tuple(
         "docs/evidence.md",
         "benchmarks/results/README.md",
         "docs/quality.md",
+        "docs/selection.md",
         "docs/support.md",
     )
 )
@@ -42,6 +43,7 @@ SHAPES = {
     "llama3-8b": "32/8, head size 128 (Llama-3-8B)",
     "llama2-7b": "32/32, head size 128 (Llama-2-7B)",
 }
+SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 CASCADE = ("attention-cpu-1-thread", "attention-cpu-2-threads")
 EPYC = ("attention-cpu-avx2-1-thread", "attention-cpu-avx2-2-threads")
 
@@ -130,6 +132,14 @@ def builds() -> pd.DataFrame:
     return by_shape(columns)
 
 
+def fetch() -> pd.DataFrame:
+    """Times of `kivi2` with pages that are fetched into L2, where it serves, by those before."""
+    rows = {title: read(f"builds-fetch-{isa}", "rows") for isa, title in SETS.items()}
+    first = rows["AVX2"]
+    columns = {"shape": first["shape"], "cached tokens": text(first["context"], "{:,}")}
+    return pd.DataFrame(columns | {isa: text(of["1_ratio"], "{:.2f}") for isa, of in rows.items()})
+
+
 def pages() -> pd.DataFrame:
     """Times of today's pages and kernels by those of 0.2, one decode step's attention."""
     files = {"AVX-512": "builds-pages-avx512", "AVX2": "builds-pages-avx2"}
@@ -144,6 +154,28 @@ def pages() -> pd.DataFrame:
         columns[f"`kivi_k3v2` by `kivi2`, {isa}"] = text(one["2_ratio"], "{:.2f}")
         columns[f"`kivi4`, {isa}"] = text(one["4_ratio"] / one["3_ratio"], "{:.2f}")
     return pd.DataFrame(columns)
+
+
+def selection() -> pd.DataFrame:
+    """Decode with a token budget, against the same cache without, and against bf16."""
+    tables = []
+    for isa, title in SETS.items():
+        rows = read(f"selection-cpu-{isa}", "selection")
+        for cache in ("kivi2", "kivi_k3v2"):
+            of = rows.filter(regex=rf"^caches\.{cache}\.").rename(
+                columns=lambda name: name.rpartition(".")[2]
+            )
+            ratios = [text(of[f"ratio_{n}"], "{:.1f}") for n in (1024, 2048, 4096)]
+            columns = {
+                "kernels, cache": f"{title}, `{cache}`",
+                "context": text(rows["context"], "{:,}"),
+                "budget 1,024 / 2,048 / 4,096, vs dense": ratios[0].str.cat(ratios[1:], " / "),
+                "2,048, vs bf16": text(of["ratio_bf16_2048"], "{:.1f}"),
+                "choosing, of dense": text(of["share_of_dense"], "{:.0%}"),
+                "reading, of 2,048": text(of["floor_2048_ms"] / of["selected_2048_ms"], "{:.0%}"),
+            }
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables)
 
 
 def recipes() -> pd.DataFrame:
@@ -287,8 +319,10 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "decode-avx2": partial(decode, EPYC, False),
     "prefill-avx2": partial(prefill, EPYC),
     "builds": builds,
+    "fetch": fetch,
     "pages": pages,
     "recipes": recipes,
+    "selection": selection,
     "throughput": throughput,
     "shares": shares,
     "load-long": partial(served, "long", "cpu", "cpu-long-kivi2"),

@@ -23,8 +23,8 @@ FIELDS = {
     (
         "cpu",
         "selection",
-    ): "batch cache token_budget dense_ms choose_ms selected_ms floor_ms ratio_dense "
-    "share_of_dense",
+    ): "batch cache token_budget dense_ms choose_ms selected_ms floor_ms bf16_ms ratio_dense "
+    "ratio_bf16 share_of_dense",
     ("cuda", "decode"): "batch bf16_ms bf16_is fp8_ms fp8_is turboquant_ms CACHES ratio_bf16 "
     "ratio_fp8 share_of_bandwidth",
     ("cuda", "prefill"): "new bf16_ms bf16_is kivi2_ms ratio_bf16 kivi2_served_ms",
@@ -81,10 +81,10 @@ def _by_budget(rows: Sequence[Result]) -> list[Result]:
     made: list[Result] = []
     for row in rows:
         for cache, of in row.get("caches", {}).items():
-            fields = ("dense_ms", "choose_ms", "share_of_dense", "iterations")
+            fields = ("dense_ms", "bf16_ms", "choose_ms", "share_of_dense", "iterations")
             more = {"cache": cache, "rel_error": row["rel_errors"][cache]}
             more |= {name: of[name] for name in fields}
-            budgets = (int(name.split("_")[1]) for name in of if name.startswith("ratio_"))
+            budgets = (int(name.split("_")[-1]) for name in of if name.startswith("ratio_bf16_"))
             made += [
                 row
                 | more
@@ -93,6 +93,7 @@ def _by_budget(rows: Sequence[Result]) -> list[Result]:
                     "selected_ms": of[f"selected_{n}_ms"],
                     "floor_ms": of.get(f"floor_{n}_ms"),
                     "ratio_dense": of[f"ratio_{n}"],
+                    "ratio_bf16": of[f"ratio_bf16_{n}"],
                 }
                 for n in budgets
             ]

@@ -1,4 +1,4 @@
-"""Decode with a `token_budget`: dense and selected in turn, and the floor of what is read.
+"""Decode with a `token_budget`: dense, selected and vLLM's bf16 in turn, and what reading takes.
 
 Keys are random, so what is chosen means nothing here: how long it takes to choose, and to read
 what is chosen, does not depend on it.
@@ -6,7 +6,7 @@ what is chosen, does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention.baseline import VllmPool
 from benchmarks.attention.cases import SHAPES, B, Case
 from benchmarks.attention.check import LIMIT
 from benchmarks.attention.floor import reader
@@ -34,10 +35,11 @@ Result = dict[str, Any]
 class Selecting(KiviPool):
     """A pool whose sequences have generated the step's tokens."""
 
-    def chosen(self, i: int, work: Work, budget: int) -> Selection | None:
-        """What the tokens of set i read."""
-        own = (work.query, work.key, work.value, replace(self.params, token_budget=budget))
-        return self.place.operators.select(*self.layer(i, work.rows), *own)
+    def choosing(self, i: int, work: Work, budget: int) -> Callable[[], Selection | None]:
+        """A call that chooses what the tokens of set i read."""
+        params = replace(self.params, token_budget=budget)
+        own = (work.query, work.key, work.value, params)
+        return partial(self.place.operators.select, *self.layer(i, work.rows), *own)
 
     def selected(self, i: int, work: Work, budget: int) -> Call:
         """A call that chooses and attends."""
@@ -56,7 +58,7 @@ class Selecting(KiviPool):
 
     def selected_ranges(self, i: int, work: Work, budget: int) -> Ranges:
         """What choosing and attending read of set i: all ranges of keys, and the chosen pages."""
-        selection = self.chosen(i, work, budget)
+        selection = self.choosing(i, work, budget)()
         everything = self.ranges(i, work)
         if selection is None:
             return everything
@@ -83,32 +85,38 @@ def measure(
     place = Place("cpu", CPU.device, partial(allocate, huge_pages=huge_pages))
     row: Result = {"caches": {}}
     for name in CACHES:
-        read = KiviPool(shape, name, 1, case.batch, 1).read_bytes(work)
-        pool = Selecting(shape, name, cold_sets(read, llc), case.batch, -(-case.end // B), place)
-        if pool.nbytes > memory:
-            need = f"the pool of {name} needs {pool.nbytes / GIB:.3g} GiB"
-            return {"skipped": f"{need}, the limit is {memory / GIB:.3g}"}
+        sets = cold_sets(KiviPool(shape, name, 1, case.batch, 1).read_bytes(work), llc)
+        size = (sets, case.batch, -(-case.end // B), place)
+        pool, bf16 = Selecting(shape, name, *size), VllmPool(shape, "bf16", *size)
+        if (need := pool.nbytes + bf16.nbytes) > memory:
+            limit = f"the limit is {memory / GIB:.3g}"
+            return {"skipped": f"the pools of {name} and bf16 need {need / GIB:.3g} GiB, {limit}"}
         pool.prepare()
-        row["caches"][name] = _of_a_cache(pool, work, budgets, budget)
+        bf16.prepare()
+        row["caches"][name] = _of_a_cache(pool, bf16, work, budgets, budget)
     return row
 
 
-def _of_a_cache(pool: Selecting, work: Work, budgets: Sequence[int], seconds: float) -> Result:
+def _of_a_cache(
+    pool: Selecting, bf16: VllmPool, work: Work, budgets: Sequence[int], seconds: float
+) -> Result:
     sets = range(pool.sets)
     cursor = cycle(sets)
     things = {"dense": Timed([pool.attention(i, work) for i in sets], cursor)}
+    things["bf16"] = Timed([bf16.attention(i, work) for i in sets], cursor)
     for one in budgets:
         things[f"selected_{one}"] = Timed([pool.selected(i, work, one) for i in sets], cursor)
         reads = [reader(pool.selected_ranges(i, work, one)) for i in sets]
         if all(reads):
             things[f"floor_{one}"] = Timed([read for read in reads if read], cursor)
-    choosing = [partial(pool.chosen, i, work, min(budgets)) for i in sets]
+    choosing = [pool.choosing(i, work, min(budgets)) for i in sets]
     things["choose"] = Timed(choosing, cursor)
     times = interleave(things, seconds)
     row: Result = columns(times) | {"iterations": len(times["dense"])}
     row["share_of_dense"] = round(times["choose"].ms / times["dense"].ms, 4)
     for one in budgets:
-        row[f"ratio_{one}"] = round(times["dense"].ms / times[f"selected_{one}"].ms, 3)
+        for name, prefix in (("dense", "ratio"), ("bf16", "ratio_bf16")):
+            row[f"{prefix}_{one}"] = round(times[name].ms / times[f"selected_{one}"].ms, 3)
     return row
 
 
@@ -131,7 +139,7 @@ def check(name: str) -> float:
     pool.selected(0, work, budget)()
     wanted = torch.zeros_like(work.output, dtype=torch.float32)
     own = (work.query, work.key, work.value, replace(pool.params, token_budget=budget))
-    selection = pool.chosen(0, work, budget)
+    selection = pool.choosing(0, work, budget)()
     reference.attend(*pool.layer(0, work.rows), *own, wanted, selection)
     error = float((work.output.float() - wanted).norm() / wanted.norm())
     if not error <= LIMIT:

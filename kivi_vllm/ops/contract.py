@@ -85,7 +85,10 @@ class Operators(Protocol):
         value: torch.Tensor,
         params: AttentionParams,
     ) -> Selection | None:
-        """Choose the pages that the step's generated tokens read; None: all tokens read all."""
+        """Choose the pages that the step's generated tokens read; None: all tokens read all.
+
+        What is chosen holds until the next choice.
+        """
 
     def attend(
         self,

@@ -62,7 +62,7 @@ class Selection:
 
     @classmethod
     def empty(cls, num_tokens: int, num_kv_heads: int, budget: int) -> Selection:
-        """Room for lists of `budget` tokens."""
+        """Room for lists of `budget` tokens, none of which is made."""
         blocks = torch.empty(num_tokens, num_kv_heads, budget // B + 1, dtype=torch.int32)
         return cls(blocks, torch.full((num_tokens,), -1, dtype=torch.int32))
 

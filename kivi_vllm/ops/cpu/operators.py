@@ -32,8 +32,11 @@ __all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "sto
 NO_QUERY = bytes(QUERY.size)
 NO_RAW = (0,) * len(RAW_FIELDS)
 
+MOST_ROOMS = 4  # of layers that differ
+
 _CPU = torch.device("cpu")
 
+_rooms: dict[tuple[int, ...], Selection] = {}
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
 
 
@@ -62,10 +65,20 @@ def select(
         return None
     if cache.fmt.is_raw:
         raise ValueError("pages of kivi_raw have no ranges to select by")
-    made = Selection.empty(step.num_tokens, cache.num_kv_heads, params.token_budget)
+    made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
     call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
     _run(load().select_pages, call, cache)
+    cache.native["selection"] = made
     return made
+
+
+def _room(*form: int) -> Selection:
+    """Room for lists: one for all layers, each of which reads before the next one chooses."""
+    if form not in _rooms:
+        if len(_rooms) >= MOST_ROOMS:
+            _rooms.clear()
+        _rooms[form] = Selection.empty(*form)
+    return _rooms[form]
 
 
 def attend(
@@ -103,7 +116,8 @@ def _query(
     token, head, out_token, out_head = strides
     lists = (0, 0, 0)
     if selection is not None:
-        checks.check_selection(selection, step, cache)
+        if selection is not cache.native.get("selection"):  # but `select` has just made it
+            checks.check_selection(selection, step, cache)
         blocks, counts = selection.blocks, selection.counts
         lists = (blocks.data_ptr(), counts.data_ptr(), blocks.shape[2])
     return QUERY.pack(

@@ -47,6 +47,7 @@ void plan_choosing(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan
   plan.parts.clear();
   for (int64_t i = 0; i < c.num_rows; i++) {
     const KiviRow &row = c.rows[i];
+    if (!row.generated) std::fill_n(c.selected_counts + row.q0, row.b - row.a, -1);
     for (int64_t t = row.a; row.generated && t < row.b; t++) {
       const Pages pages = pages_of(c, row, t);
       const int64_t token = row.q0 + t - row.a, whole = pages.whole - pages.first;

@@ -147,14 +147,21 @@ static INLINE void split(const int16_t *x, int n, int8_t *high) {
 // Run::read gives them: multiplied.) The parts for slot 1 lie APART bytes after those for slot 0.
 
 // The next page, fetched while this one is computed: AHEAD lines with every 4 vectors of codes, as
-// many as make a page (kLines of its two sides).
+// many as make a page (kLines of its two sides). With one or two rows memory is what bounds, and more
+// lines can be on their way to L2 than to L1; with more rows there is time to fetch them into L1.
 // (Fetching fewer lines at a time, between the other steps too, was slower.)
 struct Stream {
   const char *at;
+  bool into_l1;
   template <int AHEAD>
   INLINE void fetch() {
+    if (into_l1) {
 #pragma GCC unroll 8
-    for (int i = 0; i < AHEAD; i++) __builtin_prefetch(at + 64 * i, 0, 3);
+      for (int i = 0; i < AHEAD; i++) __builtin_prefetch(at + 64 * i, 0, 3);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < AHEAD; i++) __builtin_prefetch(at + 64 * i, 0, 2);
+    }
     at += 64 * AHEAD;
   }
 };

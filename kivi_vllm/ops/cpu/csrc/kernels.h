@@ -11,6 +11,7 @@ namespace KIVI_ISA {
 #include "simd.h"
 #include "codes.h"
 #include "dot.h"
+#include "words.h"
 #include "prepare.h"
 #include "paper.h"
 #include "two_level.h"

@@ -131,7 +131,7 @@ static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &que
     const int low = block ? 0 : (int)c.sink_tokens;  // those are read at full precision
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
     const bool plain = !modified && low == 0 && high == kBlock;
-    Stream stream{(const char *)next};
+    Stream stream{(const char *)next, queries.rows > 2};
     KEYS::prepare(page, at, s);
     VALUES::prepare(page, at, s);
     for (int r0 = 0; r0 < queries.rows;) {

@@ -2,101 +2,139 @@
 // ranges alone, and what a page weighs by them.
 //
 // With zero and scale of a group's channel and q' = (q + kRadius |q|) top / 2, an estimate is
-// sum_c q[c] zero[c] + sum_c q'[c] scale[c]: two dot products of what a page begins with. In fp32:
-// sums are short, and making the query ready for integers takes longer than they save.
+// sum_c q[c] zero[c] + sum_c q'[c] scale[c]: two dot products of what a page begins with. Of ranges of
+// two levels they are taken in integers: a query has 16 bits, and so have a page's steps.
 //
 // Estimates lie as [row / kRows][group][page][row % kRows], those of rows that are not there -inf.
 
 constexpr float kRadius = 0.5f;  // RADIUS
-constexpr int kAhead = 2;        // pages from one to that which is fetched meanwhile
+constexpr int kAhead = 6;        // pages from one to that which is fetched meanwhile
 
 struct SelectScratch {
-  // What a page's bytes, and their scales, are multiplied with; of paper pages: q'.
-  alignas(64) float of_bytes[kRows][kMaxHead], of_scales[kRows][kMaxHead];
+  // Of two levels: what zeros and scales are multiplied with, but for a page's steps, which are here too.
+  alignas(64) int16_t of_zeros[kRows][kMaxHead], of_scales[kRows][kMaxHead];
+  alignas(64) int16_t steps[kMaxHead];
+  float unit[kRows];
+  // Of paper pages: q'.
+  alignas(64) float half[kRows][kMaxHead];
   float sums[2][kKGroups * kRows];
 };
 
-// What is read of a page to come, fetched line by line while another one is computed.
+// What is read of a page to come, fetched into L2 (see Stream) while another one is computed.
 struct Lines {
   const uint8_t *at, *end;
+  template <int N = 1>
   INLINE void fetch() {
-    if (at < end) __builtin_prefetch(at, 0, 3);
-    at += 64;
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i++, at += 64)
+      if (at < end) __builtin_prefetch(at, 0, 2);
   }
 };
 
-// W ranges of two levels, and their scales alone.
-static INLINE void load_ranges(const uint8_t *p, vf &ranges, vf &scales) {
-#if defined(__AVX512F__)
-  const vi x = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-#elif defined(__AVX2__)
-  const vi x = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#else
-  const vi x = __builtin_convertvector(*(const vb_mem *)p, vi);
-#endif
-  ranges = to_float(x);
-  scales = to_float(x & 15);
+constexpr float kWhole = 32767;  // what 16 bits hold
+
+// The largest of d numbers of fp16 that are not negative; NaN if one is.
+static INLINE float largest_half(const uint16_t *x, int d) {
+  vh most = {};
+  for (int i = 0; i < d; i += W) {
+    const vh y = *(const vh_mem *)(x + i);
+    most = y > most ? y : most;  // they order like their bits
+  }
+  uint16_t bits = 0;
+  for (int i = 0; i < W; i++) bits = max_of(bits, most[i]);
+  uint16_t same[W];
+  for (int i = 0; i < W; i++) same[i] = bits;
+  return load_half(same)[0];
 }
 
 template <class CODES>
 struct TwoLevelEstimates {
   using Layout = TwoLevelLayout;
+  static constexpr float kHalf = 0.5f * CODES::top;
+  static constexpr float kMost = max_of((float)CODES::zero_step, kHalf * (1 + kRadius));
+  static constexpr int kLines = W == 16 ? 2 : 1;  // as many as there are, for all R
   static int bytes(const Layout &at) { return at.k_codes; }  // of a page that are read
 
+  // With y = q step, a group's estimate is a dot product of zero_step y with its zeros, and one of
+  // kHalf (y + kRadius |y|) with its scales: of these factors, what q is of them.
   template <int R>
-  static void begin(const float *, int, SelectScratch &) {}
+  static void begin(const float *q, int d, SelectScratch &s) {
+    for (int r = 0; r < R; r++) {
+      vf most = {};
+      for (int i = 0; i < d; i += W) {
+        const vf x = load(q + r * d + i);
+        most = vmax(most, vmax(x, -x));
+      }
+      const float top = largest(most), factor = top > 0 ? kWhole / (top * kMost) : 0.0f;
+      s.unit[r] = top * kMost * (32768.0f / (kWhole * kWhole));
+      for (int i = 0; i < d; i += 2 * W) {
+        vf zeros[2], scales[2];
+        for (int k = 0; k < 2; k++) {
+          const vf x = load(q + r * d + i + k * W) * factor;
+          zeros[k] = x * CODES::zero_step;
+          scales[k] = (x + vmax(x, -x) * kRadius) * kHalf;
+        }
+        store_words(s.of_zeros[r] + i, to_words(zeros[0], zeros[1]));
+        store_words(s.of_scales[r] + i, to_words(scales[0], scales[1]));
+      }
+    }
+  }
 
-  // out[g * pitch + r], of R rows of queries. A byte is 16 zero + scale, so with y = q step, and y' alike,
-  // and kZero of zero's steps: y kZero zero + y' scale = y kZero / 16 byte + (y' - y kZero / 16) scale.
+  // out[g * pitch + r], of R rows of queries.
   template <int R>
   static void estimate(const uint8_t *page, const float *q, const Layout &at, SelectScratch &s,
                        float *out, int64_t pitch, Lines lines) {
-    constexpr float kZero = CODES::zero_step / 16.0f, kHalf = 0.5f * CODES::top;
     const int d = at.head_size;
     const uint16_t *low = (const uint16_t *)(page + at.k_low);
     const uint16_t *step = (const uint16_t *)(page + at.k_step);
+    const float top = largest_half(step, d), factor = top > 0 ? kWhole / top : 0.0f;
     vf sum[R] = {};
-    for (int i = 0; i < d; i += W) {
-      lines.fetch();
-      const vf l = load_half(low + i), x = load_half(step + i);
+    for (int i = 0; i < d; i += 2 * W) {
+      lines.fetch<kLines>();
+      store_words(s.steps + i, to_words(load_half(step + i) * factor,
+                                        load_half(step + i + W) * factor));
+#pragma GCC unroll 2
+      for (int k = i; k < i + 2 * W; k += W) {
+        const vf l = load_half(low + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const vf z = load(q + r * d + i), y = z * x;
-        sum[r] += z * l;
-        store(s.of_bytes[r] + i, y * kZero);
-        store(s.of_scales[r] + i, y * (kHalf - kZero) + vmax(y, -y) * (kHalf * kRadius));
+        for (int r = 0; r < R; r++) sum[r] += load(q + r * d + k) * l;
       }
     }
-    float lows[R];
+    alignas(16) float lows[R], unit[R];
     sum_each<R>(sum, lows);
+    for (int r = 0; r < R; r++) unit[r] = s.unit[r] * top;
     constexpr int kTogether = max_of(1, min_of(4, (W == 16 ? 16 : 8) / R));  // as registers allow
     for_groups<kTogether>(at.k_groups, [&](int g0, auto count) __attribute__((always_inline)) {
       constexpr int G = count.value;
       const uint8_t *range = page + at.k_range + g0 * d;
-      vf x[G * R];
+      vi x[G * R];
 #pragma GCC unroll 16
-      for (int k = 0; k < G * R; k++) x[k] = vf{};
-      for (int i = 0; i < d; i += W) {
-        lines.fetch();
-        vf a[R], b[R];
+      for (int k = 0; k < G * R; k++) x[k] = vi{};
+      for (int i = 0; i < d; i += 2 * W) {
+        lines.fetch<kLines>();
+        const words steps = load_words(s.steps + i);
+        words a[R], b[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) a[r] = load(s.of_bytes[r] + i), b[r] = load(s.of_scales[r] + i);
+        for (int r = 0; r < R; r++) {
+          a[r] = multiply(load_words(s.of_zeros[r] + i), steps);
+          b[r] = multiply(load_words(s.of_scales[r] + i), steps);
+        }
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++) {
-          vf ranges, scales;
-          load_ranges(range + g * d + i, ranges, scales);
+          const words both = widen(range + g * d + i);
+          const words zero = high_nibbles(both), scale = low_nibbles(both);
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
-            x[g * R + r] += ranges * a[r];
-            x[g * R + r] += scales * b[r];
+            x[g * R + r] = add_products(x[g * R + r], a[r], zero);
+            x[g * R + r] = add_products(x[g * R + r], b[r], scale);
           }
         }
       }
-      float sums[G * R];
+      alignas(16) int32_t sums[G * R];
       sum_each<G * R>(x, sums);
       for (int g = 0; g < G; g++)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) out[(g0 + g) * pitch + r] = lows[r] + sums[g * R + r];
+        for (int r = 0; r < R; r++)
+          out[(g0 + g) * pitch + r] = lows[r] + unit[r] * (float)sums[g * R + r];
     });
   }
 };
@@ -111,7 +149,7 @@ struct PaperEstimates {
     for (int r = 0; r < R; r++)
       for (int i = 0; i < d; i += W) {
         const vf x = load(q + r * d + i);
-        store(s.of_scales[r] + i, 0.5f * CODES::top * (x + kRadius * vmax(x, -x)));
+        store(s.half[r] + i, 0.5f * CODES::top * (x + kRadius * vmax(x, -x)));
       }
   }
 
@@ -121,7 +159,7 @@ struct PaperEstimates {
     while (lines.at < lines.end) lines.fetch();
     const int d = at.head_size;
     zero_sums<R>(page + at.k_zero, at.k_groups, q, d, d, s.sums[0]);
-    zero_sums<R>(page + at.k_scale, at.k_groups, s.of_scales[0], kMaxHead, d, s.sums[1]);
+    zero_sums<R>(page + at.k_scale, at.k_groups, s.half[0], kMaxHead, d, s.sums[1]);
     for (int g = 0; g < at.k_groups; g++)
       for (int r = 0; r < R; r++)
         out[g * pitch + r] = s.sums[0][g * kRows + r] + s.sums[1][g * kRows + r];
@@ -138,8 +176,12 @@ static void estimate_rows(const KiviCall &c, const Unit &u, const float *q, int 
     constexpr int R = rows.value;
     ESTIMATES::template begin<R>(q, d, s);
     const auto page_at = [&](int64_t block) { return page_of(c, *u.row, u.kv_head, block); };
+    // After the last page come the first ones of the next kv head.
+    const int next = min_of(u.kv_head + 1, (int)c.num_kv_heads - 1);
     const auto lines_of = [&](int64_t block) {
-      const uint8_t *page = page_at(min_of(block, u.block_hi - 1));
+      const int64_t beyond = min_of(u.block_lo + block - u.block_hi, u.block_hi - 1);
+      const uint8_t *page =
+          block < u.block_hi ? page_at(block) : page_of(c, *u.row, next, beyond);
       return Lines{page, page + bytes};
     };
     for (int64_t block = u.block_lo; block < u.block_hi; block++) {

@@ -256,44 +256,76 @@ static INLINE vf tanhv(vf x) {
   return (vf)((((vi)series & small) | ((vi)t & ~small)) | sign);
 }
 
-// out[i] = the lanes of v[i] joined, in the same order whatever N is. Several together cost little
-// more than one, which is mostly waiting.
+#if defined(__AVX2__)
+// Of each 128 bits of a and b: what is joined of a, of b, of a, of b; and pairs of that likewise.
+template <class JOIN>
+static INLINE vf join_ones(vf a, vf b, JOIN join) {
 #if defined(__AVX512F__)
-template <int N, class JOIN>
-static INLINE void join_each(const vf *v, float *out, JOIN join) {
-#pragma GCC unroll 2
-  for (int i = 0; i < N; i += 4) {
-    const __m512 a = (__m512)v[i], b = (__m512)v[min_of(i + 1, N - 1)];
-    const __m512 c = (__m512)v[min_of(i + 2, N - 1)], d = (__m512)v[min_of(i + 3, N - 1)];
-    const vf ab = join((vf)_mm512_unpacklo_ps(a, b), (vf)_mm512_unpackhi_ps(a, b));
-    const vf cd = join((vf)_mm512_unpacklo_ps(c, d), (vf)_mm512_unpackhi_ps(c, d));
-    vf s = join((vf)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
-                (vf)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
-    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0x4e));
-    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0xb1));
-    float four[4];
-    _mm_storeu_ps(four, _mm512_castps512_ps128((__m512)s));
-    for (int k = 0; k < 4 && i + k < N; k++) out[i + k] = four[k];
-  }
+  const __m512 x = (__m512)a, y = (__m512)b;
+  return join((vf)_mm512_unpacklo_ps(x, y), (vf)_mm512_unpackhi_ps(x, y));
+#else
+  const __m256 x = (__m256)a, y = (__m256)b;
+  return join((vf)_mm256_unpacklo_ps(x, y), (vf)_mm256_unpackhi_ps(x, y));
+#endif
+}
+template <class JOIN>
+static INLINE vf join_twos(vf a, vf b, JOIN join) {
+#if defined(__AVX512F__)
+  const __m512d x = (__m512d)a, y = (__m512d)b;
+  return join((vf)_mm512_unpacklo_pd(x, y), (vf)_mm512_unpackhi_pd(x, y));
+#else
+  const __m256d x = (__m256d)a, y = (__m256d)b;
+  return join((vf)_mm256_unpacklo_pd(x, y), (vf)_mm256_unpackhi_pd(x, y));
+#endif
 }
 #endif
 
+// out[i] = the lanes of v[i] joined, in the same order whatever N is; of 32 bits. Several together
+// cost little more than one, which is mostly waiting.
+template <int N, class T, class JOIN>
+static INLINE void join_each(const vf *v, T *out, JOIN join) {
+#if defined(__AVX2__)
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i += 4) {
+    const auto at = [&](int k) { return v[min_of(i + k, N - 1)]; };
+    vf s = join_twos(join_ones(at(0), at(1), join), join_ones(at(2), at(3), join), join);
+#if defined(__AVX512F__)
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0x4e));
+    s = join(s, (vf)_mm512_shuffle_f32x4((__m512)s, (__m512)s, 0xb1));
+#else
+    s = join(s, (vf)_mm256_permute2f128_ps((__m256)s, (__m256)s, 1));
+#endif
+    __builtin_memcpy(out + i, &s, sizeof(T) * min_of(4, N - i));
+  }
+#else
+  for (int i = 0; i < N; i++) {
+    vf x = v[i], y = x;
+    for (int k = W / 2; k > 0; k /= 2) {
+      for (int j = 0; j < k; j++) y[j] = x[j + k];
+      x = join(x, y);
+    }
+    __builtin_memcpy(out + i, &x, sizeof(T));
+  }
+#endif
+}
+
 template <int N>
 static INLINE void sum_each(const vf *v, float *sums) {
-#if defined(__AVX512F__)
   join_each<N>(v, sums, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
-#else
-  for (int i = 0; i < N; i++) sums[i] = sum_of(v[i]);
-#endif
+}
+
+// Of integers, exactly.
+template <int N>
+static INLINE void sum_each(const vi *v, int32_t *sums) {
+  vf as_floats[N];
+  __builtin_memcpy(as_floats, v, sizeof(as_floats));
+  join_each<N>(as_floats, sums,
+               [](vf a, vf b) __attribute__((always_inline)) { return (vf)((vi)a + (vi)b); });
 }
 
 template <int N>
 static INLINE void largest_each(const vf *v, float *most) {
-#if defined(__AVX512F__)
   join_each<N>(v, most, [](vf a, vf b) __attribute__((always_inline)) { return vmax(a, b); });
-#else
-  for (int i = 0; i < N; i++) most[i] = largest(v[i]);
-#endif
 }
 
 // Interleave the low or the high halves of two vectors.
