@@ -323,6 +323,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "pages": pages,
     "recipes": recipes,
     "selection": selection,
+    "budgets": quality.budgets,
     "throughput": throughput,
     "shares": shares,
     "load-long": partial(served, "long", "cpu", "cpu-long-kivi2"),

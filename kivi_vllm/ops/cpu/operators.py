@@ -66,9 +66,9 @@ def select(
     if cache.fmt.is_raw:
         raise ValueError("pages of kivi_raw have no ranges to select by")
     made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
+    cache.native["selection"] = step, made  # which needs no checks
     call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
     _run(load().select_pages, call, cache)
-    cache.native["selection"] = made
     return made
 
 
@@ -116,7 +116,8 @@ def _query(
     token, head, out_token, out_head = strides
     lists = (0, 0, 0)
     if selection is not None:
-        if selection is not cache.native.get("selection"):  # but `select` has just made it
+        chosen = cache.native.get("selection")
+        if not (chosen and chosen[0] is step and chosen[1] is selection):
             checks.check_selection(selection, step, cache)
         blocks, counts = selection.blocks, selection.counts
         lists = (blocks.data_ptr(), counts.data_ptr(), blocks.shape[2])
