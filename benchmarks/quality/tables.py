@@ -52,23 +52,13 @@ def budgets() -> pd.DataFrame:
     """What decoded tokens lose by a token budget, against the same cache without one."""
     rows = read("quality-budget", "decoding")
     rows = rows[rows["cache"].str.contains("token_budget")]
-    answers = read("quality-facts", "passkey")
-    found = answers.groupby(["cache", "length"])["correct"].agg(["sum", "size"])
-    dense = found.loc["kivi2:prefill=exact"]
-    keys = list(zip(rows["cache"], rows["length"], strict=True))
-    facts = [
-        f"{found['sum'][key]} ({dense['sum'][key[1]]}) of {found['size'][key]}"
-        if key in found.index
-        else "–"
-        for key in keys
-    ]
     columns = {
         "context": text(rows["length"], "{:,}"),
         "budget": text(rows["cache"].str.rpartition("=")[2].astype(int), "{:,}"),
         **lost(rows),
         "KL, 95 %": interval(rows),
     }
-    return pd.DataFrame(columns).assign(**{"facts found (without)": facts})
+    return pd.DataFrame(columns)
 
 
 def dtypes() -> pd.DataFrame:

@@ -52,10 +52,18 @@ class RawMetadataBuilder(KiviMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KiviMetadata:
-        """Leave the table with the caches: a draft's passes come without metadata of this group."""
+        """Leave the table with the caches: a draft's passes come without metadata of this group.
+
+        With all rows of vLLM's buffer: such a pass may have more rows of padding than the step.
+        """
         context = self.vllm_config.compilation_config.static_forward_context
+        table = common_attn_metadata.block_table_tensor
+        there = table.untyped_storage().nbytes() // table.itemsize - table.storage_offset()
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        rows = max(len(table), min(most, there // max(1, table.stride(0))))
+        whole = table.as_strided((rows, table.shape[1]), table.stride())
         for name in self.layer_names:
-            context[name].table = common_attn_metadata.block_table_tensor
+            context[name].table = whole
         return KiviMetadata(None)
 
 
