@@ -187,6 +187,31 @@ def test_eagle(results: dict[str, Any]) -> None:
     assert [a.num_cached_tokens for a in answers(found)] == [0, 0, 256]
 
 
+@pytest.mark.slow
+def test_eagle_with_the_kernels(sources: Path, tmp_path: Path) -> None:
+    """The same with Triton's operators, which are interpreted: one short prompt, quantized."""
+    model = foreseeable(head_dim=64)
+    task = dict(
+        engine_args=dict(
+            model=model,
+            kv_cache_dtype="kivi2",
+            additional_config={"kivi": {"residual_length": 0}},
+            speculative_config=dict(method="eagle", model=eagle(model), num_speculative_tokens=3),
+            **DRAFT_GRAPHS,
+        ),
+        batches=[[random_prompt(150, seed=5)]],
+        max_tokens=4,
+    )
+    tasks = {"triton": task, "reference": {**task, "operators": "reference"}}
+    results = results_in_child(sources, tmp_path, tasks)
+    found, reference = result(results, "triton"), result(results, "reference")
+    assert found["reference_calls"] == 0 < reference["reference_calls"]
+    assert found["captured"] >= 4
+    assert found["replayed"] > 0
+    assert found["steps"]["with_drafts"] > 0
+    assert_same(answers(found), answers(reference))
+
+
 def test_compute_capability(configured: dict[str, Any]) -> None:
     refused = result(configured, "Turing")
     assert refused["type"] == "KiviConfigError"
