@@ -132,23 +132,22 @@ def builds() -> pd.DataFrame:
     return by_shape(columns)
 
 
+def by_set(name: str) -> tuple[dict[str, pd.DataFrame], dict[str, pd.Series]]:
+    """Builds' rows by instruction set, and the columns that say what they are of."""
+    rows = {title: read(f"builds-{name}-{isa}", "rows") for isa, title in SETS.items()}
+    first = next(iter(rows.values()))
+    return rows, {"shape": first["shape"], "cached tokens": text(first["context"], "{:,}")}
+
+
 def fetch() -> pd.DataFrame:
     """Times of `kivi2` with pages that are fetched into L2, where it serves, by those before."""
-    rows = {title: read(f"builds-fetch-{isa}", "rows") for isa, title in SETS.items()}
-    first = rows["AVX2"]
-    columns = {"shape": first["shape"], "cached tokens": text(first["context"], "{:,}")}
+    rows, columns = by_set("fetch")
     return pd.DataFrame(columns | {isa: text(of["1_ratio"], "{:.2f}") for isa, of in rows.items()})
 
 
 def pages() -> pd.DataFrame:
     """Times of today's pages and kernels by those of 0.2, one decode step's attention."""
-    files = {"AVX-512": "builds-pages-avx512", "AVX2": "builds-pages-avx2"}
-    rows = {isa: read(name, "rows") for isa, name in files.items()}
-    first = next(iter(rows.values()))
-    columns = {
-        "shape": first["shape"],
-        "cached tokens": [f"{tokens:,}" for tokens in first["context"]],
-    }
+    rows, columns = by_set("pages")
     for isa, one in rows.items():
         columns[f"`kivi2`, {isa}"] = text(one["1_ratio"], "{:.2f}")
         columns[f"`kivi_k3v2` by `kivi2`, {isa}"] = text(one["2_ratio"], "{:.2f}")

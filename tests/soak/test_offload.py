@@ -57,9 +57,8 @@ def test_prefixes_that_are_found(offloading: Any, record_property: Any) -> None:
     for found in (without, answers):
         same(found, [quiet[i] for i in order])
     here, offload = (sum(answer.num_cached_tokens for answer in a) for a in (without, answers))
-    assert (
-        offload >= (4 if LONG else 3) * here
-    )  # few requests come back often enough to few prompts
+    times = 4 if LONG else 3  # few requests come back often enough to few prompts
+    assert offload >= times * here
 
     spec = next(group.kv_cache_spec for group in groups)
     page = spec.page_size_bytes * 2  # layers

@@ -13,6 +13,7 @@ like some that passed the checks are recognized by their shapes and strides.
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,11 +33,8 @@ __all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "sto
 NO_QUERY = bytes(QUERY.size)
 NO_RAW = (0,) * len(RAW_FIELDS)
 
-MOST_ROOMS = 4  # of layers that differ
-
 _CPU = torch.device("cpu")
 
-_rooms: dict[tuple[int, ...], Selection] = {}
 _described: dict[int, tuple[Any, tuple[Any, ...], Any]] = {}  # by id: weak reference, context
 
 
@@ -72,13 +70,10 @@ def select(
     return made
 
 
-def _room(*form: int) -> Selection:
+@functools.lru_cache(maxsize=4)  # of layers that differ
+def _room(num_tokens: int, num_kv_heads: int, budget: int) -> Selection:
     """Room for lists: one for all layers, each of which reads before the next one chooses."""
-    if form not in _rooms:
-        if len(_rooms) >= MOST_ROOMS:
-            _rooms.clear()
-        _rooms[form] = Selection.empty(*form)
-    return _rooms[form]
+    return Selection.empty(num_tokens, num_kv_heads, budget)
 
 
 def attend(

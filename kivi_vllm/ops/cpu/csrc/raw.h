@@ -10,8 +10,8 @@ struct RawScratch {
   alignas(64) float scores[kMaxRows * kKeys];
 };
 
-// Tokens that are fetched before they are needed: they lie in short runs, of which the processor
-// foresees little.
+// Tokens that are fetched (into L2, see Stream) before they are needed: they lie in short runs, of
+// which the processor foresees little.
 constexpr int kTokensAhead = 8;
 
 static INLINE void fetch_ahead(const uint8_t *const *k, const uint8_t *const *v, int j, int n,
