@@ -22,7 +22,7 @@ endef
 test: lint  ## lint, types and something of every part (at most 10 minutes)
 	$(call tests,-m "not slow")
 
-test-all: setup  ## all tests (at most an hour)
+test-all: setup  ## all tests (about half an hour)
 	$(call tests,)
 
 TRITON ?= 3.8.0

@@ -9,7 +9,7 @@ import torch
 
 from kivi_vllm.ops.triton import operators
 from tests.triton.device import DEVICE, INTERPRETED
-from tests.triton.interpreted import repair
+from tests.triton.interpreted import quicken, repair
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +18,7 @@ def somewhere_to_run() -> Iterator[None]:
     if DEVICE is None:
         pytest.skip("no GPU, and not interpreted: set TRITON_INTERPRET=1")
     if INTERPRETED:
+        quicken()
         repair()
     operators.CHECKED = True
     before = torch.get_num_threads()
