@@ -21,7 +21,7 @@ is the spare bit of slot i of
 - q = 3·r + m of v_codes, where `last` is q = 24 + r.
 
 `code_index` is this rule in code. The kernels have it in files of the same name, with the
-same names in them: `cpu/csrc/codes.h` and `triton/codes.py`. All else asks these three.
+same names in them: `cpu/csrc/codes.h`, `triton/codes.py` and `cuda/codes.cuh`. All else asks these.
 """
 
 from __future__ import annotations

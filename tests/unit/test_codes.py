@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kivi_vllm.config import HEAD_SIZES
+from kivi_vllm.ops import codes
 from kivi_vllm.ops.codes import Side, pack, unpack
 from tests.unit import kivi_numpy
 
@@ -92,3 +96,13 @@ def test_every_byte_is_unpacked_and_packed_again(bits: int, side: Side) -> None:
     codes = unpack(every, bits, side)
     assert torch.equal(codes, torch.from_numpy(kivi_numpy.unpack(every.numpy(), bits, side, 32)))
     assert torch.equal(pack(codes, bits, side), every)
+
+
+def test_a_number_of_bits_is_asked_for_here_alone() -> None:
+    """All else asks files of this name, so that a format with new bits is their affair."""
+    package = Path(codes.__file__).parents[1]
+    asks = re.compile(r"(bits|_BITS|\bKB|\bVB) *[=!]= *[0-9]", re.IGNORECASE)
+    sources = (x for end in ("py", "h", "cpp", "cu", "cuh") for x in package.rglob(f"*.{end}"))
+    found = {x.relative_to(package).as_posix() for x in sources if asks.search(x.read_text())}
+    assert {x for x in found if Path(x).stem != "codes"} <= {"config.py", "ops/format.py"}
+    assert found, "the pattern finds nothing at all"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 from importlib import resources
@@ -109,9 +110,17 @@ def test_triton_takes_its_place(
     [record] = caplog.records
     assert "no kernel image" in record.getMessage()
     cuda.kernel_of.cache_clear()
-    monkeypatch.setattr(driver, "load", lambda *_: "it")
-    assert cuda.kernel(one, gpu) == "it"
+    it = driver.Kernel(ctypes.c_void_p(), 168, 1 << 14, 0, 1)
+    monkeypatch.setattr(driver, "load", lambda *_: it)
+    assert cuda.kernel(one, gpu) is it
     assert cuda.kernel(one, torch.device("cpu")) is None
+    assert caplog.records == [record]
+    cuda.kernel_of.cache_clear()
+    monkeypatch.setattr(driver, "load", lambda *_: dataclasses.replace(it, spilled_bytes=24))
+    assert cuda.kernel(one, gpu, "score")
+    assert (
+        caplog.records[-1].getMessage() == "the CUDA kernel score keeps 24 bytes a thread in memory"
+    )
     monkeypatch.setattr(cuda, "WANTED", False)
     assert cuda.kernel(one, gpu) is None
     cuda.kernel_of.cache_clear()

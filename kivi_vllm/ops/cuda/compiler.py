@@ -65,7 +65,7 @@ def available() -> bool:
     """Whether there is a compiler."""
     try:
         _library()
-    except CompilerError:
+    except (CompilerError, OSError):
         return False
     return True
 

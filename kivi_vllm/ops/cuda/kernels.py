@@ -144,14 +144,15 @@ def kernel_of(variant: Variant, device: torch.device, name: str) -> driver.Kerne
     try:
         architecture = compiler.architecture_for(10 * major + minor)
         code = compiled(variant, source, architecture, architecture.startswith("compute"))
-        return driver.load(code, name, threads)
+        found = driver.load(code, name, threads)
     except (compiler.CompilerError, driver.DriverError, OSError) as error:
-        logger.warning(
-            "the CUDA kernel %s cannot be had, Triton's takes its place, and is slower: %s",
-            name,
-            str(error).splitlines()[0],
-        )
+        instead = ", Triton's takes its place, and is slower" if name == "decode" else ""
+        text = str(error).splitlines()[0]
+        logger.warning("the CUDA kernel %s cannot be had%s: %s", name, instead, text)
         return None
+    if spilled := found.spilled_bytes:
+        logger.warning("the CUDA kernel %s keeps %d bytes a thread in memory", name, spilled)
+    return found
 
 
 def launch(

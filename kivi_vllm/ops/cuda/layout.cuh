@@ -1,21 +1,13 @@
-// Where things lie in a page, as codes.py and format.py have it, and how pages are copied.
+// Where things lie in a page, as format.py has it, and how pages are copied.
 //
 // Compile-time constants: D, K_BITS, V_BITS, G, ZERO_STEP, SINKS of the page format; N, the columns
 // of a product, 8 or 16: query heads of a kv head, or those at several positions.
 
 #pragma once
-#include "machine.cuh"
+#include "codes.cuh"
 
 constexpr int B = 128;
 constexpr int NT = N / 8;  // of products with 8 columns
-
-// codes.py
-__host__ __device__ constexpr int slots(int bits) { return 8 / bits; }
-__host__ __device__ constexpr int pitch(int bits) { return 8 / slots(bits); }
-__host__ __device__ constexpr u32 mask_of(int bits, int slot) { return ((1u << bits) - 1u) * 0x10001u << slot * pitch(bits); }
-constexpr int K_SLOTS = slots(K_BITS), K_UNITS = 8 / K_SLOTS, K_STORED = K_BITS == 3 ? 3 : K_UNITS;
-constexpr int V_SLOTS = slots(V_BITS), V_STEPS = V_SLOTS == 4 ? 4 : 8;  // of 4 quads
-constexpr int V_QUADS = 8 * V_BITS;                                      // that are stored
 
 // format.py
 constexpr int K_STEP = 2 * D, K_RANGE = 4 * D, K_CODES = K_RANGE + B / G * D;

@@ -8,13 +8,6 @@
 #pragma once
 #include "softmax.cuh"
 
-DEV uint2 spare(uint2 a, uint2 b, uint2 c) {
-  const auto of = [](u32 x, u32 y, u32 z) {
-    return (x >> 3 & 0x11111111u) | (y >> 2 & 0x22222222u) | (z >> 1 & 0x44444444u);
-  };
-  return make_uint2(of(a.x, b.x, c.x), of(a.y, b.y, c.y));
-}
-
 // The queries of columns g, divided by their largest number, as fp16: of quad 4s + t the even
 // channels and the odd ones. In registers, as far as there are enough.
 constexpr bool SHARED = NT > 1 || D > 128;
@@ -120,7 +113,8 @@ DEV float page_scores(const u8 *k, const Queries &q, float (*scores)[8][4], floa
     uint2 codes[K_UNITS];
     UNROLL for (int u = 0; u < K_STORED; u++)
       codes[u] = code_words(k + K_CODES, u * (D / 4) + quad, g);
-    if (K_BITS == 3) codes[K_UNITS - 1] = spare(codes[0], codes[1], codes[2 % K_UNITS]);
+    if (K_STORED < K_UNITS)
+      codes[K_UNITS - 1] = spare_words(codes[0], codes[1], codes[2 % K_UNITS]);
     u32 y[NT][2];
     UNROLL for (int u = 0; u < K_UNITS; u++) {
       const uint2 c = codes[u], shifted = make_uint2(c.x >> 8, c.y >> 8);
@@ -162,7 +156,7 @@ DEV void page_values(const u8 *v, const u32 (*p)[8][2], float (*acc)[D / 16][4],
   }
   UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < D / 16; i++) {
     const u32 mean = word(v + (16 * i + 2 * g) * 2);
-    constexpr float MIDDLE = ((1 << V_BITS) - 1) / 2.f;
+    constexpr float MIDDLE = top(V_BITS) / 2.f;
     const float unit = (float)(1 << i % 2 * pitch(V_BITS)) / (1 << 24);
     const float x = (low_half(mean) - MIDDLE) * unit, y = (high_half(mean) - MIDDLE) * unit;
     UNROLL for (int c = 0; c < 2; c++) {
@@ -173,9 +167,9 @@ DEV void page_values(const u8 *v, const u32 (*p)[8][2], float (*acc)[D / 16][4],
   UNROLL for (int u = 0; u < D / 32; u++) UNROLL for (int j = 0; j < V_STEPS; j++) {
     const auto at = [&](int q) { return code_words(v + V_CODES, u * V_QUADS + q, g); };
     uint2 c;
-    if (V_BITS == 3 && j >= 6) {
-      const int q = 3 * (4 * (j - 6) + t);
-      c = spare(at(q), at(q + 1), at(q + 2));
+    if (4 * j >= V_QUADS) {
+      const int q = 3 * (4 * j - V_QUADS + t);
+      c = spare_words(at(q), at(q + 1), at(q + 2));
     } else {
       c = at(4 * j + t);
     }

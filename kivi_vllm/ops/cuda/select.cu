@@ -26,7 +26,7 @@ DEV void page_estimates(const u8 *k, const Queries &q, float (*x)[2], int g, int
     }
   }
   const float zero = unit * (float)(1 << 20) * ZERO_STEP;
-  const float half = unit * (float)(1 << 23) * ((1 << K_BITS) - 1);
+  const float half = unit * (float)(1 << 23) * top(K_BITS);
   UNROLL for (int n = 0; n < NT; n++) UNROLL for (int c = 0; c < 2; c++)
     x[n][c] = low[n][c] + zeros[n][c] * zero + scales[n][c] * half;
 }

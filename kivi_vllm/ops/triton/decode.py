@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kivi_vllm.config import BLOCK_SIZE
+from kivi_vllm.ops import codes
 from kivi_vllm.ops.cuda import kernels as cuda
 from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, DeviceStep, LayerCache
@@ -185,7 +186,8 @@ class Shape(NamedTuple):
 
 def launch_shape(constants: PageConstants, columns: int) -> Shape:
     """As few warps as have registers enough, and a page more in shared memory if it fits."""
-    spare = constants.K_BITS == constants.V_BITS == 3  # many words are made of others
+    # Whether many words are made of others.
+    spare = constants.PACKED and codes.spare(constants.K_BITS) and codes.spare(constants.V_BITS)
     if constants.PACKED and constants.DP * columns <= 1024 and not spare:
         return Shape(2, 5)  # finding the page takes stages, too: two buffers are left of five
     if constants.DP * max(2, constants.K_BITS) * columns <= 2048:
