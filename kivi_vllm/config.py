@@ -201,6 +201,11 @@ class KiviConfig:
         """Bits per value number, or `RAW_BITS`."""
         return DTYPES[self.dtype].v_bits
 
+    @property
+    def has_better(self) -> bool:
+        """Whether `RECOMMENDED_DTYPE` takes little more memory and loses much less."""
+        return self.k_bits == 2 and self.recipe == "best"
+
     @classmethod
     def from_options(cls, dtype: str, options: Any) -> KiviConfig:
         """Parse the `kivi` entry of `--additional-config`.

@@ -173,14 +173,16 @@ def engine(model: str, kv_cache_dtype: str = "kivi2", **kwargs: Any) -> Iterator
     if kivi is not None:
         kwargs["additional_config"] = {"kivi": kivi}
     _let_vllm_look_at_numba()
-    llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**SETTINGS, **kwargs})
+    llm = None
     try:
+        llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**SETTINGS, **kwargs})
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # what a refused start has made, too
 
 
 @dataclass(frozen=True)

@@ -301,8 +301,7 @@ def test_doctor_without_a_compiler(tmp_path: Path, monkeypatch) -> None:
     assert check is not None
     assert check.state == "FAIL"
     assert "apt-get install g++" in check.remedy
-    with pytest.raises(UserError, match=r"C\+\+ compiler"):
-        doctor.refuse_if_unfit()
+    doctor.refuse_if_unfit()  # the demo, which serves in eager mode
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,10 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._sink_weights: Any = sinks  # a weight of the model: its numbers come later
-        self._slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes).float()
+        self._filled = sinks is None
+        # Not of the model's dtype and device, which are the default while a model is built.
+        exact = dict(dtype=torch.float32, device="cpu")
+        self._slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, **exact)
         params = AttentionParams(
             scale=self.scale,
             logits_soft_cap=logits_soft_cap or 0.0,
@@ -116,6 +119,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self.params.sink_logits.copy_(self._sink_weights.detach())
         if self.params.alibi_slopes is not None:
             self.params.alibi_slopes.copy_(self._slopes)
+        self._filled = True
 
     def bind_residual(
         self, *, fmt: PageFormat, ring: RawCache, tails: list[RawCache], sinks: RawCache | None
@@ -171,6 +175,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             raise NotImplementedError("fused output quantization is not supported by KIVI")
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
+        if not self._filled:  # not all loaders say when they are done: tensorizer does not
+            self.process_weights_after_loading(query.dtype)
 
         padding = self.page_head_size - self.head_size
         if not padding:

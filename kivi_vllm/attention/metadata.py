@@ -63,7 +63,6 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
 
     # Graphs of decode steps, draft tokens included; rows of padding have no tokens.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    supports_draft_decode_metadata_update = True  # all steps of a draft in one graph (vLLM 0.33)
 
     def __init__(
         self,
@@ -79,6 +78,8 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         rows = vllm_config.scheduler_config.max_num_seqs
         # On GPUs graphs that were captured read it.
         self._generated = torch.zeros(rows, dtype=torch.bool, device=device)
+        # Of a draft, several steps with one metadata (vLLM 0.33): where it refers to tensors.
+        self.supports_draft_decode_metadata_update = self.operators.limits.decodes_first
         if self.operators.limits.decodes_first:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 

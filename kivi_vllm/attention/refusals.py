@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _OTHER_DTYPE = "use --kv-cache-dtype auto or fp8 for this model"
 
+ALSO = "\n  also: "
+"""Between the reasons of one refusal."""
+
 
 def check(vllm_config: VllmConfig) -> None:
     """Refuse an engine configuration that the KIVI cache cannot serve, or log what serves better.
@@ -62,10 +65,12 @@ def check(vllm_config: VllmConfig) -> None:
     if not problems and vllm_config.parallel_config.use_ray:  # it takes seconds, so last
         problems += ray_nodes.problems(vllm_config.parallel_config, current_platform.ray_device_key)
     if problems:
-        raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + "\n  also: ".join(problems))
+        raise KiviConfigError(f"--kv-cache-dtype {dtype}: " + ALSO.join(problems))
     if config.token_budget:
-        logger.info("%s", start_line(config, vllm_config.model_config.max_model_len))
-    if config.k_bits == 2 and config.recipe == "best":
+        model = vllm_config.model_config
+        layers = model.get_total_num_hidden_layers()
+        logger.info("%s", start_line(config, model.max_model_len, layers))
+    if config.has_better:
         logger.info(
             "%s has 2-bit keys: %s takes a little more memory and loses much less "
             "(docs/quality.md)",
@@ -228,6 +233,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             "leave it out, or kivi.recipe"
         )
     model = vllm_config.model_config
+    if limits.needs_eager and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        yield (
+            f"{limits.needs_eager} looks at the device in every step, which CUDA graphs cannot; "
+            "add --enforce-eager, or unset it"
+        )
     # What no device serves is refused by `PageFormat`, with its remedy.
     unserved = set(HEAD_SIZES) - set(limits.head_sizes)
     # Gemma-4's layers without a window have a size of their own.

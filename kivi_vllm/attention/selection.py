@@ -26,8 +26,13 @@ def pages_counted(worker: Any = None) -> PagesCounted:
     return PagesCounted(*(sum(of) for of in zip(*(each() for each in COUNTERS), strict=True)))
 
 
-def start_line(config: KiviConfig, max_model_len: int) -> str:
-    """What the budget does with sequences up to `max_model_len`."""
+def start_line(config: KiviConfig, max_model_len: int, num_layers: int) -> str:
+    """What the budget does with sequences up to `max_model_len`, in a model of so many layers."""
+    if config.dense_layers >= num_layers:
+        return (
+            f"kivi.token_budget {config.token_budget} selects nothing: kivi.dense_layers is "
+            f"{config.dense_layers}, and the model has {num_layers}"
+        )
     read, most = config.token_budget // BLOCK_SIZE, max_model_len // BLOCK_SIZE
     if most <= read:
         return (

@@ -8,6 +8,7 @@ import re
 from contextlib import suppress
 
 from kivi_vllm.attention.hooks.capacity import Capacity, capacity
+from kivi_vllm.attention.refusals import ALSO
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.config import QUANTIZED_DTYPES, RECOMMENDED_DTYPE
 
@@ -79,7 +80,8 @@ def plan_table(
                     additional_config=additional,
                 )
             except (ValueError, OSError, NotImplementedError) as error:
-                refused.append(f"{cache_dtype}: {str(error).strip().splitlines()[0]}")
+                reasons = str(error).strip().replace(ALSO, "; also: ") or repr(error)
+                refused.append(f"{cache_dtype}: {reasons.splitlines()[0]}")
                 continue
         plans.append(plan)
         own = f"auto ({plan.raw_dtype})" if cache_dtype == "auto" else cache_dtype

@@ -192,12 +192,12 @@ def check_last_visible(x: torch.Tensor, num_tokens: int, device: torch.device) -
 def check_selection(selection: Selection, step: Step, cache: LayerCache) -> None:
     """Raise ValueError unless there is a list of blocks for each token of a step and kv head."""
     blocks, counts = selection.blocks, selection.counts
-    wanted = f"int32 [>= {step.num_tokens}, {cache.num_kv_heads}, n]"
     shape = (blocks.dim(), *blocks.shape[1:2])
     fits = shape == (3, cache.num_kv_heads) and blocks.shape[0] >= step.num_tokens
-    for name, x, good in (
-        ("selection.blocks", blocks, fits),
-        ("selection.counts", counts, counts.shape == blocks.shape[:1]),
+    lists = f"int32 [>= {step.num_tokens}, {cache.num_kv_heads}, n]"
+    for name, x, wanted, good in (
+        ("selection.blocks", blocks, lists, fits),
+        ("selection.counts", counts, "int32 [as many as lists]", counts.shape == blocks.shape[:1]),
     ):
         as_it_must = x.dtype == torch.int32 and x.device == cache.pages.device and x.is_contiguous()
         if not (good and as_it_must):

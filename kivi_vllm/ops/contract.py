@@ -30,6 +30,8 @@ class Limits:
         decodes_first: the requests of a step must be in this order: those of at most
             `decode_len` tokens, then the longer ones.
         selects: the recipes for whose pages `select` is there.
+        needs_eager: what has been asked for that looks at the device in every step, which a
+            captured graph cannot: `NAME=value` of the environment. Empty: nothing.
 
     """
 
@@ -39,6 +41,7 @@ class Limits:
     min_capability: tuple[tuple[int, int], str] | None = None
     decodes_first: bool = False
     selects: tuple[str, ...] = ("best", "paper")
+    needs_eager: str = ""
 
     def serves(self, capability: Any) -> bool:
         """Whether a device of this compute capability is new enough; None: it is not known."""

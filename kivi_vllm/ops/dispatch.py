@@ -34,7 +34,10 @@ def _cpu() -> Backend:
         native = library.load()
     except OSError as error:
         line = f"reference (PyTorch, slow): no native kernels ({error})"
-        return Backend(reference, line, REBUILD)
+        remedy = REBUILD
+        if os.environ.get(library.LIBRARY):
+            remedy = f"{library.LIBRARY} names it: unset it, or name another build"
+        return Backend(reference, line, remedy)
     more = [name for name in native.available if name != native.isa]
     line = f"native, {native.isa}" + (f" (also: {', '.join(more)})" if more else "")
     if not native.parallel:

@@ -20,16 +20,17 @@ Ranges = Mapping[int, Sequence[tuple[int, int]]]
 def last_visible(
     ranges: Ranges | None, starts: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor | None:
-    """e(t) of the tokens of a step.
+    """The last position that tokens of images see, of the tokens of a step.
 
     Args:
         ranges: of some requests; those of one do not overlap.
         starts: [num_reqs + 1] integers on the CPU, the first token of each request in the step.
-        ends: [num_reqs] integers on the CPU, tokens of each request after the step.
+        ends: [num_reqs] integers on the CPU, tokens of each request after the step; of requests
+            without an image in it, whatever they are.
 
     Returns:
-        [num_tokens] int32 on the CPU, not beyond the request's tokens in this step; None where
-        every token sees up to itself.
+        [num_tokens] int32 on the CPU, not beyond the request's tokens in this step, and -1 for
+        tokens that see up to themselves; None where all do.
 
     """
     if not ranges or not any(ranges.values()):
@@ -43,8 +44,6 @@ def last_visible(
             if high - low < 2:
                 continue
             if seen is None:
-                lens = starts[1:] - starts[:-1]
-                shift = (ends[: len(lens)] - starts[1:]).repeat_interleave(lens)
-                seen = (torch.arange(len(shift)) + shift).int()
+                seen = torch.full((first_of[-1],), -1, dtype=torch.int32)
             seen[q0 + low : q0 + high] = a + high - 1
     return seen

@@ -247,7 +247,7 @@ def attend(
             tokens = slice(row.q0 + start - row.a, row.q0 + end - row.a)
             t = last = torch.arange(start, end, device=key.device)
             if step.last_visible is not None:
-                last = step.last_visible[tokens].to(t)
+                last = torch.maximum(t, step.last_visible[tokens].to(t))
             until = int(last.max()) + 1
             paged, raw = slice(first - seen, middle - seen), slice(middle - oldest, until - oldest)
             k = torch.cat([page_k[:, paged], raw_k[:, raw]], 1)

@@ -79,8 +79,8 @@ class Step:
             ("cached"); otherwise those of rows longer than `decode_len` take
             F(a) of the row's first ("exact").
         decode_len: longest row that counts as decode: 1 + draft tokens.
-        last_visible: [num_tokens] int32, the last position that each token sees, where it is not
-            its own for all: images whose tokens see each other (see `images`).
+        last_visible: [num_tokens] int32, the last position that each token sees, where that is
+            after its own: images whose tokens see each other (see `images`).
 
     """
 

@@ -112,7 +112,7 @@ def test_a_checkout_that_fails_is_named_by_its_error() -> None:
     assert done.returncode == 1 and "KeyError: 'kivi_raw'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["attention-cpu-1-thread", "attention-cpu-avx2-2-threads"])
+@pytest.mark.parametrize("name", ["attention-cpu-avx512-1-thread", "attention-cpu-avx2-2-threads"])
 def test_published_files_are_shown_and_drawn(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +130,19 @@ def test_published_files_are_shown_and_drawn(
     shapes = ("smollm2", "llama3-8b", "llama2-7b")
     expected = {f"p-{shape}-{kind}" for shape in shapes for kind in ("time", "speedup")}
     assert {path.stem for path in tmp_path.iterdir()} == expected
+
+
+def test_what_budgets_bring_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    published, path = RESULTS / "selection-cpu-avx512.json", tmp_path / "x.json"
+    done = run("benchmarks.attention.plot", str(published), "-o", str(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    svg = (tmp_path / "p-llama3-8b-1-1-selection.svg").read_text()
+    wanted = ("kivi2", "kivi_k3v2", "dense", "token_budget 1024", "token_budget 4096", "128k")
+    assert all(f"<!-- {name} -->" in svg for name in wanted)
+    path.write_text(json.dumps({"header": {}, "selection": [{"skipped": "all"}]}))
+    done = run("benchmarks.attention.plot", str(path))
+    assert done.returncode == 1 and "no selection was measured" in done.stderr
 
 
 def test_a_file_without_rows_is_not_drawn(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ GRAPHS: dict[str, Any] = dict(
 
 
 def results_in_child(
-    sources: Path, folder: Path, tasks: dict[str, dict[str, Any]]
+    sources: Path, folder: Path, tasks: dict[str, dict[str, Any]], **environment: str
 ) -> dict[str, dict[str, Any]]:
-    """What each task gives in a fresh process with vLLM's `sources`.
+    """What each task gives in a fresh process with vLLM's `sources` and this environment.
 
     A task is the arguments of `answers`, or of `refusal` if it has a `capability`. Its
     result is what that returns, or `error`, a traceback.
@@ -63,6 +63,7 @@ def results_in_child(
         env={
             **os.environ,
             **ENVIRONMENT,
+            **environment,
             "PYTHONPATH": os.pathsep.join([str(sources), str(REPOSITORY)]),
         },
         capture_output=True,

@@ -197,6 +197,10 @@ def _mend_the_interpreter() -> None:
     import triton.backends
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from tests.triton.interpreted import quicken
+
+    quicken()
+
     def as_bool(mask: TensorHandle) -> TensorHandle:
         return TensorHandle(mask.data.astype(np.bool_), mask.dtype)
 

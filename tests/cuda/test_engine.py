@@ -116,8 +116,10 @@ def configured(
         "Turing": dict(engine_args=dict(kivi2, dtype="float16"), capability=[7, 5]),
         "Ampere": dict(engine_args=dict(kivi2, dtype="bfloat16"), capability=[8, 0]),
         "float32": dict(engine_args=kivi2, capability=[9, 0]),
+        "graphs": dict(engine_args=dict(kivi2, dtype="bfloat16", **GRAPHS), capability=[8, 0]),
     }
-    return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks)
+    checked = {"KIVI_VLLM_CHECK_PAGES": "1"}  # the others have no graphs
+    return results_in_child(sources, tmp_path_factory.mktemp("cuda"), tasks, **checked)
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +228,10 @@ def test_float32(configured: dict[str, Any]) -> None:
     assert refused["type"] == "KiviConfigError"
     assert "float32 is not supported on GPUs" in refused["message"]
     assert "use --dtype bfloat16" in refused["message"]
+
+
+def test_checked_page_ids_with_graphs(configured: dict[str, Any]) -> None:
+    refused = result(configured, "graphs")
+    assert refused["type"] == "KiviConfigError"
+    assert "KIVI_VLLM_CHECK_PAGES=1 looks at the device in every step" in refused["message"]
+    assert "add --enforce-eager" in refused["message"]

@@ -17,6 +17,8 @@ from kivi_vllm.cli.errors import UserError
 from tests.engine import tiny_model
 from tests.evaluation.tokenizers import bytes_tokenizer
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -167,6 +169,14 @@ def test_the_document(
     assert data["header"]["failed"] == {"kivi4": "it broke"}
     assert data["header"]["model"]["limit"] == 4096
     assert "kivi4 failed" in capsys.readouterr().err
+
+
+def test_picture_of_budgets(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot.plot(PUBLISHED / "quality-budget.json", tmp_path / "p")
+    assert {one.name for one in tmp_path.iterdir()} == {"p-budgets.png", "p-budgets.svg"}
+    svg = (tmp_path / "p-budgets.svg").read_text()
+    assert all(f"<!-- {name} -->" in svg for name in ("1,024", "2,048", "pydoc, 8,192 tokens"))
 
 
 def test_pictures(tmp_path: Path) -> None:

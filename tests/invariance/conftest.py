@@ -21,6 +21,10 @@ POISON = 0xFF  # NaN in fp16, bf16 and fp32 alike; as codes, the largest
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick() -> Iterator[None]:
+    from vllm.plugins import load_general_plugins
+
+    # Before a test replaces what the plugin wraps: what it puts back would be without the wrapper.
+    load_general_plugins()
     with quick_engines():
         yield
 

@@ -41,8 +41,10 @@ BLOCKS = {("two head sizes", 32): 26}
 NO_HITS = ("hybrid",)
 """vLLM's Mamba-2 fails on the CPU where prefix caching is on."""
 
-models = pytest.mark.parametrize("name", some([*MODELS], [0]))
-residuals = pytest.mark.parametrize("residual", some([0, 32], [0]), ids=["R0", "R32-sinks8"])
+# Tails are pages of a group's own: what they do beside windows and states, they do beside the rest.
+CASES = [(name, 0) for name in MODELS]
+CASES += [(name, 32) for name in ("windows", "hybrid", "two head sizes")]
+cases = pytest.mark.parametrize(("name", "residual"), some(CASES, [0, 6]))
 
 
 def _options(residual: int) -> dict[str, Any]:
@@ -54,8 +56,7 @@ def _alone(llm: Any) -> list:
     return [generate(llm, [prompt], MAX_TOKENS)[0] for prompt in PROMPTS]
 
 
-@models
-@residuals
+@cases
 def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poison: Any) -> None:
     options = _options(residual)
     path = MODELS[name]()
@@ -89,8 +90,7 @@ def test_chunks_batch_and_hits(name: str, residual: int, smooth_codec: None, poi
         assert free_blocks(llm) == free
 
 
-@models
-@residuals
+@cases
 def test_preemption(
     name: str,
     residual: int,

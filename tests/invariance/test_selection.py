@@ -12,8 +12,10 @@ from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection
 from kivi_vllm.ops.step import AttentionParams
 from tests.choice import some
+from tests.drafts import eagle, foreseeable
 from tests.engine import Answer, engine, gemma3n, generate, random_prompt, tiny_model
 from tests.invariance.conftest import scheduler, use
+from tests.models.test_hybrids import HYBRIDS
 from tests.unit.selecting import unread_poisoned
 
 PREFIX = random_prompt(1100, seed=1)
@@ -34,6 +36,17 @@ def published() -> list[float]:
     labels = {"engine": "0"}
     names = ("kivi:pages_seen_total", "kivi:pages_read_total")
     return [REGISTRY.get_sample_value(name, labels) or 0.0 for name in names]
+
+
+def poisoning(poisoned: list[int]) -> Any:
+    """A look for `budget`: what a choice leaves out is NaN; notes how many pages that are."""
+
+    def look(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
+        with unread_poisoned(step, cache, selection, AttentionParams(1.0)) as pages:
+            poisoned.append(pages)
+            attend()
+
+    return look
 
 
 @pytest.fixture
@@ -92,11 +105,6 @@ def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
     """Answers with NaN in all other pages are the same; a list of another row is noticed."""
     poisoned: list[int] = []
 
-    def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
-        with unread_poisoned(step, cache, selection, AttentionParams(1.0)) as pages:
-            poisoned.append(pages)
-            attend()
-
     def swapped(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
         with unread_poisoned(step, cache, selection, AttentionParams(1.0)):
             if selection is None:
@@ -125,13 +133,13 @@ def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
         ends = [len(prompt) for prompt in PROMPTS[:2]]
         assert seen == 2 * 2 * sum(t // 128 for end in ends for t in range(end, end + 11))
         assert read == 2 * 2 * 2 * 11 * 3
-        budget(384, watch)
+        budget(384, poisoning(poisoned))
         answers["watched"] = generate(llm, PROMPTS[:2], 12)
         assert sum(poisoned) > 300
         budget(384, swapped)
         answers["swapped"] = generate(llm, PROMPTS[:2], 12)
         # A prompt's tokens read all, in whatever chunks: so does its last one, alone in its step.
-        budget(384, watch)
+        budget(384, poisoning(poisoned))
         poisoned.clear()
         scheduler(llm).max_num_scheduled_tokens = len(PROMPTS[3]) - 1
         COUNTED.zero_()
@@ -145,7 +153,8 @@ def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
 
 
 @pytest.mark.slow
-def test_each_draft_chooses_for_itself(budget: Any) -> None:
+@pytest.mark.parametrize("method", ["ngram", "eagle"])
+def test_each_draft_chooses_for_itself(method: str, budget: Any) -> None:
     """Drafts and neighbours change nothing but the order of sums."""
 
     def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
@@ -157,10 +166,14 @@ def test_each_draft_chooses_for_itself(budget: Any) -> None:
     widths: list[int] = []
     options = {"token_budget": 1024, "dense_layers": 0}
     answers = []
-    for drafts in ({}, {"speculative_config": DRAFTS}):
+    path, proposing = model(), DRAFTS
+    if method == "eagle":
+        path = foreseeable()
+        proposing = dict(method="eagle", model=eagle(path), num_speculative_tokens=3)
+    for drafts in ({}, {"speculative_config": proposing}):
         widths.clear()
         with engine(
-            model(), "kivi4", kivi=options, enable_prefix_caching=False, **drafts, **SETTINGS
+            path, "kivi4", kivi=options, enable_prefix_caching=False, **drafts, **SETTINGS
         ) as llm:
             budget(256, watch)
             together = generate(llm, PROMPTS[1:3], 24)
@@ -178,11 +191,6 @@ def test_layers_that_share_a_cache_choose_for_themselves(budget: Any) -> None:
     poisoned: list[int] = []
     windows: set[int] = set()
 
-    def watch(step: Any, cache: Any, selection: Selection | None, attend: Any) -> None:
-        with unread_poisoned(step, cache, selection, AttentionParams(1.0)) as pages:
-            poisoned.append(pages)
-            attend()
-
     options = {"token_budget": 1024, "dense_layers": 0}
     prompts = [random_prompt(900, seed=1), random_prompt(777, seed=2)]
     more = {"enable_prefix_caching": False, **SETTINGS}
@@ -194,10 +202,32 @@ def test_layers_that_share_a_cache_choose_for_themselves(budget: Any) -> None:
                 windows.add(impl.params.sliding_window)
         budget(256)
         plain = generate(llm, prompts, 8)
-        budget(256, watch)
+        budget(256, poisoning(poisoned))
         COUNTED.zero_()
         watched = generate(llm, prompts, 8)
     assert windows == {0, 200}
     assert watched == plain
+    seen, read = COUNTED.tolist()
+    assert 0 < read < seen and any(poisoned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "granite-4"])
+def test_layers_beside_states_choose(name: str, budget: Any) -> None:
+    """Of hybrid models; what their layers do not choose is not read."""
+    poisoned: list[int] = []
+    hybrid = HYBRIDS[name]
+    settings = hybrid.settings | SETTINGS | {"enable_prefix_caching": False}
+    options = {"token_budget": 1024, "dense_layers": 0}
+    with engine(hybrid.path, "kivi_k3v2", kivi=options, **settings) as llm:
+        budget(2048)
+        dense = generate(llm, PROMPTS[:2], 8)
+        budget(256)
+        selected = generate(llm, PROMPTS[:2], 8)
+        budget(256, poisoning(poisoned))
+        COUNTED.zero_()
+        watched = generate(llm, PROMPTS[:2], 8)
+    assert watched == selected
+    assert max(a.difference(b) for a, b in zip(selected, dense, strict=True)) > 1e-3
     seen, read = COUNTED.tolist()
     assert 0 < read < seen and any(poisoned)

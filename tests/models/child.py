@@ -6,21 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from tests.engine import engine, generate
-from tests.models.harness import PROMPTS, backends, capacity
+import pytest
+
+from kivi_vllm.attention.selection import pages_counted
+from tests.engine import Answer, engine, generate
+from tests.models.harness import LOSSLESS, PROMPTS, backends, capacity
+
+WORKERS = dict(
+    VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `results` sends functions to the workers
+)
+"""The environment of engines with several workers."""
 
 
 def results(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a user sees of each run: `runs` are the engines' arguments."""
+    """What a user sees of each run: `runs` are the engines' arguments, and perhaps `prompts`."""
     from vllm.config.cache import CacheDType
 
     found = []
     for run in runs:
+        prompts = run.pop("prompts", PROMPTS)
         with engine(model, **run) as llm:
-            answers = generate(llm, PROMPTS, 12)
+            answers = generate(llm, prompts, 12)
             found.append(
                 dict(
                     tokens=[list(a.tokens) for a in answers],
@@ -28,6 +39,7 @@ def results(model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     backends=sorted(backends(llm)),
                     capacity=capacity(llm),
                     kivi_dtypes="kivi2" in get_args(CacheDType),
+                    pages_counted=[list(x) for x in llm.collective_rpc(pages_counted)],
                     blocks=llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
                 )
             )
@@ -49,6 +61,14 @@ def results_in_child(
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(path.read_text())
+
+
+def assert_same(found: dict[str, Any], expected: Sequence[Answer]) -> None:
+    """Assert that a run on KIVI's attention gave these answers."""
+    assert found["backends"] == ["KIVI"]
+    for answer, tokens, logprobs in zip(expected, found["tokens"], found["logprobs"], strict=True):
+        assert list(answer.tokens) == tokens
+        assert list(answer.logprobs) == pytest.approx(logprobs, abs=LOSSLESS)
 
 
 def _main() -> None:

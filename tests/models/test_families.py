@@ -17,6 +17,7 @@ from tests.engine import engine, generate, on_worker, tiny_model
 from tests.models.harness import (
     LOSSLESS,
     PROMPTS,
+    attention_layers,
     backends,
     change_attention,
     own_attention,
@@ -155,9 +156,35 @@ def test_sink_logits_follow_the_models_weights() -> None:
                 weight += 1  # as new weights would be loaded
             impl.process_weights_after_loading(torch.bfloat16)
             assert impl.params.sink_logits is kept and torch.equal(kept, weight.float())
+            kept.fill_(torch.nan)
+            impl._filled = False  # as after a loader that does not say that it is done
         assert len(layers) == 2
 
+    def check_again(runner: Any) -> None:
+        for layer in runner.model.model.layers:
+            logits = layer.attn.attn.impl.params.sink_logits
+            assert torch.equal(logits, layer.attn.sinks.float())
+
     with engine(FAMILIES["gpt-oss"].path, "kivi2", dtype="bfloat16") as llm:
+        on_worker(llm, check)
+        generate(llm, PROMPTS[:1], 2)
+        on_worker(llm, check_again)
+
+
+def test_slopes_are_exact_whatever_the_models_dtype() -> None:
+    """ALiBi's: Falcon's are divided by the root of the head size, 32 here, and no bf16 numbers."""
+
+    def check(runner: Any) -> None:
+        wanted = torch.tensor([2.0**-i for i in range(1, 9)]) / 32**0.5
+        for layer in attention_layers(runner):
+            slopes = layer.impl.params.alibi_slopes
+            assert slopes.dtype == torch.float32
+            torch.testing.assert_close(slopes, wanted, rtol=1e-6, atol=0)
+
+    family = FAMILIES["falcon-alibi"]
+    sizes = dict(num_attention_heads=8, hidden_size=256)
+    path = tiny_model(family.model_type, **family.overrides | sizes)
+    with engine(path, "kivi_raw", dtype="bfloat16") as llm:
         on_worker(llm, check)
 
 

@@ -52,6 +52,12 @@ def test_plan_is_what_the_engine_reports(
     assert planned.tokens > 1024
 
 
+def test_a_model_that_needs_numbers_while_it_is_built() -> None:
+    model = tiny_model("falcon", alibi=True, new_decoder_architecture=False)
+    with pytest.raises(ValueError, match=r"ALiBi slopes, which a plan has not; `vllm serve`"):
+        plan.capacity(model, "kivi2", 24 << 20, 1024)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -207,9 +207,14 @@ def test_the_least_bits_name_what_loses_less(
     [
         (
             2048,
-            2,
+            1,
             "kivi.token_budget 2048: a generated token selects 16 of up to 32 pages of each head, "
-            "in all layers but the first 2",
+            "in all layers but the first",
+        ),
+        (
+            2048,
+            2,
+            "kivi.token_budget 2048 selects nothing: kivi.dense_layers is 2, and the model has 2",
         ),
         (1024, 0, "8 of up to 32 pages of each head, in all layers"),
         (

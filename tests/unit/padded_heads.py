@@ -43,7 +43,7 @@ class ThroughTheLayer:
 
         layer: Any = object.__new__(KiviAttentionImpl)
         layer.head_size, layer.page_head_size = q.shape[-1], cache.fmt.head_size
-        layer.owner, layer._attend = layer, calls
+        layer.owner, layer._attend, layer._filled = layer, calls, True
         n = max(row.q1 for row in step.rows)
         args = (x[:n] for x in (q, k, v))
         layer.forward(None, *args, cache.pages, SimpleNamespace(step=step), output[:n])

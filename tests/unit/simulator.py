@@ -355,7 +355,9 @@ class Simulator:
         images = {row.index: order[row.index].images for row in rows}
         starts, ends = torch.zeros(len(order) + 1), torch.zeros(len(order))
         for row in rows:
-            starts[row.index + 1], ends[row.index] = row.q1 - row.q0, row.b
+            # Of what generates, vLLM knows no more than a bound, which drafts may not have reached.
+            more = 0 if any(last >= row.a for _, last in images[row.index]) else 3
+            starts[row.index + 1], ends[row.index] = row.q1 - row.q0, row.b + more
         seen = last_visible(images, starts.cumsum(0).int(), ends.int())
         return None if seen is None else seen.to(self.device)
 

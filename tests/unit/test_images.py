@@ -159,12 +159,15 @@ def test_positions_that_the_kernels_do_not_take(change: Callable[[Any], Any]) ->
 
 
 def test_last_visible() -> None:
-    """Three requests: at 10..15, at 100, and at 5..9; the last image goes beyond the step."""
-    starts, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, 6, 7, 12], [16, 101, 10]))
+    """Three requests: at 10..15, at 100, and at 5..9; the last image goes beyond the step.
+
+    Of the second vLLM knows less: drafts of it were rejected.
+    """
+    starts, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, 6, 7, 12], [16, 104, 10]))
     ranges = {0: [(3, 11), (13, 14)], 1: [(90, 110)], 2: [(1, 2), (8, 20)]}
     seen = last_visible(ranges, starts, ends)
     assert seen is not None and seen.dtype == torch.int32
-    assert seen.tolist() == [11, 11, 12, 14, 14, 15, 100, 5, 6, 7, 9, 9]
+    assert seen.tolist() == [11, 11, -1, 14, 14, -1, -1, -1, -1, -1, 9, 9]
 
 
 @pytest.mark.parametrize("ranges", [None, {}, {0: [], 2: []}, {1: [(90, 110)], 0: [(0, 10)]}])

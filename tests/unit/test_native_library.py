@@ -220,7 +220,7 @@ def test_environment_chooses() -> None:
     # The reference takes the place of a missing library.
     assert "kivi_vllm.ops.reference | reference (PyTorch, slow): no native kernels" in out
     assert out.count("KIVI operators on cpu") == 1  # said once
-    assert "install kivi_vllm again" in out
+    assert "KIVI_VLLM_CPU_LIBRARY names it: unset it" in out
     assert "kivi_vllm.ops.cpu.operators | native, portable (also: " in portable
     as_said = "kivi_vllm.ops.reference | reference (PyTorch), as KIVI_VLLM_CPU_ISA says | \n"
     assert as_said in reference

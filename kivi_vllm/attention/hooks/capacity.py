@@ -111,8 +111,16 @@ def _cache_specs(config: Any) -> dict[str, Any]:
 
     from kivi_vllm.attention.layer import cache_specs
 
-    with _without_weights(config.model_config.dtype):
-        initialize_model(config)
+    try:
+        with _without_weights(config.model_config.dtype):
+            initialize_model(config)
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise ValueError(
+            "the model needs numbers while it is built, as of ALiBi slopes, which a plan has not; "
+            "`vllm serve` logs what the cache holds, with --load-format dummy at once"
+        ) from error
     current_platform.update_block_size_for_backend(config)
     specs = cache_specs(config)
     layers = get_layers_from_vllm_config(config, AttentionLayerBase)

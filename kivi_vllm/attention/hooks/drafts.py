@@ -38,7 +38,7 @@ def without_residual(original: Callable) -> Callable:
 
 
 def _check_windows(layers: list[Any]) -> None:
-    windows = {layer.sliding_window for layer in layers}
+    windows = {getattr(layer, "sliding_window", None) for layer in layers}
     if len(windows) > 1:
         found = " and ".join(sorted(str(window or "none") for window in windows))
         raise KiviConfigError(

@@ -23,7 +23,7 @@ def see_each_other(vllm_config: VllmConfig) -> bool:
 
 
 def ask_for_whole(vllm_config: VllmConfig) -> None:
-    """Let vLLM keep images whole, and refuse steps of fewer tokens than one has."""
+    """Let vLLM keep images whole; it then refuses steps of fewer tokens than one has."""
     if see_each_other(vllm_config):
         vllm_config.scheduler_config.disable_chunked_mm_input = True
 

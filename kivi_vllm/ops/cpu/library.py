@@ -22,7 +22,8 @@ ENVIRONMENT = "KIVI_VLLM_CPU_ISA"
 """Names the instruction set to use, or `reference` for PyTorch; unset: the best there is."""
 
 REFERENCE = "reference"
-PATH = Path(os.environ.get("KIVI_VLLM_CPU_LIBRARY") or Path(__file__).with_name("libkivi_cpu.so"))
+LIBRARY = "KIVI_VLLM_CPU_LIBRARY"
+PATH = Path(os.environ.get(LIBRARY) or Path(__file__).with_name("libkivi_cpu.so"))
 """The library; the variable names another build of it, for instance a sanitizer's."""
 
 I64 = ctypes.c_int64

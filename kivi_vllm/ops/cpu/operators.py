@@ -139,7 +139,7 @@ def _query(
 
 
 def _common(step: Step, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> bytes:
-    """The part of a KiviCall that all three calls need."""
+    """The part of a KiviCall that all calls need."""
     made = cache.native.get("common")
     if made and made[0] is step and made[1] is key and made[2] is value:
         return made[3]

@@ -29,6 +29,9 @@ from kivi_vllm.ops.triton.workspace import reserve
 
 __all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
 
+CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
+"""Look at all page ids before every step: slow, and not in CUDA graphs."""
+
 limits = Limits(
     "GPUs",
     # For which the tests compile the kernels. Of 512, a page takes more registers than a program
@@ -40,12 +43,10 @@ limits = Limits(
     min_capability=((8, 0), "Ampere"),
     decodes_first=True,
     selects=("best",),
+    needs_eager="KIVI_VLLM_CHECK_PAGES=1" if CHECKED else "",
 )
 
 step = DeviceStep.of
-
-CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
-"""Look at all page ids before every step: slow, and not in CUDA graphs."""
 
 _compiled: set[tuple] = set()
 
@@ -55,7 +56,7 @@ def store_blocks(
 ) -> None:
     """As `reference.store_blocks`, for a `DeviceStep`; one launch.
 
-    Called first in a step, so it checks what all three calls share.
+    Called first in a step, so it checks what all calls share.
 
     Raises:
         ValueError: a tensor that the kernels do not take; the message names it.

@@ -112,6 +112,7 @@ def _prefill(
         last, until = t, end
         if last_visible is not None:
             last = tl.load(last_visible + token, mask=live, other=0)
+            last = tl.maximum(last, tl.where(live, t, 0))
             until = tl.minimum(tl.max(last, 0) + 1, b)
         q = query + token * query_token + query_of * query_head
         q = tl.load(q[:, None] + d, mask=live[:, None] & (d < C.D), other=0)

@@ -12,7 +12,7 @@ struct RawScratch {
 
 // Tokens that are fetched (into L2, see Stream) before they are needed: they lie in short runs, of
 // which the processor foresees little.
-constexpr int kTokensAhead = 8;
+constexpr int kTokensAhead = 16;
 
 static INLINE void fetch_ahead(const uint8_t *const *k, const uint8_t *const *v, int j, int n,
                                int bytes) {
