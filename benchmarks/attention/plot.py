@@ -1,5 +1,6 @@
 """Pictures of what `benchmarks/attention --device cuda --json` measured: see README.md here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from benchmarks.common.command import Prefix, start
 from benchmarks.common.files import check_folder
-from benchmarks.common.pictures import check_matplotlib, read, save
+from benchmarks.common.pictures import COLOURS, MARKERS, check_matplotlib, read, save
 from kivi_vllm.cli.errors import UserError
 
 LINES = {
@@ -29,8 +30,19 @@ def plot(
     result: Annotated[Path, typer.Argument(help="What benchmarks.attention --json wrote.")],
     prefix: Prefix = Path("attention"),
 ) -> None:
-    """Draw decode times and speed-ups against the context, per shape and batch: PNG and SVG."""
-    data = read(result, "benchmarks.attention", lambda data: data["decode"])
+    """Draw decode times and speed-ups against the context, per shape and batch: PNG and SVG.
+
+    Of what `--token-budget` measured: how many times as fast as bf16, by budget.
+    """
+    data = read(
+        result, "benchmarks.attention", lambda data: data.get("selection") or data["decode"]
+    )
+    if data.get("selection"):
+        check_folder("-o", prefix)
+        check_matplotlib()
+        for file in draw_selection(data, prefix):
+            print(file)
+        return
     rows = pd.DataFrame([row for row in data["decode"] if "skipped" not in row])
     if rows.empty:
         raise UserError(f"{result} has no decode rows that were measured", "measure some", status=1)
@@ -53,6 +65,45 @@ def plot(
                 print(file)
 
 
+def draw_selection(data: dict[str, Any], prefix: Path) -> Iterator[Path]:
+    """Draw what budgets bring against the context, a panel per cache; yields the files."""
+    from matplotlib import pyplot
+
+    rows = [row for row in data["selection"] if "skipped" not in row]
+    if not rows:
+        raise UserError("no selection was measured", "measure some", status=1)
+    where = f"{data['header'].get('cpu', '?')}, {data['header'].get('isa', '?')}"
+    for (shape, batch, threads), mine in pd.DataFrame(rows).groupby(["shape", "batch", "threads"]):
+        names = list(mine["caches"].iloc[0])
+        figure, panels = pyplot.subplots(
+            1, len(names), figsize=(1 + 4 * len(names), 3.8), squeeze=False, sharey=True,
+            layout="constrained",
+        )  # fmt: skip
+        for panel, name in zip(panels[0], names, strict=True):
+            times = pd.DataFrame([row[name] for row in mine["caches"]], index=mine["context"])
+            ups = times.filter(regex=r"^(dense|selected_\d+)_ms$").rdiv(times["bf16_ms"], axis=0)
+            for index, column in enumerate(ups):
+                label = column.removesuffix("_ms").replace("selected_", "token_budget ")
+                colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+                panel.plot(ups[column], marker=marker, color=colour, label=label)
+            _by_context(panel, ups.index, name)
+            panel.set_ylim(bottom=0)
+        panels[0][0].set_ylabel("times as fast as vLLM's bf16")
+        panels[0][0].legend(fontsize=8)
+        figure.suptitle(
+            f"Attention of a generated token, {shape}, batch {batch}, {where}", fontsize=11
+        )
+        yield from save(figure, f"{prefix}-{shape}-{batch}-{threads}-selection")
+
+
+def _by_context(panel: Any, contexts: pd.Index, title: str) -> None:
+    """What panels over the context have in common."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(contexts, [f"{n / 1024:.3g}k" for n in contexts])
+    panel.set(xlabel="cached tokens", title=title)
+    panel.grid(alpha=0.3)
+
+
 def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> Any:
     """One picture, a panel per batch."""
     from matplotlib import pyplot
@@ -67,10 +118,7 @@ def _picture(lines: pd.DataFrame, title: str, unit: str, logarithmic: bool) -> A
         for name in mine.columns[mine.notna().any()]:
             label, colour = LINES[name]
             (entries[label],) = panel.plot(mine[name].dropna(), "o-", ms=4, color=colour)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(mine.index, [f"{n / 1024:.3g}k" for n in mine.index])
-        panel.set(xlabel="cached tokens", title=f"batch {batch}")
-        panel.grid(alpha=0.3)
+        _by_context(panel, mine.index, f"batch {batch}")
         if logarithmic:
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")

@@ -28,8 +28,8 @@ def plot(
         Path | None, typer.Option(help="A result of older formats, to stand beside.")
     ] = None,
 ) -> None:
-    """Draw divergence against the size of the cache, and against the context: PNG and SVG."""
-    data = read(result, "benchmarks.quality", _frame)
+    """Draw divergence against the size of the cache, the context and the budget: PNG and SVG."""
+    data = read(result, "benchmarks.quality", lambda data: data.get("decoding") or _frame(data))
     older = None if before is None else _frame(read(before, "benchmarks.quality", _frame))
     check_folder("-o", prefix)
     check(data)
@@ -40,12 +40,14 @@ def plot(
 def check(data: dict[str, Any] | None = None) -> None:
     """Refuse what cannot be drawn: before measuring, or with what was measured."""
     check_matplotlib()
-    if data is not None and len({record["cache"] for record in data["perplexity"]}) < 2:
+    if data is None or _budgets(data):
+        return
+    if len({record["cache"] for record in data["perplexity"]}) < 2:
         raise UserError("no two rows of the perplexity section were measured", "measure", status=1)
 
 
 def draw(data: dict[str, Any], prefix: Path, before: pd.DataFrame | None = None) -> Iterator[Path]:
-    """Draw all pictures of a result: two for each text; yields the files.
+    """Draw all pictures of a result: two for each text, and one of budgets; yields the files.
 
     Args:
         data: a result.
@@ -54,6 +56,10 @@ def draw(data: dict[str, Any], prefix: Path, before: pd.DataFrame | None = None)
 
     """
     header = data["header"]
+    if _budgets(data):
+        yield from _draw_budgets(data, prefix)
+    if not data["perplexity"]:
+        return
     for text, frame in _frame(data).groupby("text", sort=False):
         where = f"{header['model']['name']}, {header['dtype']}, text {Path(text).name}"
         longest = frame["length"].max()
@@ -85,6 +91,31 @@ def draw(data: dict[str, Any], prefix: Path, before: pd.DataFrame | None = None)
         axes.set_xlabel("bytes a token of the KV cache, all layers")
         axes.legend(fontsize=8)
         yield from save(figure, f"{prefix}-{Path(text).stem}-size")
+
+
+def _budgets(data: dict[str, Any]) -> dict[str, int]:
+    """Caches with a `token_budget` whose decoding was measured."""
+    budgets = {one["name"]: one.get("options", {}).get("token_budget") for one in data["caches"]}
+    measured = {record["cache"] for record in data.get("decoding", ())}
+    return {name: budget for name, budget in budgets.items() if budget and name in measured}
+
+
+def _draw_budgets(data: dict[str, Any], prefix: Path) -> Iterator[Path]:
+    """Divergence from the same cache without a budget, a line for each text and length."""
+    frame = pd.json_normalize(data["decoding"])
+    frame["budget"] = frame["cache"].map(_budgets(data))
+    frame = frame[frame["budget"].notna() & (frame["kl.value"] >= ROUNDING)].copy()
+    figure, axes = new_axes(f"Divergence by token_budget\n{data['header']['model']['name']}")
+    frame["cache"] = [
+        f"{Path(text).stem}, {length:,} tokens"
+        for text, length in zip(frame["text"], frame["length"], strict=True)
+    ]
+    _points(axes, frame.sort_values("budget"), "budget", lambda line, _: line)
+    axes.set(xscale="log", yscale="log", ylabel=KL, xlabel="token_budget")
+    axes.set_xticks(budgets := sorted(frame["budget"].unique()), [f"{n:,.0f}" for n in budgets])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    yield from save(figure, f"{prefix}-budgets")
 
 
 def _thousands(x: float, _: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.published import fits, read, text
+from benchmarks.quality.decoding import DECODED
 from kivi_vllm.config import QUANTIZED_DTYPES
 
 WINDOWS = "quality-windows"
@@ -50,15 +51,36 @@ def rows_named(columns: dict[str, pd.Series], note: str = "") -> pd.DataFrame:
 
 def budgets() -> pd.DataFrame:
     """What decoded tokens lose by a token budget, against the same cache without one."""
-    rows = read("quality-budget", "decoding")
+    rows = pd.concat([read(name, "decoding") for name in ("quality-budget", "quality-budget-8k")])
     rows = rows[rows["cache"].str.contains("token_budget")]
+    rows = rows.drop_duplicates(["text", "length", "cache"], keep="last")
+    rows["budget"] = rows["cache"].str.rpartition("=")[2].astype(int)
+    rows = rows.sort_values(["length", "text", "budget"], ascending=[True, False, True])
     columns = {
+        "text": rows["text"].replace({"pydoc": "manual", "austen.txt": "novels"}),
+        "windows": text(rows["tokens"] // (DECODED - 1), "{}"),
         "context": text(rows["length"], "{:,}"),
-        "budget": text(rows["cache"].str.rpartition("=")[2].astype(int), "{:,}"),
+        "budget": text(rows["budget"], "{:,}"),
         **lost(rows),
         "KL, 95 %": interval(rows),
     }
     return pd.DataFrame(columns)
+
+
+def passkeys() -> pd.DataFrame:
+    """Hidden numbers that are found, by token budget."""
+    rows = read("quality-passkey-budget", "passkey", kind="passkey", length=8192)
+
+    def found(*by: str) -> pd.Series:
+        counts = rows.groupby(list(by), sort=False)["correct"].agg(["sum", "count"])
+        return counts["sum"].map(str) + counts["count"].map(" of {}".format)
+
+    table = found("cache", "depth").unstack()
+    table.columns = [f"at {100 * depth:.0f} %" for depth in table.columns]
+    budgets = table.index.str.extract(r"token_budget=(\d+)", expand=False)
+    table.insert(0, "budget", [f"{int(x):,}" if pd.notna(x) else "none" for x in budgets])
+    table["all"] = found("cache")
+    return table
 
 
 def dtypes() -> pd.DataFrame:
