@@ -158,8 +158,10 @@ def pages() -> pd.DataFrame:
 def selection() -> pd.DataFrame:
     """Decode with a token budget, against the same cache without, and against bf16."""
     tables = []
-    for isa, title in SETS.items():
-        rows = read(f"selection-cpu-{isa}", "selection")
+    files = {f"selection-cpu-{isa}": title for isa, title in SETS.items()}
+    files |= {f"selection-keys-cpu-{isa}": f"{title}, by keys" for isa, title in SETS.items()}
+    for file, title in files.items():
+        rows = read(file, "selection")
         for cache in ("kivi2", "kivi_k3v2"):
             of = rows.filter(regex=rf"^caches\.{cache}\.").rename(
                 columns=lambda name: name.rpartition(".")[2]

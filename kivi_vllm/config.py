@@ -75,6 +75,8 @@ FORMER_OPTIONS = ("rotate_values", "clip")
 
 Recipe = Literal["best", "paper"]
 
+Estimate = Literal["ranges", "keys"]
+
 DEFAULT_RECIPE: Recipe = "best"
 
 
@@ -101,6 +103,8 @@ class KiviConfig:
         token_budget: tokens of pages that a generated token reads for each head of K and V
             (see `ops.select`); 0: all.
         dense_layers: the first layers of the model, where it reads all.
+        estimate: what says which pages those are: `"ranges"` of their keys, or half of the
+            channels of the `"keys"` themselves, which takes longer and misses less.
         hit_stride: most tokens between the places where prefix hits may end, in models whose
             layers differ; 0: as many as fill the blocks of the pool.
 
@@ -114,6 +118,7 @@ class KiviConfig:
     prefill: PrefillMode = "exact"
     token_budget: int = 0
     dense_layers: int = 2
+    estimate: Estimate = "ranges"
     hit_stride: int = 0
 
     def __post_init__(self) -> None:
@@ -145,6 +150,7 @@ class KiviConfig:
             raise KiviConfigError(
                 f"kivi.dense_layers is {layers!r}, but must be a number of layers: 0 or more"
             )
+        _one_of("kivi.estimate", self.estimate, get_args(Estimate))
         if type(budget) is int and budget == 0:
             return
         if type(budget) is not int or budget < LEAST_TOKEN_BUDGET or budget % BLOCK_SIZE:
@@ -162,6 +168,12 @@ class KiviConfig:
                 "kivi.prefill 'cached' promises that an answer depends on its prompt alone, but "
                 f"kivi.token_budget {budget} makes that of a preempted request depend on when that "
                 "was; leave one of the two out"
+            )
+
+        if self.estimate == "keys" and self.recipe != "best":
+            raise KiviConfigError(
+                f"kivi.estimate 'keys' is there for pages of recipe 'best', not {self.recipe!r}; "
+                "leave one of the two out"
             )
 
     def _check_paper(self) -> None:

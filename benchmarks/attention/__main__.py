@@ -24,7 +24,7 @@ from benchmarks.common.command import Json, among, start
 from benchmarks.common.files import check_folder, write_json
 from kivi_vllm.cli.errors import UserError
 from kivi_vllm.cli.progress import console, note
-from kivi_vllm.config import LEAST_TOKEN_BUDGET
+from kivi_vllm.config import LEAST_TOKEN_BUDGET, Estimate
 
 Names = list[str] | None
 Numbers = list[int] | None
@@ -63,6 +63,9 @@ def attention(
             help="cpu: only decode with these, dense and selected in turn; as in 1024,2048,4096."
         ),
     ] = None,
+    estimate: Annotated[
+        Estimate, typer.Option(help="with --token-budget: what pages are chosen by.")
+    ] = "ranges",
     smoke: Annotated[bool, typer.Option(hidden=True, help="cuda, but interpreted: tiny.")] = False,
     json_path: Json = None,
 ) -> None:
@@ -100,13 +103,15 @@ def attention(
     if device == "cpu":
         settings["memory"] = settings["memory"] or machine.memory_limit()
         settings |= {"llc": machine.llc_bytes(), "huge_pages": huge_pages}
-        settings["token_budgets"] = token_budgets
+        settings |= {"token_budgets": token_budgets, "estimate": estimate}
         header |= {"llc_bytes": settings["llc"], "huge_pages_requested": huge_pages}
     else:
         end = math.inf if seconds is None else time.time() + seconds
         settings |= {"deadline": end, "smoke": smoke}
         header["seconds"] = seconds
     header["memory_limit_bytes"] = settings["memory"]
+    if token_budgets:
+        header["estimate"] = estimate
     sections = (SELECTION,) if token_budgets else SECTIONS
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in sections}
     # Once a second: drawing takes time from what is measured.

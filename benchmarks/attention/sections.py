@@ -39,20 +39,20 @@ def measure_all(threads: int, cases: Sequence[Case], settings: dict[str, Any]) -
 
     Settings are `budget`, seconds of timing a case; `memory`, bytes that a case's pools may take
     together; `llc`, bytes of the last-level cache; `huge_pages`, whether to ask for them; and
-    `token_budgets`, of the section "selection".
+    `token_budgets` and `estimate`, of the section "selection".
     """
     torch.set_num_threads(threads)
     current_platform.import_kernels()
     report(("header", _header(threads)))
-    budgets = settings.pop("token_budgets")
+    budgets, estimate = settings.pop("token_budgets"), settings.pop("estimate")
     many = "1 thread" if threads == 1 else f"{threads} threads"
     errors: dict[str, dict[str, float]] = {}
     for case in cases:
         if case.section == "selection":
             report(("now", f"{case}, {many}"))
             if not errors:
-                errors = {"": {name: selection.check(name) for name in selection.CACHES}}
-            row = selection.measure(case, budgets, **settings)
+                errors = {"": {name: selection.check(name, estimate) for name in selection.CACHES}}
+            row = selection.measure(case, budgets, estimate, **settings)
             report(("row", case.fields | row | {"threads": threads, "rel_errors": errors[""]}))
             continue
         if case.shape not in errors:

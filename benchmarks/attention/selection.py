@@ -24,8 +24,9 @@ from benchmarks.attention.timing import Call, Timed, columns, interleave
 from benchmarks.attention.work import Work
 from benchmarks.common.machine import GIB
 from kivi_vllm.cli.errors import UserError
+from kivi_vllm.config import Estimate
 from kivi_vllm.ops import reference
-from kivi_vllm.ops.select import Selection
+from kivi_vllm.ops.select import Selection, estimate_channels
 
 CACHES = ("kivi2", "kivi_k3v2")
 
@@ -34,6 +35,11 @@ Result = dict[str, Any]
 
 class Selecting(KiviPool):
     """A pool whose sequences have generated the step's tokens."""
+
+    def by(self, estimate: Estimate) -> Selecting:
+        """The same, choosing by this."""
+        self.params = replace(self.params, estimate=estimate)
+        return self
 
     def choosing(self, i: int, work: Work, budget: int) -> Callable[[], Selection | None]:
         """A call that chooses what the tokens of set i read."""
@@ -53,8 +59,14 @@ class Selecting(KiviPool):
         return call
 
     def head_bytes(self) -> int:
-        """Bytes that a page begins with, by which it is chosen."""
-        return self.fmt.fields["k_codes"].offset
+        """Bytes of a page by which it is chosen, as if they all were its first ones."""
+        codes = self.fmt.fields["k_codes"]
+        if self.params.estimate == "ranges":
+            return codes.offset
+        return (
+            codes.offset
+            + codes.nbytes * estimate_channels(self.fmt.head_size) // self.fmt.head_size
+        )
 
     def selected_ranges(self, i: int, work: Work, budget: int) -> Ranges:
         """What choosing and attending read of set i: all ranges of keys, and the chosen pages."""
@@ -77,7 +89,13 @@ class Selecting(KiviPool):
 
 
 def measure(
-    case: Case, budgets: Sequence[int], budget: float, memory: int, llc: int, huge_pages: bool
+    case: Case,
+    budgets: Sequence[int],
+    estimate: Estimate,
+    budget: float,
+    memory: int,
+    llc: int,
+    huge_pages: bool,
 ) -> Result:
     """Medians and quartiles of one case for each cache and token budget."""
     shape = SHAPES[case.shape]
@@ -87,7 +105,7 @@ def measure(
     for name in CACHES:
         sets = cold_sets(KiviPool(shape, name, 1, case.batch, 1).read_bytes(work), llc)
         size = (sets, case.batch, -(-case.end // B), place)
-        pool, bf16 = Selecting(shape, name, *size), VllmPool(shape, "bf16", *size)
+        pool, bf16 = Selecting(shape, name, *size).by(estimate), VllmPool(shape, "bf16", *size)
         if (need := pool.nbytes + bf16.nbytes) > memory:
             limit = f"the limit is {memory / GIB:.3g}"
             return {"skipped": f"the pools of {name} and bf16 need {need / GIB:.3g} GiB, {limit}"}
@@ -120,7 +138,7 @@ def _of_a_cache(
     return row
 
 
-def check(name: str) -> float:
+def check(name: str, estimate: Estimate) -> float:
     """The largest relative error of a tiny step's attention over chosen pages.
 
     Raises:
@@ -129,7 +147,7 @@ def check(name: str) -> float:
     """
     shape, budget = SHAPES["tiny"], 1024
     work = Work(shape, 2, 1, 16 * B + 40, generated=True)
-    pool = Selecting(shape, name, 1, 2, 17)
+    pool = Selecting(shape, name, 1, 2, 17).by(estimate)
     pool.prepare()
     pool.attention(0, work)()
     dense = work.output.clone()

@@ -232,6 +232,11 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             f"kivi.token_budget is not there for recipe {config.recipe!r} on {limits.devices}; "
             "leave it out, or kivi.recipe"
         )
+    if config.token_budget and config.estimate not in limits.estimates:
+        yield (
+            f"kivi.estimate {config.estimate!r} is not there on {limits.devices}; leave it out, or "
+            f"use one of: {', '.join(limits.estimates)}"
+        )
     model = vllm_config.model_config
     if limits.needs_eager and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         yield (

@@ -44,7 +44,7 @@ def start_line(config: KiviConfig, max_model_len: int, num_layers: int) -> str:
     )
     return (
         f"kivi.token_budget {config.token_budget}: a generated token selects {read} of up to "
-        f"{most} pages of each head, {dense}"
+        f"{most} pages of each head, by their {config.estimate}, {dense}"
     )
 
 

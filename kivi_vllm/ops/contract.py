@@ -7,11 +7,11 @@ and the truth for the others. `dispatch` knows which one serves a device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
-from kivi_vllm.config import HEAD_SIZES
+from kivi_vllm.config import HEAD_SIZES, Estimate
 from kivi_vllm.ops.format import RAW_DTYPES
 from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, Batch, Layer, LayerCache
@@ -30,6 +30,7 @@ class Limits:
         decodes_first: the requests of a step must be in this order: those of at most
             `decode_len` tokens, then the longer ones.
         selects: the recipes for whose pages `select` is there.
+        estimates: what it chooses by (`AttentionParams.estimate`).
         needs_eager: what has been asked for that looks at the device in every step, which a
             captured graph cannot: `NAME=value` of the environment. Empty: nothing.
 
@@ -41,6 +42,7 @@ class Limits:
     min_capability: tuple[tuple[int, int], str] | None = None
     decodes_first: bool = False
     selects: tuple[str, ...] = ("best", "paper")
+    estimates: tuple[str, ...] = get_args(Estimate)
     needs_eager: str = ""
 
     def serves(self, capability: Any) -> bool:

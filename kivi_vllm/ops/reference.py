@@ -36,6 +36,7 @@ from kivi_vllm.ops.select import (
     candidates,
     count_pages,
     estimates,
+    key_estimates,
     must_choose,
     weights,
 )
@@ -173,7 +174,7 @@ def select(
         cache: read: `pages`.
         query: [num_tokens, num_heads, head_size].
         key, value: not read.
-        params: scale, soft cap, window, chunks and `token_budget`.
+        params: scale, soft cap, window, chunks, `token_budget` and `estimate`.
 
     Returns:
         None: no token has more pages than it may read.
@@ -192,7 +193,13 @@ def select(
             if len(whole) <= most:
                 continue
             pages = cache.pages[_page_ids(row, whole.start, whole.stop, step, cache)]
-            x = estimates(query[token].float() * params.scale, pages, cache.fmt)
+            q = query[token].float() * params.scale
+            if params.estimate == "keys":
+                seen = first_visible(t, params.sliding_window, params.chunk_size)
+                unread = max(seen, cache.fmt.sink_tokens) - whole.start * B
+                x = key_estimates(q, pages, cache.fmt, max(0, unread))
+            else:
+                x = estimates(q, pages, cache.fmt)
             read = best(weights(x, params.logits_soft_cap), most) + whole.start
             if full_precision_from(t, residual) % B:
                 read = torch.nn.functional.pad(read, (0, 1), value=whole.stop)

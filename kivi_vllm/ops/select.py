@@ -17,6 +17,11 @@ half of it ranks pages better, docs/selection.md.) A page weighs as much as all 
 
 and of pages that weigh the same, the older one is the better. Estimates that are not finite count
 as minus infinity.
+
+With the estimate "keys" a page weighs what its keys say, in half of the channels: x[h, s] of each
+token s that is read from its page is the sum of q[c] * key[s, c] over the `estimate_channels` for
+which the head of K and V has the largest sum_h (q[c] * step[c])^2, steps being those of the newest
+page, in groups of `QUAD` channels. It costs more, and hardly ever misses a page that ranges may.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.ops.codec import decode_pages
 from kivi_vllm.ops.codes import top, zero_step
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.residual import first_visible, full_precision_from
@@ -36,6 +42,9 @@ if TYPE_CHECKING:
     from kivi_vllm.ops.step import AttentionParams
 
 RADIUS = 0.5
+
+QUAD = 4
+"""Channels whose codes lie together."""
 
 COUNTED = torch.zeros(2, dtype=torch.int64)
 """What the generated tokens of this process saw and read of pages, in layers with a budget: one for
@@ -124,6 +133,50 @@ def estimates(query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat) -> torc
     q = query.float().unflatten(0, (pages.shape[1], -1))  # [H, heads of each, D]
     product = "hrd,nhgd->hrng"
     return torch.einsum(product, q, zero + half) + RADIUS * torch.einsum(product, q.abs(), half)
+
+
+def estimate_channels(head_size: int) -> int:
+    """Channels by which keys are estimated: half of them, and a multiple of 32."""
+    return (head_size // 2 + 31) // 32 * 32
+
+
+def main_channels(query: torch.Tensor, page: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+    """Channels that say most of the products of queries [num_heads, D] with keys as in a page.
+
+    Args:
+        query: of one token.
+        page: [num_kv_heads, page_bytes], of which the steps are read.
+        fmt: of recipe "best".
+
+    Returns:
+        int64 [num_kv_heads, estimate_channels], ascending.
+
+    """
+    step = fmt.fields["k_step"].of(page).float()
+    q = query.float().unflatten(0, (len(page), -1))
+    power = (q * step[:, None]).square().sum(1).unflatten(1, (-1, QUAD)).sum(-1)
+    power = power.masked_fill(~power.isfinite(), 0)
+    count = estimate_channels(fmt.head_size) // QUAD
+    quads = power.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    return (quads[..., None] * QUAD + torch.arange(QUAD, device=page.device)).flatten(1)
+
+
+def key_estimates(
+    query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat, unread: int = 0
+) -> torch.Tensor:
+    """x of each key, by its main channels: as `estimates`, but [.., n, B] for the groups.
+
+    The last of the pages is the newest one. The first `unread` tokens of the first are not read
+    from there: sinks, and what a window hides.
+    """
+    channels = main_channels(query, pages[-1], fmt)  # [H, C]
+    k = decode_pages(pages, fmt)[0].transpose(0, 1)  # [H, n, B, D]
+    k = k.gather(-1, channels[:, None, None].expand(*k.shape[:3], -1))
+    q = query.float().unflatten(0, (len(channels), -1))
+    q = q.gather(-1, channels[:, None].expand(*q.shape[:2], -1))
+    x = torch.einsum("hrc,hnsc->hrns", q, k)
+    x[:, :, 0, :unread] = -torch.inf
+    return x
 
 
 def weights(x: torch.Tensor, soft_cap: float = 0.0) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.config import Estimate
 from kivi_vllm.ops.format import PageFormat
 
 
@@ -280,6 +281,7 @@ class AttentionParams:
             0: all.
         token_budget: tokens of pages that a generated token reads (see `select`), a multiple of
             the block size; 0: all. It is the user's, and the layer's.
+        estimate: what pages are chosen by: `"ranges"` or `"keys"` (see `select`).
         sink_logits: [num_heads] fp32 or None; each softmax of a head has one term more in its
             denominator, exp(logit), which has no value. (vLLM calls them `sinks`. They have
             nothing to do with the sinks of a cache, the first tokens of a sequence.)
@@ -295,6 +297,7 @@ class AttentionParams:
     sink_logits: torch.Tensor | None = None
     chunk_size: int = 0
     token_budget: int = 0
+    estimate: Estimate = "ranges"
     first_chunk: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:

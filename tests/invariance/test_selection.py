@@ -100,8 +100,11 @@ def test_a_budget_that_suffices_changes_no_bit(dtype: str, preempted: list[str])
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("dtype", some(["kivi2", "kivi_k3v2"], [0]))
-def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "estimate"),
+    some([("kivi2", "ranges"), ("kivi_k3v2", "ranges"), ("kivi2", "keys")], [0]),
+)
+def test_what_is_not_chosen_is_not_read(dtype: str, estimate: str, budget: Any) -> None:
     """Answers with NaN in all other pages are the same; a list of another row is noticed."""
     poisoned: list[int] = []
 
@@ -111,7 +114,7 @@ def test_what_is_not_chosen_is_not_read(dtype: str, budget: Any) -> None:
                 return attend()
             attend(replace(selection, blocks=selection.blocks.flip(0)))
 
-    options = {"token_budget": 1024, "dense_layers": 1}
+    options = {"token_budget": 1024, "dense_layers": 1, "estimate": estimate}
     answers: dict[str, list[Answer]] = {}
     with engine(
         model(),

@@ -61,7 +61,7 @@ def test_wrong_value(options: dict[str, Any], message: str) -> None:
 
 
 KNOWN = "recipe, group_size, sink_tokens, residual_length, prefill, "
-KNOWN += "token_budget, dense_layers, hit_stride"
+KNOWN += "token_budget, dense_layers, estimate, hit_stride"
 
 
 def test_unknown_option() -> None:
@@ -209,14 +209,14 @@ def test_the_least_bits_name_what_loses_less(
             2048,
             1,
             "kivi.token_budget 2048: a generated token selects 16 of up to 32 pages of each head, "
-            "in all layers but the first",
+            "by their ranges, in all layers but the first",
         ),
         (
             2048,
             2,
             "kivi.token_budget 2048 selects nothing: kivi.dense_layers is 2, and the model has 2",
         ),
-        (1024, 0, "8 of up to 32 pages of each head, in all layers"),
+        (1024, 0, "8 of up to 32 pages of each head, by their ranges, in all layers"),
         (
             4096,
             1,
@@ -252,6 +252,19 @@ def test_a_budget_on_a_device_that_has_it_for_other_pages(monkeypatch: pytest.Mo
     )
     engine_config(
         additional_config={"kivi": {"token_budget": 2048}}, kv_cache_memory_bytes=64 << 20
+    )
+
+
+def test_an_estimate_that_a_device_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kivi_vllm.ops import dispatch
+
+    operators = dispatch.backend("cpu").operators
+    keys = {"kivi": {"token_budget": 2048, "estimate": "keys"}}
+    engine_config(additional_config=keys, kv_cache_memory_bytes=64 << 20)
+    limits = dataclasses.replace(operators.limits, estimates=("ranges",))
+    monkeypatch.setattr(operators, "limits", limits)
+    assert refusal(additional_config=keys).endswith(
+        "kivi.estimate 'keys' is not there on CPUs; leave it out, or use one of: ranges"
     )
 
 

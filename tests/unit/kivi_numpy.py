@@ -317,9 +317,33 @@ def page_weights(
         low, high = ranges(page, fmt)
         middle, half = (low + high) / 2, (high - low) / 2
         x.append(q @ middle.T + radius * (np.abs(q) @ half.T))
-    scores = np.stack(x, 1)  # [heads, pages, groups]
+    return _shares(np.stack(x, 1), soft_cap)
+
+
+def key_weights(
+    q: Doubles, pages: Sequence[Bytes], fmt: Format, soft_cap: float, unread: int
+) -> Doubles:
+    """The same by keys, in the half of the channels that a head's queries have most power in.
+
+    The first `unread` tokens of the first page do not count.
+    """
+    start, end = layout(fmt)["k_step"]
+    steps = pages[-1][start:end].view(np.float16).astype(np.float64)
+    power = ((q * steps) ** 2).sum(0).reshape(-1, 4).sum(1)
+    count = -(-(fmt.head_size // 2) // 32) * 8  # of four channels each
+    channels = np.isin(np.arange(fmt.head_size) // 4, np.argsort(-power, kind="stable")[:count])
+    keys = np.stack([decode_page(page, fmt)[0] for page in pages])  # [pages, 128, D]
+    scores = np.einsum("hd,ptd->hpt", q[:, channels], keys[..., channels].astype(np.float64))
+    shown = np.ones(scores.shape[1:], bool)
+    shown[0, :unread] = False
+    return _shares(scores, soft_cap, shown)
+
+
+def _shares(scores: Doubles, soft_cap: float, shown: np.ndarray | bool = True) -> Doubles:
+    """Of scores [heads, pages, n]: what of all softmaxes lies in each page."""
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(shown, scores, -np.inf)
     e = np.exp(scores - scores.max((1, 2), keepdims=True))
     return (e / e.sum((1, 2), keepdims=True)).sum((0, 2))
 

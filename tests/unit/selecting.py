@@ -115,7 +115,11 @@ class SelectingSimulator(Simulator):
         held = [(request.blocks[j // k], j % k, head) for j in range(first, first + n)]
         pages = [cache.pages[page].numpy() for page in held]
         scaled = own.double().numpy() * self.case.params.scale
-        w = kivi_numpy.page_weights(scaled, pages, self.fmt, self.case.soft_cap)
+        if self.case.estimate == "keys":
+            unread = max(0, max(self._first_seen(t), self.fmt.sink_tokens) - first * B)
+            w = kivi_numpy.key_weights(scaled, pages, self.fmt, self.case.soft_cap, unread)
+        else:
+            w = kivi_numpy.page_weights(scaled, pages, self.fmt, self.case.soft_cap)
         chosen = np.zeros(n, bool)
         chosen[blocks - first] = True
         least, others = w[:-1][chosen[:-1]].min(initial=np.inf), w[:-1][~chosen[:-1]].max()

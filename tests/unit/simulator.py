@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from kivi_vllm.config import KiviConfig, Recipe
+from kivi_vllm.config import Estimate, KiviConfig, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.format import PageFormat
 from kivi_vllm.ops.images import last_visible
@@ -59,6 +59,7 @@ class Case:
     per_block: int = 1  # k, the pages of a head in a block of the pool
     raw: tuple[int, int, int] | None = None  # T of the ring, the tails and the sinks
     budget: int = 0  # tokens of pages that a generated token reads
+    estimate: Estimate = "ranges"
 
     def __str__(self) -> str:
         """For example kivi2-best-R0-H4x2-D64-T300."""
@@ -67,7 +68,7 @@ class Case:
         short = {torch.float32: "", torch.bfloat16: "-bf16", torch.float16: "-fp16"}[self.model]
         more = {"exact": self.exact, "drafts": self.drafts, "scale": self.scale}
         more |= {"cap": self.soft_cap, "alibi": self.alibi, "window": self.window}
-        more |= {"chunk": self.chunk, "budget": self.budget}
+        more |= {"chunk": self.chunk, "budget": self.budget, "keys": self.estimate == "keys"}
         words = [k if v is True else f"{k}{v:g}" for k, v in more.items() if v]
         given = {"G": self.group, "sinks": self.sinks}
         words += [f"{k}{v}" for k, v in given.items() if v is not None]
@@ -92,7 +93,7 @@ class Case:
         if self.sink_logits:
             logits = torch.tensor(self.sink_logits).repeat(n)[:n].float()
         asked = (scale, self.soft_cap, slopes, self.window, logits, self.chunk)
-        return AttentionParams(*asked, token_budget=self.budget)
+        return AttentionParams(*asked, token_budget=self.budget, estimate=self.estimate)
 
 
 @dataclass(eq=False)

@@ -108,6 +108,12 @@ def test_what_a_token_budget_cannot_go_with() -> None:
         KiviConfig.from_options("kivi_raw", {"token_budget": 2048})
     with pytest.raises(KiviConfigError, match=r"'cached' promises .* leave one of the two out$"):
         KiviConfig.from_options("kivi2", {"token_budget": 2048, "prefill": "cached"})
+    keys = {"token_budget": 2048, "estimate": "keys"}
+    with pytest.raises(KiviConfigError, match=r"'keys' is there for .* recipe 'best', not 'paper'"):
+        KiviConfig.from_options("kivi2", keys | {"recipe": "paper"})
+    with pytest.raises(KiviConfigError, match=r"kivi.estimate is 'means', .* one of: ranges, keys"):
+        KiviConfig.from_options("kivi2", {"estimate": "means"})
+    assert KiviConfig.from_options("kivi2", keys).estimate == "keys"
     for good in (0, 1024, 1152, 4096):
         assert KiviConfig.from_options("kivi2", {"token_budget": good}).token_budget == good
 
@@ -157,7 +163,7 @@ def test_the_options_that_were_are_parts_of_the_recipe(name: str) -> None:
     message = (
         f"unknown option {name!r} in the 'kivi' entry of --additional-config; recipe 'best' "
         "includes it, recipe 'paper' does not; the options are: recipe, group_size, sink_tokens, "
-        "residual_length, prefill, token_budget, dense_layers, hit_stride"
+        "residual_length, prefill, token_budget, dense_layers, estimate, hit_stride"
     )
     with pytest.raises(KiviConfigError, match=f"^{re.escape(message)}$"):
         KiviConfig.from_options("kivi2", {name: True})

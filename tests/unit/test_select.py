@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kivi_vllm.attention.metadata import mark_generated
+from kivi_vllm.config import Estimate
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection, best, weights
@@ -32,6 +33,32 @@ CASES = [
     Case("kivi_k4v3", budget=128, chunk=512, tokens=1020, residual=64, sink_logits=(4, 2)),
     Case("kivi3", budget=256, tokens=800, heads=(9, 1), head_size=32),
     Case(budget=128, tokens=400, heads=(65, 1), head_size=512, residual=32),  # 64 rows at most
+    Case(budget=256, tokens=900, estimate="keys"),
+    Case(
+        "kivi_k3v2",
+        budget=256,
+        tokens=900,
+        head_size=128,
+        heads=(8, 2),
+        model=BF16,
+        estimate="keys",
+    ),
+    Case(
+        "kivi4",
+        budget=128,
+        tokens=700,
+        heads=MQA,
+        residual=32,
+        drafts=3,
+        head_size=96,
+        estimate="keys",
+    ),
+    Case(
+        budget=256, window=700, tokens=1300, per_block=3, drafts=2, soft_cap=20.0, estimate="keys"
+    ),
+    Case("kivi_k4v3", budget=128, chunk=512, tokens=1020, sink_logits=(4, 2), estimate="keys"),
+    Case("kivi3", budget=256, tokens=800, heads=(9, 1), head_size=32, estimate="keys"),
+    Case(budget=128, tokens=400, heads=(65, 1), head_size=512, estimate="keys"),
 ]
 
 
@@ -76,9 +103,10 @@ def check(case: Case, ops: Any) -> None:
     sim.check_untouched()
 
 
-def test_threads_choose_alike(isa: str, threads: None) -> None:
+@pytest.mark.parametrize("estimate", ["ranges", "keys"])
+def test_threads_choose_alike(isa: str, threads: None, estimate: Estimate) -> None:
     """Parts of one long sequence's pages, which several threads score."""
-    case = Case(budget=1024, tokens=9000, heads=(2, 1), head_size=32)
+    case = Case(budget=1024, tokens=9000, heads=(2, 1), head_size=64, estimate=estimate)
     lists = []
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -177,6 +205,41 @@ def test_ties_go_to_the_older_page_and_the_newest_is_there(isa: str) -> None:
         assert sim.chosen
         chosen = np.flatnonzero(request.read[1090][0]).tolist()
         assert chosen[-2:] == [5, 7] and chosen[0] in (0, 1)
+
+
+@pytest.mark.parametrize(("estimate", "chosen"), [("ranges", 5), ("keys", 2)])
+def test_keys_tell_where_ranges_cannot(isa: str, estimate: Estimate, chosen: int) -> None:
+    """A token that the query wants; elsewhere outliers in all channels, but no such token."""
+    for ops in (reference, native):
+        sim = make(Case(budget=256, tokens=1100, heads=(1, 1), estimate=estimate), ops, seed=1)
+        sim.check = lambda *args: None  # type: ignore[method-assign]
+        request = sim.add(1100)
+        query = request.q[1090, 0]
+        request.k[300, 0] = 1.5 * query
+        outlier = torch.arange(128)[:, None] % 16 == torch.arange(64) % 16
+        request.k[640:768, 0] = torch.where(outlier, 4.0, -0.5) * query.sign()
+        request.prompt = 1090
+        sim.step({request: 1090})
+        sim.step({request: 1})
+        assert np.flatnonzero(request.read[1090][0]).tolist() == [chosen, 7]
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_keys_that_are_not_finite(isa: str, number: float) -> None:
+    """All kernels leave the same out: in pages, and of the newest one's steps."""
+    lists = []
+    for ops in (reference, native):
+        sim = make(Case(budget=384, tokens=1100, heads=(2, 1), estimate="keys"), ops, seed=2)
+        sim.check = lambda *args: None  # type: ignore[method-assign]
+        sim._check_choice = lambda *args: None  # type: ignore[method-assign]
+        request = sim.add(1100)
+        request.k[300] = number
+        request.k[1000, 0, 3] = number
+        request.prompt = 1090
+        sim.step({request: 1090})
+        sim.step({request: 1})
+        lists.append(np.flatnonzero(request.read[1090][0]).tolist())
+    assert lists[0] == lists[1]
 
 
 def test_weights_of_what_is_not_finite() -> None:

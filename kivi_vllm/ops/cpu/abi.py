@@ -41,7 +41,8 @@ COMMON_FIELDS = _fields(
 
 QUERY_FIELDS = _fields(
     "query output out_dtype num_heads scale soft_cap alibi_slopes sliding_window sink_logits "
-    "chunk_size last_visible token_budget selected selected_counts selected_width counted",
+    "chunk_size last_visible token_budget estimate_channels selected selected_counts "
+    "selected_width counted",
     **dict(query=TENSOR, output=TENSOR, scale=_DOUBLE, soft_cap=_DOUBLE),
 )
 """The rest, which `select` and `attend` alone need."""

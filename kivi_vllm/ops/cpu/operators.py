@@ -25,7 +25,7 @@ from kivi_vllm.ops.checks import CHECKED_FORMS, DTYPES, MOST_KNOWN, record_form
 from kivi_vllm.ops.cpu.abi import COMMON, QUERY, RAW, RAW_FIELDS
 from kivi_vllm.ops.cpu.library import BAD_LIST, BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import limits, prepare, step
-from kivi_vllm.ops.select import COUNTED, Selection, must_choose
+from kivi_vllm.ops.select import COUNTED, Selection, estimate_channels, must_choose
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
 
 __all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
@@ -133,6 +133,7 @@ def _query(
         params.chunk_size,
         _last_visible(step),
         params.token_budget,
+        estimate_channels(cache.fmt.head_size) if params.estimate == "keys" else 0,
         *lists,
         COUNTED.data_ptr() if params.token_budget else 0,
     )

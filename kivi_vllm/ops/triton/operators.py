@@ -43,6 +43,7 @@ limits = Limits(
     min_capability=((8, 0), "Ampere"),
     decodes_first=True,
     selects=("best",),
+    estimates=("ranges",),
     needs_eager="KIVI_VLLM_CHECK_PAGES=1" if CHECKED else "",
 )
 

@@ -35,9 +35,12 @@ def check(layer: Layer, params: AttentionParams) -> None:
     """Whether a layer with a budget can be served; before anything slow begins.
 
     Raises:
-        KiviConfigError: there is no compiler, or sequences are too long.
+        KiviConfigError: there is no compiler, sequences are too long, or pages were to be chosen
+            by their keys.
 
     """
+    if params.estimate != "ranges":
+        raise KiviConfigError("kivi.estimate is 'ranges' on GPUs; leave it out")
     if not compiler.available() or not cuda.WANTED:
         raise KiviConfigError(
             "kivi.token_budget needs NVRTC on GPUs, to compile the kernels that choose: install "

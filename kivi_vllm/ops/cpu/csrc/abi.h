@@ -60,6 +60,7 @@ struct KiviCall {
   int64_t chunk_size;         // a multiple of 128; 0: none
   const int32_t *last_visible;  // [num_tokens] or null: each token sees up to itself
   int64_t token_budget;         // a multiple of 128; 0: none
+  int64_t estimate_channels;    // of keys, by which pages are chosen; 0: by ranges
   int32_t *selected;            // [num_tokens, num_kv_heads, selected_width] or null: all pages
   int32_t *selected_counts;     // [num_tokens]
   int64_t selected_width;
@@ -86,7 +87,7 @@ struct KiviCall {
   FIELD(KiviCall, output) FIELD(KiviCall, out_dtype) FIELD(KiviCall, num_heads)                \
   FIELD(KiviCall, scale) FIELD(KiviCall, soft_cap) FIELD(KiviCall, alibi_slopes)               \
   FIELD(KiviCall, sliding_window) FIELD(KiviCall, sink_logits) FIELD(KiviCall, chunk_size)      \
-  FIELD(KiviCall, last_visible) FIELD(KiviCall, token_budget) FIELD(KiviCall, selected)        \
+  FIELD(KiviCall, last_visible) FIELD(KiviCall, token_budget) FIELD(KiviCall, estimate_channels) FIELD(KiviCall, selected)        \
   FIELD(KiviCall, selected_counts) FIELD(KiviCall, selected_width) FIELD(KiviCall, counted)
 #define KIVI_STRUCTS(STRUCT) STRUCT(KiviRow) STRUCT(KiviRaw) STRUCT(KiviTensor) STRUCT(KiviCall)
 

@@ -37,7 +37,7 @@ int64_t padded_pages(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 // Floats of all estimates of a choice among n pages, with `together` rows together.
 int64_t estimate_floats(const KiviCall &c, int64_t n, int64_t together) {
   const int64_t rows = c.num_heads / c.num_kv_heads;
-  return (rows + together - 1) / together * together * (kBlock / c.group_size) * padded_pages(n);
+  return (rows + together - 1) / together * together * estimates_of_page(c) * padded_pages(n);
 }
 
 // Lengths of the lists, and who makes them.
@@ -59,8 +59,9 @@ void plan_choosing(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan
         tile.unit.g1 = (int)(c.num_heads / c.num_kv_heads);
         tile.unit.start = t;
         tile.unit.end = t + 1;
-        tile.unit.block_lo = pages.first;
+        tile.unit.block_lo = tile.unit.tile_block_lo = pages.first;
         tile.unit.block_hi = pages.whole;
+        tile.unit.raw_from = pages.whole * kBlock;
         tile.blocks = c.selected + (token * c.num_kv_heads + h) * c.selected_width;
         if (pages.end > pages.whole) tile.blocks[budget] = (int32_t)pages.whole;
         plan.tiles.push_back(tile);

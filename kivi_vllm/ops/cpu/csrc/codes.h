@@ -85,6 +85,7 @@ struct Codes {
   static constexpr int spare = pitch - BITS;           // bits of a slot above its code
   static constexpr int pairs = slots / 2;              // of slots
   static constexpr int key_tokens = 16 * slots;        // whose codes share vectors
+  static constexpr int key_units = spare ? 3 : kBlock / key_tokens;  // of such vectors, stored
   static constexpr int value_tokens = kBlock / pairs;  // that lie one after the other
   static constexpr int value_quads = value_tokens / 4;
   static constexpr int stored_quads = spare ? value_quads / 4 * 3 : value_quads;

@@ -17,6 +17,7 @@ namespace KIVI_ISA {
 #include "two_level.h"
 #include "source.h"
 #include "page.h"
+#include "select_keys.h"
 #include "select.h"
 #include "raw.h"
 #include "encode.h"
@@ -29,6 +30,7 @@ struct AttendScratch {
     PageScratch page;
     RawScratch raw;
     SelectScratch select;
+    KeysScratch keys;
   };
 };
 
@@ -144,14 +146,27 @@ static void estimate(const KiviCall &c, const Unit &whole, float *out, int64_t s
                      uint8_t *scratch) {
   AttendScratch &s = *(AttendScratch *)scratch;
   const int most = (int)most_rows(c.head_size);
-  Unit u = whole;
-  for (; u.g0 < whole.g1; u.g0 = u.g1) {
-    u.g1 = min_of(whole.g1, u.g0 + most);
-    Queries q;
-    load_queries(c, u, s, q);
-    estimate(c, u, s.q, q.rows, out + (u.g0 - whole.g0) * (kBlock / c.group_size) * stride, stride,
-             s.select);
+  const auto rows_together = [&](auto f) {
+    Unit u = whole;
+    for (; u.g0 < whole.g1; u.g0 = u.g1) {
+      u.g1 = min_of(whole.g1, u.g0 + most);
+      Queries q;
+      load_queries(c, u, s, q);
+      f(u, q.rows);
+    }
+  };
+  if (c.estimate_channels) {
+    const int d = (int)c.head_size;
+    const uint8_t *newest = page_of(c, *whole.row, whole.kv_head, whole.raw_from / kBlock - 1);
+    const uint16_t *step = (const uint16_t *)(newest + TwoLevelLayout(c).k_step);
+    __builtin_memset(s.keys.power, 0, sizeof(float) * d);
+    rows_together([&](const Unit &, int rows) { add_power(s.q, rows, d, step, s.keys.power); });
+    choose_quads(d, (int)c.estimate_channels, s.keys);
   }
+  rows_together([&](const Unit &u, int rows) {
+    estimate(c, u, s.q, rows, out + (u.g0 - whole.g0) * estimates_of_page(c) * stride, stride,
+             s.select, s.keys);
+  });
 }
 
 static void encode(const KiviCall &c, const KiviRow &row, int64_t block, int64_t kv_head,

@@ -197,13 +197,18 @@ static void estimate_rows(const KiviCall &c, const Unit &u, const float *q, int 
 
 // `out` is that of block 0.
 static void estimate(const KiviCall &c, const Unit &u, const float *q, int rows, float *out,
-                     int64_t stride, SelectScratch &s) {
+                     int64_t stride, SelectScratch &s, KeysScratch &keys) {
   with_codes(c, [&](auto k, auto, auto two_level) __attribute__((always_inline)) {
     using CODES = decltype(k);
     for (int r = 0; r < rows; r += kRows) {
       const int n = min_of(kRows, rows - r);
       const float *x = q + (int64_t)r * c.head_size;
-      float *to = out + (int64_t)r * (kBlock / c.group_size) * stride;
+      float *to = out + (int64_t)r * estimates_of_page(c) * stride;
+      if constexpr (two_level.value)
+        if (c.estimate_channels) {
+          estimate_by_keys<CODES>(c, u, x, n, to, keys);
+          continue;
+        }
       if constexpr (two_level.value)
         estimate_rows<TwoLevelEstimates<CODES>>(c, u, x, n, to, stride, s);
       else
@@ -226,8 +231,9 @@ static void weigh(const KiviCall &c, float *x, int rows, int64_t n, int64_t stri
                   float *weights) {
   static_assert(W % kRows == 0 || kRows % W == 0, "rows lie in the same lanes of all vectors");
   constexpr int kVectors = max_of(1, kRows / W);  // that have all rows
-  const int groups = kBlock / (int)c.group_size;
-  const float cap = (float)c.soft_cap * 1.4426950408889634f;
+  const int groups = estimates_of_page(c);
+  // Of keys, the scores had it.
+  const float cap = c.estimate_channels ? 0.0f : (float)c.soft_cap * 1.4426950408889634f;
   const vf none = all(-__builtin_inff());
   const int64_t end = stride * kRows;
   for (int64_t i = 0; i < stride; i++) weights[i] = 0.0f;

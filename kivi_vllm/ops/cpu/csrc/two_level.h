@@ -165,6 +165,16 @@ struct TwoLevelKeys {
   template <int R, int AHEAD>
   static void scores(const Queries &queries, int r0, const uint8_t *page, Stream &stream,
                      const TwoLevelLayout &at, PageScratch &s) {
+    const auto tiles = [&](int tile) __attribute__((always_inline)) {
+      return typename CODES::Keys(page + at.k_codes, at.head_size, tile);
+    };
+    scores_of<R, AHEAD>(queries, r0, page, stream, at, s, tiles);
+  }
+
+  // The same with tiles of codes that lie elsewhere.
+  template <int R, int AHEAD, class TILES>
+  static INLINE void scores_of(const Queries &queries, int r0, const uint8_t *page, Stream &stream,
+                               const TwoLevelLayout &at, PageScratch &s, TILES tiles) {
     const int d = at.head_size;
     const float *q = queries.q + (int64_t)r0 * d;
     const uint16_t *step = (const uint16_t *)(page + at.k_step);
@@ -202,7 +212,7 @@ struct TwoLevelKeys {
                                                          s.parts[0] + 128 * r);
     };
     for (int tile = 0; tile < kBlock / 32; tile++) {
-      const typename CODES::Keys codes(page + at.k_codes, d, tile);
+      const auto codes = tiles(tile);
       int g = tile, second = tile;  // of its second 16 tokens
       if (at.k_groups == kBlock / 32) {
         fold(g, Constant<1>());

@@ -76,6 +76,11 @@ static inline int64_t ring_slot(const KiviCall &c, int64_t s) {
   return s % kBlock % c.ring.page_tokens;
 }
 
+// Estimates of a page: of each group of keys, or one.
+static inline int estimates_of_page(const KiviCall &c) {
+  return c.estimate_channels ? 1 : kBlock / (int)c.group_size;
+}
+
 // Whether pages hold tokens verbatim.
 static inline bool is_raw(const KiviCall &c) { return c.k_bits == KIVI_RAW_BITS; }
 
