@@ -34,6 +34,7 @@ from kivi_vllm.ops.select import (
     Selection,
     best,
     candidates,
+    check_pages,
     count_pages,
     estimates,
     key_estimates,
@@ -183,8 +184,7 @@ def select(
     residual, most = cache.residual_length, params.token_budget // B
     if not must_choose(step.longest_generated, residual, params.token_budget):
         return None
-    if cache.fmt.is_raw:
-        raise ValueError("pages of kivi_raw have no ranges to select by")
+    check_pages(cache.fmt, params.estimate)
     made = Selection.empty(step.num_tokens, cache.num_kv_heads, params.token_budget)
     for row in step.rows:
         for t in range(row.a, row.b) if row.generated else ():

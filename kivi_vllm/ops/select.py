@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kivi_vllm.config import BLOCK_SIZE as B
+from kivi_vllm.config import Estimate
 from kivi_vllm.ops.codec import decode_pages
 from kivi_vllm.ops.codes import top, zero_step
 from kivi_vllm.ops.format import PageFormat
@@ -112,6 +113,14 @@ def count_pages(
 def must_choose(position: int, residual: int, budget: int) -> bool:
     """Whether some position up to this one may have more whole pages than `budget` tokens."""
     return budget > 0 and full_precision_from(max(0, position), residual) // B * B > budget
+
+
+def check_pages(fmt: PageFormat, estimate: Estimate) -> None:
+    """Raise ValueError unless pages can be chosen by this."""
+    if fmt.is_raw:
+        raise ValueError("pages of kivi_raw have no ranges to select by")
+    if estimate == "keys" and not fmt.two_level:
+        raise ValueError("pages are selected by their keys under recipe 'best' only")
 
 
 def estimates(query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kivi_vllm.attention.metadata import mark_generated
-from kivi_vllm.config import Estimate
+from kivi_vllm.config import Estimate, Recipe
 from kivi_vllm.ops import reference
 from kivi_vllm.ops.cpu import operators as native
 from kivi_vllm.ops.select import COUNTED, Selection, best, weights
@@ -178,6 +178,17 @@ BAD = {
     "not-ascending": lambda s: replace(s, blocks=s.blocks.flip(-1).contiguous()),
     "not-seen": lambda s: replace(s, blocks=s.blocks + 100),
 }
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "recipe"), [("kivi2", "paper"), ("kivi_raw", "best")])
+def test_pages_that_cannot_be_chosen(ops: Any, dtype: str, recipe: Recipe) -> None:
+    sim = make(Case(dtype, recipe, budget=256, tokens=660, estimate="keys"), ops)
+    request = sim.add(660)
+    request.prompt = 650
+    with pytest.raises(ValueError, match=r"under recipe 'best' only|kivi_raw have no ranges"):
+        sim.step({request: 650})
+        sim.step({request: 1})
 
 
 @pytest.mark.parametrize("fault", BAD)

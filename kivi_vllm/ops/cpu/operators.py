@@ -25,7 +25,13 @@ from kivi_vllm.ops.checks import CHECKED_FORMS, DTYPES, MOST_KNOWN, record_form
 from kivi_vllm.ops.cpu.abi import COMMON, QUERY, RAW, RAW_FIELDS
 from kivi_vllm.ops.cpu.library import BAD_LIST, BAD_PAGE, NO_MEMORY, OK, load
 from kivi_vllm.ops.reference import limits, prepare, step
-from kivi_vllm.ops.select import COUNTED, Selection, estimate_channels, must_choose
+from kivi_vllm.ops.select import (
+    COUNTED,
+    Selection,
+    check_pages,
+    estimate_channels,
+    must_choose,
+)
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
 
 __all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
@@ -61,8 +67,7 @@ def select(
     """See `reference.select`."""
     if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
         return None
-    if cache.fmt.is_raw:
-        raise ValueError("pages of kivi_raw have no ranges to select by")
+    check_pages(cache.fmt, params.estimate)
     made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
     cache.native["selection"] = step, made  # which needs no checks
     call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
