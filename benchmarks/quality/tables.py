@@ -51,15 +51,19 @@ def rows_named(columns: dict[str, pd.Series], note: str = "") -> pd.DataFrame:
 
 def budgets() -> pd.DataFrame:
     """What decoded tokens lose by a token budget, against the same cache without one."""
-    rows = pd.concat([read(name, "decoding") for name in ("quality-budget", "quality-budget-8k")])
+    files = ("quality-budget", "quality-budget-8k", "quality-budget-keys")
+    rows = pd.concat([read(name, "decoding") for name in files])
     rows = rows[rows["cache"].str.contains("token_budget")]
     rows = rows.drop_duplicates(["text", "length", "cache"], keep="last")
-    rows["budget"] = rows["cache"].str.rpartition("=")[2].astype(int)
-    rows = rows.sort_values(["length", "text", "budget"], ascending=[True, False, True])
+    rows["budget"] = rows["cache"].str.extract(r"token_budget=(\d+)", expand=False).astype(int)
+    rows["by"] = _chosen_by(rows["cache"])
+    order = ["length", "text", "by", "budget"]
+    rows = rows.sort_values(order, ascending=[True, False, False, True])
     columns = {
         "text": rows["text"].replace({"pydoc": "manual", "austen.txt": "novels"}),
         "windows": text(rows["tokens"] // (DECODED - 1), "{}"),
         "context": text(rows["length"], "{:,}"),
+        "pages by": rows["by"],
         "budget": text(rows["budget"], "{:,}"),
         **lost(rows),
         "KL, 95 %": interval(rows),
@@ -67,9 +71,16 @@ def budgets() -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def _chosen_by(caches: pd.Series | pd.Index) -> Any:
+    """What pages are chosen by, of caches with a token budget."""
+    return caches.str.extract("estimate=(.*)", expand=False).fillna("ranges")
+
+
 def passkeys() -> pd.DataFrame:
     """Hidden numbers that are found, by token budget."""
-    rows = read("quality-passkey-budget", "passkey", kind="passkey", length=8192)
+    files = ("quality-passkey-budget", "quality-passkey-keys")
+    each = [read(name, "passkey", kind="passkey", length=8192) for name in files]
+    rows = pd.concat(each).drop_duplicates(["cache", "depth", "key"])  # without a budget: once
 
     def found(*by: str) -> pd.Series:
         counts = rows.groupby(list(by), sort=False)["correct"].agg(["sum", "count"])
@@ -79,6 +90,7 @@ def passkeys() -> pd.DataFrame:
     table.columns = [f"at {100 * depth:.0f} %" for depth in table.columns]
     budgets = table.index.str.extract(r"token_budget=(\d+)", expand=False)
     table.insert(0, "budget", [f"{int(x):,}" if pd.notna(x) else "none" for x in budgets])
+    table.insert(1, "pages by", _chosen_by(table.index).where(budgets.notna(), "–"))
     table["all"] = found("cache")
     return table
 
