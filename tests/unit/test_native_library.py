@@ -87,11 +87,11 @@ def test_library_of_the_same_structs(tmp_path: Path) -> None:
         ),
         (
             [("int64_t *counted;", "int64_t *counted, *more;")],
-            "it has KiviCall at byte 560 where KiviCall at 552 is expected",
+            "it has KiviCall at byte 568 where KiviCall at 560 is expected",
         ),
         (
             [("FIELD(KiviCall, counted)", "")],
-            "it has KiviRow at byte 48 where KiviCall.counted at 544 is expected",
+            "it has KiviRow at byte 48 where KiviCall.counted at 552 is expected",
         ),
     ],
     ids=["order", "name", "raw", "type", "size", "missing"],
