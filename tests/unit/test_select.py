@@ -201,20 +201,26 @@ def test_lists_are_checked_before_anything_is_read(fault: str) -> None:
         sim.step({request: 1})
 
 
+def choice_after(sim: SelectingSimulator, request: Request, prompt: int) -> list[int]:
+    """Blocks that the first token after a prompt reads, of head 0; outputs are not checked."""
+    request.prompt = prompt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sim, "check", lambda *args: None)
+        sim.step({request: prompt})
+        sim.step({request: 1})
+    return np.flatnonzero(request.read[prompt][0]).tolist()
+
+
 def test_ties_go_to_the_older_page_and_the_newest_is_there(isa: str) -> None:
     """Keys that are the same in all pages, but for one: its weight is the largest."""
     for ops in (reference, native):
         sim = make(Case(budget=384, tokens=1100, heads=(1, 1)), ops)
-        sim.check = lambda *args: None  # type: ignore[method-assign]
         request = sim.add(1100)
         request.k[:] = request.k[:16].repeat(69, 1, 1)[:1100]
         request.k[640:768] += 0.25 * request.q[1090]
-        request.prompt = 1090
-        sim.step({request: 1090})
-        sim.step({request: 1})
+        chosen = choice_after(sim, request, 1090)
         # Sinks stay out of the first page's ranges, so that this one differs a little.
         assert sim.chosen
-        chosen = np.flatnonzero(request.read[1090][0]).tolist()
         assert chosen[-2:] == [5, 7] and chosen[0] in (0, 1)
 
 
@@ -223,16 +229,12 @@ def test_keys_tell_where_ranges_cannot(isa: str, estimate: Estimate, chosen: int
     """A token that the query wants; elsewhere outliers in all channels, but no such token."""
     for ops in (reference, native):
         sim = make(Case(budget=256, tokens=1100, heads=(1, 1), estimate=estimate), ops, seed=1)
-        sim.check = lambda *args: None  # type: ignore[method-assign]
         request = sim.add(1100)
         query = request.q[1090, 0]
         request.k[300, 0] = 1.5 * query
         outlier = torch.arange(128)[:, None] % 16 == torch.arange(64) % 16
         request.k[640:768, 0] = torch.where(outlier, 4.0, -0.5) * query.sign()
-        request.prompt = 1090
-        sim.step({request: 1090})
-        sim.step({request: 1})
-        assert np.flatnonzero(request.read[1090][0]).tolist() == [chosen, 7]
+        assert choice_after(sim, request, 1090) == [chosen, 7]
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -241,15 +243,11 @@ def test_keys_that_are_not_finite(isa: str, number: float) -> None:
     lists = []
     for ops in (reference, native):
         sim = make(Case(budget=384, tokens=1100, heads=(2, 1), estimate="keys"), ops, seed=2)
-        sim.check = lambda *args: None  # type: ignore[method-assign]
         sim._check_choice = lambda *args: None  # type: ignore[method-assign]
         request = sim.add(1100)
         request.k[300] = number
         request.k[1000, 0, 3] = number
-        request.prompt = 1090
-        sim.step({request: 1090})
-        sim.step({request: 1})
-        lists.append(np.flatnonzero(request.read[1090][0]).tolist())
+        lists.append(choice_after(sim, request, 1090))
     assert lists[0] == lists[1]
 
 
