@@ -103,8 +103,9 @@ class KiviConfig:
         token_budget: tokens of pages that a generated token reads for each head of K and V
             (see `ops.select`); 0: all.
         dense_layers: the first layers of the model, where it reads all.
-        estimate: what says which pages those are: `"ranges"` of their keys, or half of the
-            channels of the `"keys"` themselves, which takes longer and misses less.
+        estimate: what says which pages those are: the `"ranges"` of their keys, or a quarter
+            of the channels of the `"keys"` themselves, which takes longer and misses less. None:
+            the first of `estimates` that the devices have.
         hit_stride: most tokens between the places where prefix hits may end, in models whose
             layers differ; 0: as many as fill the blocks of the pool.
 
@@ -118,7 +119,7 @@ class KiviConfig:
     prefill: PrefillMode = "exact"
     token_budget: int = 0
     dense_layers: int = 2
-    estimate: Estimate = "ranges"
+    estimate: Estimate | None = None
     hit_stride: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +151,8 @@ class KiviConfig:
             raise KiviConfigError(
                 f"kivi.dense_layers is {layers!r}, but must be a number of layers: 0 or more"
             )
-        _one_of("kivi.estimate", self.estimate, get_args(Estimate))
+        if self.estimate is not None:
+            _one_of("kivi.estimate", self.estimate, get_args(Estimate))
         if type(budget) is int and budget == 0:
             return
         if type(budget) is not int or budget < LEAST_TOKEN_BUDGET or budget % BLOCK_SIZE:
@@ -170,7 +172,7 @@ class KiviConfig:
                 "was; leave one of the two out"
             )
 
-        if self.estimate == "keys" and self.recipe != "best":
+        if self.estimate == "keys" and self.estimate not in self.estimates:
             raise KiviConfigError(
                 f"kivi.estimate 'keys' is there for pages of recipe 'best', not {self.recipe!r}; "
                 "leave one of the two out"
@@ -212,6 +214,11 @@ class KiviConfig:
     def v_bits(self) -> int:
         """Bits per value number, or `RAW_BITS`."""
         return DTYPES[self.dtype].v_bits
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """What its pages can be chosen by, the best one first."""
+        return ("keys", "ranges") if self.recipe == "best" else ("ranges",)
 
     @property
     def has_better(self) -> bool:

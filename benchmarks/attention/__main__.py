@@ -65,7 +65,7 @@ def attention(
     ] = None,
     estimate: Annotated[
         Estimate, typer.Option(help="with --token-budget: what pages are chosen by.")
-    ] = "ranges",
+    ] = "keys",
     smoke: Annotated[bool, typer.Option(hidden=True, help="cuda, but interpreted: tiny.")] = False,
     json_path: Json = None,
 ) -> None:

@@ -34,12 +34,11 @@ Result = dict[str, Any]
 
 
 class Selecting(KiviPool):
-    """A pool whose sequences have generated the step's tokens."""
+    """A pool whose sequences have generated the step's tokens, which choose by an estimate."""
 
-    def by(self, estimate: Estimate) -> Selecting:
-        """The same, choosing by this."""
+    def __init__(self, estimate: Estimate, *size: Any) -> None:
+        super().__init__(*size)
         self.params = replace(self.params, estimate=estimate)
-        return self
 
     def choosing(self, i: int, work: Work, budget: int) -> Callable[[], Selection | None]:
         """A call that chooses what the tokens of set i read."""
@@ -59,7 +58,7 @@ class Selecting(KiviPool):
         return call
 
     def head_bytes(self) -> int:
-        """Bytes of a page by which it is chosen, as if they all were its first ones."""
+        """Bytes of a page that choosing reads, as if they all were its first ones."""
         codes = self.fmt.fields["k_codes"]
         if self.params.estimate == "ranges":
             return codes.offset
@@ -105,7 +104,7 @@ def measure(
     for name in CACHES:
         sets = cold_sets(KiviPool(shape, name, 1, case.batch, 1).read_bytes(work), llc)
         size = (sets, case.batch, -(-case.end // B), place)
-        pool, bf16 = Selecting(shape, name, *size).by(estimate), VllmPool(shape, "bf16", *size)
+        pool, bf16 = Selecting(estimate, shape, name, *size), VllmPool(shape, "bf16", *size)
         if (need := pool.nbytes + bf16.nbytes) > memory:
             limit = f"the limit is {memory / GIB:.3g}"
             return {"skipped": f"the pools of {name} and bf16 need {need / GIB:.3g} GiB, {limit}"}
@@ -147,7 +146,7 @@ def check(name: str, estimate: Estimate) -> float:
     """
     shape, budget = SHAPES["tiny"], 1024
     work = Work(shape, 2, 1, 16 * B + 40, generated=True)
-    pool = Selecting(shape, name, 1, 2, 17).by(estimate)
+    pool = Selecting(estimate, shape, name, 1, 2, 17)
     pool.prepare()
     pool.attention(0, work)()
     dense = work.output.clone()

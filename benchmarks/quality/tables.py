@@ -73,7 +73,7 @@ def budgets() -> pd.DataFrame:
 
 def _chosen_by(caches: pd.Series | pd.Index) -> Any:
     """What pages are chosen by, of caches with a token budget."""
-    return caches.str.extract("estimate=(.*)", expand=False).fillna("ranges")
+    return caches.str.extract("estimate=([a-z]+)", expand=False).fillna("keys")
 
 
 def passkeys() -> pd.DataFrame:

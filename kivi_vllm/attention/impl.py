@@ -102,7 +102,7 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
                 f"kivi.token_budget {budget} does not serve this model: its attention has ALiBi "
                 "slopes, of which a page's ranges know nothing; leave kivi.token_budget out"
             )
-        estimate = self.config.estimate
+        estimate = self.operators.limits.estimate(self.config)
         chosen = replace(self.params, token_budget=budget, estimate=estimate)
         self.params = self.operators.prepare(self._layer, chosen)
         report_at_the_end()

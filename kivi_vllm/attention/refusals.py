@@ -69,7 +69,8 @@ def check(vllm_config: VllmConfig) -> None:
     if config.token_budget:
         model = vllm_config.model_config
         layers = model.get_total_num_hidden_layers()
-        logger.info("%s", start_line(config, model.max_model_len, layers))
+        estimate = dispatch.backend(device_kind()).operators.limits.estimate(config)
+        logger.info("%s", start_line(config, estimate, model.max_model_len, layers))
     if config.has_better:
         logger.info(
             "%s has 2-bit keys: %s takes a little more memory and loses much less "
@@ -232,7 +233,7 @@ def _device(vllm_config: VllmConfig) -> Iterator[str]:
             f"kivi.token_budget is not there for recipe {config.recipe!r} on {limits.devices}; "
             "leave it out, or kivi.recipe"
         )
-    if config.token_budget and config.estimate not in limits.estimates:
+    if config.token_budget and config.estimate not in (None, *limits.estimates):
         yield (
             f"kivi.estimate {config.estimate!r} is not there on {limits.devices}; leave it out, or "
             f"use one of: {', '.join(limits.estimates)}"

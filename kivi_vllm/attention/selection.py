@@ -7,7 +7,7 @@ import logging
 from multiprocessing import util
 from typing import Any, NamedTuple
 
-from kivi_vllm.config import BLOCK_SIZE, KiviConfig
+from kivi_vllm.config import BLOCK_SIZE, Estimate, KiviConfig
 from kivi_vllm.ops.select import COUNTERS
 
 
@@ -26,7 +26,7 @@ def pages_counted(worker: Any = None) -> PagesCounted:
     return PagesCounted(*(sum(of) for of in zip(*(each() for each in COUNTERS), strict=True)))
 
 
-def start_line(config: KiviConfig, max_model_len: int, num_layers: int) -> str:
+def start_line(config: KiviConfig, estimate: Estimate, max_model_len: int, num_layers: int) -> str:
     """What the budget does with sequences up to `max_model_len`, in a model of so many layers."""
     if config.dense_layers >= num_layers:
         return (
@@ -44,7 +44,7 @@ def start_line(config: KiviConfig, max_model_len: int, num_layers: int) -> str:
     )
     return (
         f"kivi.token_budget {config.token_budget}: a generated token selects {read} of up to "
-        f"{most} pages of each head, by their {config.estimate}, {dense}"
+        f"{most} pages of each head, by their {estimate}, {dense}"
     )
 
 

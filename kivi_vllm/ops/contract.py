@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 
 import torch
 
-from kivi_vllm.config import HEAD_SIZES, Estimate
+from kivi_vllm.config import HEAD_SIZES, Estimate, KiviConfig
 from kivi_vllm.ops.format import RAW_DTYPES
 from kivi_vllm.ops.select import Selection
 from kivi_vllm.ops.step import AttentionParams, Batch, Layer, LayerCache
@@ -44,6 +44,10 @@ class Limits:
     selects: tuple[str, ...] = ("best", "paper")
     estimates: tuple[str, ...] = get_args(Estimate)
     needs_eager: str = ""
+
+    def estimate(self, config: KiviConfig) -> Estimate:
+        """What pages are chosen by: what was asked for, or the best that there is."""
+        return config.estimate or next(e for e in config.estimates if e in self.estimates)
 
     def serves(self, capability: Any) -> bool:
         """Whether a device of this compute capability is new enough; None: it is not known."""

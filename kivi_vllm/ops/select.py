@@ -18,10 +18,11 @@ half of it ranks pages better, docs/selection.md.) A page weighs as much as all 
 and of pages that weigh the same, the older one is the better. Estimates that are not finite count
 as minus infinity.
 
-With the estimate "keys" a page weighs what its keys say, in half of the channels: x[h, s] of each
-token s that is read from its page is the sum of q[c] * key[s, c] over the `estimate_channels` for
-which the head of K and V has the largest sum_h (q[c] * step[c])^2, steps being those of the newest
-page, in groups of `QUAD` channels. It costs more, and hardly ever misses a page that ranges may.
+With the estimate "keys" a page is a single group, of which the best score is that of its keys, in
+a quarter of the channels: x[h, page] is the largest, over the tokens s that are read from the page,
+of the sum of q[c] * key[s, c] over the `estimate_channels` for which the head of K and V has the
+largest sum_h (q[c] * step[c])^2, steps being those of the newest page, in groups of `QUAD`
+channels. It costs more, and hardly ever misses a page that ranges may.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def estimates(query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat) -> torc
 
 
 def estimate_channels(head_size: int) -> int:
-    """Channels by which keys are estimated: half of them, and a multiple of 32."""
-    return (head_size // 2 + 31) // 32 * 32
+    """Channels by which keys are estimated: a quarter of them, and a multiple of 32."""
+    return max(32, (head_size // 4 + 31) // 32 * 32)
 
 
 def main_channels(query: torch.Tensor, page: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
@@ -173,7 +174,7 @@ def main_channels(query: torch.Tensor, page: torch.Tensor, fmt: PageFormat) -> t
 def key_estimates(
     query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat, unread: int = 0
 ) -> torch.Tensor:
-    """x of each key, by its main channels: as `estimates`, but [.., n, B] for the groups.
+    """x of each page, by its keys' main channels: as `estimates`, but [.., n, 1] for the groups.
 
     The last of the pages is the newest one. The first `unread` tokens of the first are not read
     from there: sinks, and what a window hides.
@@ -184,8 +185,9 @@ def key_estimates(
     q = query.float().unflatten(0, (len(channels), -1))
     q = q.gather(-1, channels[:, None].expand(*q.shape[:2], -1))
     x = torch.einsum("hrc,hnsc->hrns", q, k)
+    x = x.masked_fill(~x.isfinite(), -torch.inf)
     x[:, :, 0, :unread] = -torch.inf
-    return x
+    return x.amax(-1, keepdim=True)
 
 
 def weights(x: torch.Tensor, soft_cap: float = 0.0) -> torch.Tensor:

@@ -209,14 +209,14 @@ def test_the_least_bits_name_what_loses_less(
             2048,
             1,
             "kivi.token_budget 2048: a generated token selects 16 of up to 32 pages of each head, "
-            "by their ranges, in all layers but the first",
+            "by their keys, in all layers but the first",
         ),
         (
             2048,
             2,
             "kivi.token_budget 2048 selects nothing: kivi.dense_layers is 2, and the model has 2",
         ),
-        (1024, 0, "8 of up to 32 pages of each head, by their ranges, in all layers"),
+        (1024, 0, "8 of up to 32 pages of each head, by their keys, in all layers"),
         (
             4096,
             1,
@@ -255,7 +255,9 @@ def test_a_budget_on_a_device_that_has_it_for_other_pages(monkeypatch: pytest.Mo
     )
 
 
-def test_an_estimate_that_a_device_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_that_a_device_has_not(
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     from kivi_vllm.ops import dispatch
 
     operators = dispatch.backend("cpu").operators
@@ -266,6 +268,10 @@ def test_an_estimate_that_a_device_has_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert refusal(additional_config=keys).endswith(
         "kivi.estimate 'keys' is not there on CPUs; leave it out, or use one of: ranges"
     )
+    said.clear()
+    left_out = {"kivi": {"token_budget": 2048, "dense_layers": 0}}
+    engine_config(additional_config=left_out, max_model_len=4096, kv_cache_memory_bytes=64 << 20)
+    assert "by their ranges" in said[0]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])

@@ -323,27 +323,25 @@ def page_weights(
 def key_weights(
     q: Doubles, pages: Sequence[Bytes], fmt: Format, soft_cap: float, unread: int
 ) -> Doubles:
-    """The same by keys, in the half of the channels that a head's queries have most power in.
+    """The same by a page's best key, in those channels that the queries have most power in.
 
     The first `unread` tokens of the first page do not count.
     """
     start, end = layout(fmt)["k_step"]
     steps = pages[-1][start:end].view(np.float16).astype(np.float64)
     power = ((q * steps) ** 2).sum(0).reshape(-1, 4).sum(1)
-    count = -(-(fmt.head_size // 2) // 32) * 8  # of four channels each
+    count = max(8, -(-(fmt.head_size // 4) // 32) * 8)  # of four channels each
     channels = np.isin(np.arange(fmt.head_size) // 4, np.argsort(-power, kind="stable")[:count])
     keys = np.stack([decode_page(page, fmt)[0] for page in pages])  # [pages, 128, D]
     scores = np.einsum("hd,ptd->hpt", q[:, channels], keys[..., channels].astype(np.float64))
-    shown = np.ones(scores.shape[1:], bool)
-    shown[0, :unread] = False
-    return _shares(scores, soft_cap, shown)
+    scores[:, 0, :unread] = -np.inf
+    return _shares(scores.max(-1, keepdims=True), soft_cap)
 
 
-def _shares(scores: Doubles, soft_cap: float, shown: np.ndarray | bool = True) -> Doubles:
+def _shares(scores: Doubles, soft_cap: float) -> Doubles:
     """Of scores [heads, pages, n]: what of all softmaxes lies in each page."""
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
-    scores = np.where(shown, scores, -np.inf)
     e = np.exp(scores - scores.max((1, 2), keepdims=True))
     return (e / e.sum((1, 2), keepdims=True)).sum((0, 2))
 

@@ -114,6 +114,8 @@ def test_what_a_token_budget_cannot_go_with() -> None:
     with pytest.raises(KiviConfigError, match=r"kivi.estimate is 'means', .* one of: ranges, keys"):
         KiviConfig.from_options("kivi2", {"estimate": "means"})
     assert KiviConfig.from_options("kivi2", keys).estimate == "keys"
+    assert KiviConfig.from_options("kivi2", {}).estimates == ("keys", "ranges")
+    assert KiviConfig.from_options("kivi2", {"recipe": "paper"}).estimates == ("ranges",)
     for good in (0, 1024, 1152, 4096):
         assert KiviConfig.from_options("kivi2", {"token_budget": good}).token_budget == good
 

@@ -78,7 +78,8 @@ def generate(
 
 
 def make(case: Case, ops: Any = native, **options: Any) -> SelectingSimulator:
-    tolerance = {} if ops is reference else {"tolerance": TOLERANCE, "near": 5e-3}
+    near = 5e-2 if case.estimate == "keys" else 5e-3  # products of eight bits
+    tolerance = {} if ops is reference else {"tolerance": TOLERANCE, "near": near}
     return SelectingSimulator(case, ops=ops, **tolerance | options)
 
 
@@ -237,12 +238,16 @@ def test_keys_tell_where_ranges_cannot(isa: str, estimate: Estimate, chosen: int
         assert choice_after(sim, request, 1090) == [chosen, 7]
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_keys_that_are_not_finite(isa: str, number: float) -> None:
-    """All kernels leave the same out: in pages, and of the newest one's steps."""
+@pytest.mark.parametrize(("number", "heads"), [(torch.nan, 2), (torch.inf, 1)])
+def test_keys_that_are_not_finite(isa: str, number: float, heads: int) -> None:
+    """All kernels leave the same out: in pages, and of the newest one's steps.
+
+    Infinite ones are large ones to a page, and of its others eight bits know nothing: one head
+    says that it is the best page.
+    """
     lists = []
     for ops in (reference, native):
-        sim = make(Case(budget=384, tokens=1100, heads=(2, 1), estimate="keys"), ops, seed=2)
+        sim = make(Case(budget=384, tokens=1100, heads=(heads, 1), estimate="keys"), ops, seed=2)
         sim._check_choice = lambda *args: None  # type: ignore[method-assign]
         request = sim.add(1100)
         request.k[300] = number

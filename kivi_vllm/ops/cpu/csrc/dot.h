@@ -166,9 +166,7 @@ struct Stream {
   }
 };
 
-#if defined(KIVI_AMX)
-#include "dot_amx.h"
-#elif defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
 
 // sum + codes * part, the four bytes at `part` for every lane. By hand: GCC 12 spills around the
 // intrinsic, and loads a broadcast of its own, where the memory operand costs no instruction.
@@ -176,6 +174,12 @@ static INLINE __m512i dp(__m512i sum, __m512i codes, const int8_t *part) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const int32_t *)part));
   return sum;
 }
+
+#endif
+
+#if defined(KIVI_AMX)
+#include "dot_amx.h"
+#elif defined(__AVX512VNNI__)
 
 // Sets of sums: with one or two rows, a single set would wait for its own additions.
 template <int R>

@@ -17,6 +17,8 @@ namespace KIVI_ISA {
 #include "two_level.h"
 #include "source.h"
 #include "page.h"
+#include "chosen.h"
+#include "dot_keys.h"
 #include "select_keys.h"
 #include "select.h"
 #include "raw.h"
@@ -161,7 +163,8 @@ static void estimate(const KiviCall &c, const Unit &whole, float *out, int64_t s
     const uint16_t *step = (const uint16_t *)(newest + TwoLevelLayout(c).k_step);
     __builtin_memset(s.keys.power, 0, sizeof(float) * d);
     rows_together([&](const Unit &, int rows) { add_power(s.q, rows, d, step, s.keys.power); });
-    choose_quads(d, (int)c.estimate_channels, s.keys);
+    choose_quads(c, s.keys.power, s.keys.chosen);
+    plan_fetching(c, s.keys);
   }
   rows_together([&](const Unit &u, int rows) {
     estimate(c, u, s.q, rows, out + (u.g0 - whole.g0) * estimates_of_page(c) * stride, stride,

@@ -8,7 +8,6 @@
 // Estimates lie as [row / kRows][group][page][row % kRows], those of rows that are not there -inf.
 
 constexpr float kRadius = 0.5f;  // RADIUS
-constexpr int kAhead = 6;        // pages from one to that which is fetched meanwhile
 
 struct SelectScratch {
   // Of two levels: what zeros and scales are multiplied with, but for a page's steps, which are here too.
@@ -30,8 +29,6 @@ struct Lines {
       if (at < end) __builtin_prefetch(at, 0, 2);
   }
 };
-
-constexpr float kWhole = 32767;  // what 16 bits hold
 
 // The largest of d numbers of fp16 that are not negative; NaN if one is.
 static INLINE float largest_half(const uint16_t *x, int d) {
@@ -232,8 +229,7 @@ static void weigh(const KiviCall &c, float *x, int rows, int64_t n, int64_t stri
   static_assert(W % kRows == 0 || kRows % W == 0, "rows lie in the same lanes of all vectors");
   constexpr int kVectors = max_of(1, kRows / W);  // that have all rows
   const int groups = estimates_of_page(c);
-  // Of keys, the scores had it.
-  const float cap = c.estimate_channels ? 0.0f : (float)c.soft_cap * 1.4426950408889634f;
+  const float cap = (float)c.soft_cap * 1.4426950408889634f;
   const vf none = all(-__builtin_inff());
   const int64_t end = stride * kRows;
   for (int64_t i = 0; i < stride; i++) weights[i] = 0.0f;

@@ -1,175 +1,180 @@
-// Estimates of pages by their keys, for ops/select.py: the scores that attention computes of a page,
-// but over those channels only in which the query and the newest page's steps say most of them.
+// Estimates of pages by their keys, for ops/select.py: the largest score that a page's keys have in
+// those channels in which the query and the newest page's steps say most of it.
 //
-// Codes of four channels, a quad, lie in vectors of their own, so those of other quads are not read.
-// What else a page says of its keys is copied for the chosen channels, as a page of so many.
+// With y[c] = q[c] step[c], and a group's scales u and zeros z in steps, a score is
+//
+//     sum_c (y[c] u[c]) code[c] + sum_c y[c] z[c] + sum_c q[c] low[c]
+//
+// as in two_level.h. Here y u, and y for z, have eight bits: it is for a choice, and the codes
+// themselves are further from the keys than that. Codes of four channels, a quad, lie in vectors of
+// their own, so those of other quads are not read.
 
-struct KeysScratch {
-  int quads[kMaxHead / 8], count;     // the chosen ones, ascending
-  uint64_t chosen[kMaxHead / 256];    // a bit for each quad
-  alignas(64) float power[kMaxHead];  // of channels, then of quads
-  alignas(64) float q[kRows * kMaxHead / 2];
-  alignas(64) uint8_t head[(4 + kKGroups) * kMaxHead / 2 + 64];  // low, steps and ranges
-  PageScratch page;
-};
+constexpr int kAhead = 6;                // pages from one to that which is fetched meanwhile
+constexpr int kAheadKeys = 3;            // the same where keys are read
+constexpr float kWhole = 32767;          // what 16 bits hold
+constexpr int kOut = -(1 << 28);         // less than any score
 
-// Add what the rows q [n][d] have of power in each channel, for keys of such steps.
-static void add_power(const float *q, int n, int d, const uint16_t *step, float *power) {
-  for (int i = 0; i < d; i += W) {
-    const vf of = load_half(step + i);
-    vf sum = load(power + i);
-    for (int r = 0; r < n; r++) {
-      const vf x = load(q + r * d + i) * of;
-      sum += x * x;
-    }
-    store(power + i, sum);
-  }
+// Where lines lie in a page: [0] of what is read, [1] of that alone which comes before the codes.
+static void plan_fetching(const KiviCall &c, KeysScratch &s) {
+  const TwoLevelLayout at(c);
+  int n = 0;
+  for (int i = 0; i < at.k_codes; i += 64) s.lines[0][n] = s.lines[1][n] = i, n++;
+  const int head = n;
+  for (int u = 0; u < c.k_bits; u++)  // of tokens whose codes share vectors
+    for (int k = 0; k < s.chosen.count; k++)
+      s.lines[0][n++] = at.k_codes + 16 * u * at.head_size + s.chosen.vectors[k];
+  s.more = (max_of(0, n - 4 * s.chosen.count) + at.k_groups - 1) / at.k_groups * at.k_groups;
+  for (int i = head; i < s.more + 4 * s.chosen.count; i++) s.lines[1][i] = 0;
+  for (int i = n; i < s.more + 4 * s.chosen.count; i++) s.lines[0][i] = 0;
 }
 
-// The `channels` / 4 quads that have most of it; of those that have the same, the first.
-static void choose_quads(int d, int channels, KeysScratch &s) {
-  float *x = s.power;
-  const int n = d / 4;
-  for (int i = 0; i < n; i++) {
-    const float sum = (x[4 * i] + x[4 * i + 1]) + (x[4 * i + 2] + x[4 * i + 3]);
-    x[i] = sum - sum == 0 ? sum : 0.0f;
-  }
-  s.count = 0;
-  for (uint64_t &word : s.chosen) word = 0;
-  for (int i = 0; i < n; i++) {
-    int better = 0;
-    for (int j = 0; j < n; j++) better += (x[j] > x[i]) | ((x[j] == x[i]) & (j < i));
-    if (4 * better >= channels) continue;
-    s.chosen[i / 64] |= (uint64_t)1 << i % 64;
-    s.quads[s.count++] = i;
-  }
-}
-
-// Copy the chosen quads of d numbers of SIZE bytes, one after the other; returns their end. Up to 64
-// bytes after it may be overwritten.
-template <int SIZE>
-static INLINE uint8_t *take_quads(const uint8_t *x, int d, const KeysScratch &s, uint8_t *out) {
-#if defined(__AVX512F__)
-  constexpr int each = 16 / SIZE;  // quads of a vector
-  for (int i = 0; i < d / 4; i += each, x += 64) {
-    const unsigned bits = (unsigned)(s.chosen[i / 64] >> i % 64) & ((1u << each) - 1);
-    const __m512i y = _mm512_loadu_si512(x);
-    _mm512_storeu_si512(out, SIZE == 1 ? _mm512_maskz_compress_epi32((__mmask16)bits, y)
-                                       : _mm512_maskz_compress_epi64((__mmask8)bits, y));
-    out += 4 * SIZE * __builtin_popcount(bits);
-  }
-  return out;
-#else
-  (void)d;
-  for (int k = 0; k < s.count; k++, out += 4 * SIZE)
-    __builtin_memcpy(out, x + 4 * SIZE * s.quads[k], 4 * SIZE);
-  return out;
-#endif
-}
-
-// A tile of keys, of which only the chosen quads are read.
-template <class CODES>
-struct ChosenKeys {
-  typename CODES::Keys keys;
-  const KeysScratch &s;
-
-  template <class RUN>
-  struct ChosenRun {
-    RUN run;
-    const int *list;
-    int64_t vectors;  // 64 for each place in the list
-    int first, quads;
-    INLINE void read(int64_t at, vc (&slot)[2]) const {
-      const int64_t place = vectors + at;
-      run.read((int64_t)list[place >> 6] * 64 + (place & 63), slot);
-    }
-  };
-
-  template <class F>
-  INLINE void operator()(F f) const {
-    keys([&](auto run) __attribute__((always_inline)) {
-      f(ChosenRun<decltype(run)>{run, s.quads, 0, 0, s.count});
-    });
-  }
-};
-
-// Fetch, into L2 (see Stream), what is read of a page: a quarter of it with each tile of another one.
-template <class CODES>
-static INLINE void fetch_keys(const uint8_t *page, const TwoLevelLayout &at, int tile,
-                              const KeysScratch &s) {
-  const int lines = at.k_codes / 64, quads = s.count / 4;
-  for (int i = lines * tile / 4; i < lines * (tile + 1) / 4; i++)
-    __builtin_prefetch(page + 64 * i, 0, 2);
-  for (int k = quads * tile; k < quads * (tile + 1); k++)
-    for (int unit = 0; unit < CODES::key_units; unit++)
-      __builtin_prefetch(page + at.k_codes + (unit * at.head_size / 4 + s.quads[k]) * 64, 0, 2);
-}
-
-// log2 of the sum of powers of two of R rows' scores, of which the first `low` do not count, nor
-// those that are not finite.
+// y of what is taken.
 template <int R>
-static INLINE void sum_powers(int low, float cap, float (*scores)[kBlock], float *out) {
-  const vf none = all(-__builtin_inff());
-  vf most[R], sum[R], shift[R];
-  float top[R], total[R];
-  for (int r = 0; low > 0 && r < R; r++) hide(low, kBlock, kBlock, scores[r]);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) most[r] = none, sum[r] = vf{};
-  for (int i = 0; i < kBlock; i += W)
+static INLINE void begin_keys(const Taken &taken, KeysScratch &s) {
+  const int m = 4 * s.chosen.count;
+  vf sum[R] = {};
+  vi most[R] = {};  // of |y|, as bits: they order like numbers, and a NaN is the largest
+  for (int i = 0; i < m; i += W) {
+    const vf low = load_half(taken.low + i), step = load_half(taken.step + i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      vf y = load(scores[r] + i);
-      const vi finite = y - y == vf{};
-      if (cap > 0) y = cap * tanhv(y * (1.0f / cap));
-      y = either(finite, y, none);
-      most[r] = vmax(most[r], y);
-      store(scores[r] + i, y);
+      const vf q = load(s.q[r] + i);
+      sum[r] += q * low;
+      most[r] = larger(most[r], (vi)(q * step) & 0x7fffffff);
     }
-  largest_each<R>(most, top);
-  for (int r = 0; r < R; r++) shift[r] = all(top[r] == none[0] ? 0.0f : top[r]);
-  for (int i = 0; i < kBlock; i += W)
+  }
+  int32_t bits[R];
+  sum_each<R>(sum, s.lows);
+  largest_each<R>(most, bits);
+  __builtin_memcpy(s.top, bits, sizeof(bits));
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sum[r] += exp2v<true>(load(scores[r] + i) - shift[r]);
-  sum_each<R>(sum, total);
-  for (int r = 0; r < R; r++) out[r] = top[r] + __builtin_log2f(total[r]);
+  for (int r = 0; r < R; r++) {
+    const float factor = s.top[r] > 0 ? kWhole / s.top[r] : 0.0f;
+    for (int i = 0; i < m; i += 2 * W) {
+      const vf a = load(s.q[r] + i) * load_half(taken.step + i);
+      const vf b = load(s.q[r] + i + W) * load_half(taken.step + i + W);
+      store_words(s.stepped[r] + i, to_words(a * factor, b * factor));
+    }
+  }
 }
 
-// Estimates of the rows q [n][head_size], at most kRows, for the unit's pages, one a page; laid out
-// as in select.h.
-template <class CODES>
-static void estimate_by_keys(const KiviCall &c, const Unit &u, const float *q, int n, float *out,
+// Multiply it with the scales and the zeros of its groups.
+template <class CODES, int R, int GROUPS>
+static INLINE void fold_keys(const Taken &taken, const Fetching &fetching, KeysScratch &s) {
+  const int m = 4 * s.chosen.count;
+  int line = 0;
+  for (int i = 0; i < m; i += 2 * W) {
+    words y[R];
+    const auto pack = [&](words factor, int8_t *to) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r += 2)
+        pack_rows(multiply(y[r], factor), multiply(y[min_of(r + 1, R - 1)], factor),
+                  to + product_at<R>(i / 4) + product_of_row(r));
+    };
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) y[r] = load_words(s.stepped[r] + i);
+    pack(same_words(1 << 7), s.whole);
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; g++) {
+      for (int k = 0; i == 0 && k < s.more / GROUPS; k++) fetching.line(line++);
+      pack(shifted(low_nibbles(widen(taken.range[g] + i)), 3), s.parts[g]);
+    }
+  }
+  dot_zeros<CODES, R, GROUPS>(taken, s);
+}
+
+// Estimates of R rows for one page, of which the first `hidden` tokens do not count.
+template <class CODES, int R, int GROUPS>
+static INLINE void best_keys(const uint8_t *page, Fetching fetching,
+                             const TwoLevelLayout &at, int hidden, const KeysScratch &s, const float *top, const float *low,
+                             float *out) {
+  constexpr int kTiles = kBlock / 32, each = GROUPS / kTiles;  // groups of a tile
+  vi most[2][R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) most[0][r] = most[1][r] = vi{} + kOut;
+#pragma GCC unroll 1
+  for (int tile = 0; tile < kTiles; tile++) {
+    const int g = each * tile;
+    typename CODES::Keys(page + at.k_codes, at.head_size, tile)([&](auto run) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+      for (int first = 0; first < 16; first += W) {
+        vi x[R][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; i++) x[r][i] = vi{} + s.zeros[i][r][g + i * (each - 1)];
+        dot_chosen<R, (each - 1) * sizeof(s.parts[0])>(run, s, s.parts[g], first, fetching,
+                                                       s.more + s.chosen.count * tile, x);
+        if (32 * tile < hidden)
+          for (int i = 0; i < 2 * W; i++)
+            if (32 * tile + 16 * (i / W) + first + i % W < hidden)
+              for (int r = 0; r < R; r++) x[r][i / W][i % W] = kOut;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; i++) most[i][r] = larger(most[i][r], x[r][i]);
+      }
+    });
+  }
+  int32_t score[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) most[0][r] = larger(most[0][r] * CODES::slot1, most[1][r]);
+  largest_each<R>(most[0], score);
+  constexpr float kUnit = 4096.0f / (kWhole * CODES::slot1);
+  for (int r = 0; r < R; r++)
+    out[r] = hidden < kBlock ? top[r] * kUnit * (float)score[r] + low[r] : -__builtin_inff();
+}
+
+// Estimates of the rows q [n][head_size], at most kRows, for the unit's pages; laid out as in
+// select.h.
+template <class CODES, int GROUPS>
+static void estimate_keys_of(const KiviCall &c, const Unit &u, const float *q, int n, float *out,
                              KeysScratch &s) {
-  using Keys = TwoLevelKeys<CODES>;
   const TwoLevelLayout at(c);
-  const int d = at.head_size, m = 4 * s.count;
-  TwoLevelLayout view = at;  // of s.head
-  view.head_size = m, view.k_low = 0, view.k_step = 2 * m, view.k_range = 4 * m;
   for (int r = 0; r < n; r++)
-    for (int k = 0; k < s.count; k++)
-      __builtin_memcpy(s.q + r * m + 4 * k, q + r * d + 4 * s.quads[k], 4 * sizeof(float));
-  const Queries rows{n, n, u.start, s.q, nullptr, 0.0f, 0};
+    for (int k = 0; k < s.chosen.count; k++)
+      __builtin_memcpy(s.q[r] + 4 * k, q + r * at.head_size + 4 * s.chosen.quads[k], 4 * sizeof(float));
   const int64_t seen = max_of(first_visible(c, u.start), c.sink_tokens);
-  const float cap = (float)c.soft_cap * 1.4426950408889634f;
-  Stream none{nullptr, false};
-  with_constant<kRows>(n, [&](auto count) __attribute__((always_inline)) {
-    constexpr int R = count.value;
+  const auto page_at = [&](int64_t block) {
+    return page_of(c, *u.row, u.kv_head, min_of(block, u.block_hi - 1));
+  };
+  // After the last page come the first ones of the next kv head, of which it is not known what is
+  // read but what comes before the codes.
+  const int next = min_of(u.kv_head + 1, (int)c.num_kv_heads - 1);
+  with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
+    constexpr int R = rows.value;
+    for (int64_t block = u.block_lo; block < min_of(u.block_lo + kAheadKeys, u.block_hi); block++)
+      for (int i = 0; i < s.more + 4 * s.chosen.count; i++)
+        Fetching{page_at(block), s.lines[0]}.line(i);
+    take_page<GROUPS>(page_at(u.block_lo), at, s.chosen, s.taken[u.block_lo % 2]);
+    begin_keys<R>(s.taken[u.block_lo % 2], s);
     for (int64_t block = u.block_lo; block < u.block_hi; block++) {
-      const uint8_t *page = page_of(c, *u.row, u.kv_head, block);
-      const uint8_t *next = page_of(c, *u.row, u.kv_head, min_of(block + 1, u.block_hi - 1));
-      uint8_t *head = take_quads<2>(page + at.k_low, d, s, s.head);
-      head = take_quads<2>(page + at.k_step, d, s, head);
-      for (int g = 0; g < at.k_groups; g++)
-        head = take_quads<1>(page + at.k_range + g * d, d, s, head);
-      Keys::prepare(s.head, view, s.page);
-      Keys::template scores_of<R, 0>(
-          rows, 0, s.head, none, view, s.page, [&](int tile) __attribute__((always_inline)) {
-            fetch_keys<CODES>(next, at, tile, s);
-            return ChosenKeys<CODES>{typename CODES::Keys(page + at.k_codes, d, tile), s};
-          });
+      const int64_t later = block + kAheadKeys, over = later - u.block_hi;
+      const Fetching fetching =
+          over < 0 ? Fetching{page_at(later), s.lines[0]}
+                   : Fetching{page_of(c, *u.row, next, min_of(u.block_lo + over, u.block_hi - 1)),
+                              s.lines[1]};
+      // What is waited for in each step, the next one fills.
+      Taken &taken = s.taken[block % 2], &coming = s.taken[(block + 1) % 2];
+      take_page<GROUPS>(page_at(block + 1), at, s.chosen, coming);
+      fold_keys<CODES, R, GROUPS>(taken, fetching, s);
+      float top[R], low[R];
+      __builtin_memcpy(top, s.top, sizeof(top));
+      __builtin_memcpy(low, s.lows, sizeof(low));
+      begin_keys<R>(coming, s);
+      const int64_t hidden = min_of<int64_t>(kBlock, max_of<int64_t>(0, seen - block * kBlock));
       float *to = out + block * kRows;
-      const int64_t low = max_of<int64_t>(0, seen - block * kBlock);
-      sum_powers<R>((int)min_of<int64_t>(low, kBlock), cap, s.page.scores, to);
+      best_keys<CODES, R, GROUPS>(page_at(block), fetching, at, (int)hidden, s, top, low, to);
       for (int r = R; r < kRows; r++) to[r] = -__builtin_inff();
     }
   });
+}
+
+template <class CODES>
+static void estimate_by_keys(const KiviCall &c, const Unit &u, const float *q, int n, float *out,
+                             KeysScratch &s) {
+  if (c.group_size == 16)
+    estimate_keys_of<CODES, kBlock / 16>(c, u, q, n, out, s);
+  else
+    estimate_keys_of<CODES, kBlock / 32>(c, u, q, n, out, s);
 }

@@ -72,6 +72,16 @@ static INLINE vf either(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi
 // A product that is clamped before it is rounded cannot be fused with the addition that rounds it.
 static INLINE vf clamp(vf x, vf top) { return vmin(vmax(x, vf{}), top); }  // of NaN: 0
 
+static INLINE vi larger(vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 static INLINE float sum_of(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -326,6 +336,15 @@ static INLINE void sum_each(const vi *v, int32_t *sums) {
 template <int N>
 static INLINE void largest_each(const vf *v, float *most) {
   join_each<N>(v, most, [](vf a, vf b) __attribute__((always_inline)) { return vmax(a, b); });
+}
+
+template <int N>
+static INLINE void largest_each(const vi *v, int32_t *most) {
+  vf as_floats[N];
+  __builtin_memcpy(as_floats, v, sizeof(as_floats));
+  join_each<N>(as_floats, most, [](vf a, vf b) __attribute__((always_inline)) {
+    return (vf)larger((vi)a, (vi)b);
+  });
 }
 
 // Interleave the low or the high halves of two vectors.

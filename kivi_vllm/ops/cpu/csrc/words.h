@@ -9,6 +9,8 @@ static INLINE words widen(const uint8_t *p) {
 }
 static INLINE words low_nibbles(words x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
 static INLINE words high_nibbles(words x) { return _mm512_srli_epi16(x, 4); }
+static INLINE words shifted(words x, int n) { return _mm512_slli_epi16(x, n); }
+static INLINE words same_words(int16_t x) { return _mm512_set1_epi16(x); }
 // round(a b / 2^15)
 static INLINE words multiply(words a, words b) { return _mm512_mulhrs_epi16(a, b); }
 static INLINE vi add_products(vi sum, words a, words b) {
@@ -32,6 +34,8 @@ static INLINE words widen(const uint8_t *p) {
 }
 static INLINE words low_nibbles(words x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
 static INLINE words high_nibbles(words x) { return _mm256_srli_epi16(x, 4); }
+static INLINE words shifted(words x, int n) { return _mm256_slli_epi16(x, n); }
+static INLINE words same_words(int16_t x) { return _mm256_set1_epi16(x); }
 static INLINE words multiply(words a, words b) { return _mm256_mulhrs_epi16(a, b); }
 static INLINE vi add_products(vi sum, words a, words b) {
   return sum + (vi)_mm256_madd_epi16(a, b);
@@ -53,6 +57,8 @@ static INLINE words widen(const uint8_t *p) {
 }
 static INLINE words low_nibbles(words x) { return x & 15; }
 static INLINE words high_nibbles(words x) { return x >> 4; }
+static INLINE words shifted(words x, int n) { return x << n; }
+static INLINE words same_words(int16_t x) { return words{} + x; }
 static INLINE words multiply(words a, words b) {
   for (int i = 0; i < 2 * W; i++) a[i] = (int16_t)((a[i] * b[i] + (1 << 14)) >> 15);
   return a;
