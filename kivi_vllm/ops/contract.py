@@ -47,7 +47,9 @@ class Limits:
 
     def estimate(self, config: KiviConfig) -> Estimate:
         """What pages are chosen by: what was asked for, or the best that there is."""
-        return config.estimate or next(e for e in config.estimates if e in self.estimates)
+        if config.estimate is not None:
+            return config.estimate
+        return next(each for each in config.estimates if each in self.estimates)
 
     def serves(self, capability: Any) -> bool:
         """Whether a device of this compute capability is new enough; None: it is not known."""
