@@ -158,7 +158,7 @@ def pages() -> pd.DataFrame:
 def selection() -> pd.DataFrame:
     """Decode with a token budget, against the same cache without, and against bf16."""
     tables = []
-    files = {f"selection-cpu-{isa}": title for isa, title in SETS.items()}
+    files = {f"selection-cpu-{isa}": f"{title}, by ranges" for isa, title in SETS.items()}
     files |= {f"selection-keys-cpu-{isa}": f"{title}, by keys" for isa, title in SETS.items()}
     for file, title in files.items():
         rows = read(file, "selection")
