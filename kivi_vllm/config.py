@@ -172,10 +172,10 @@ class KiviConfig:
                 "was; leave one of the two out"
             )
 
-        if self.estimate == "keys" and self.estimate not in self.estimates:
+        if self.estimate not in (None, *self.estimates):
             raise KiviConfigError(
-                f"kivi.estimate 'keys' is there for pages of recipe 'best', not {self.recipe!r}; "
-                "leave one of the two out"
+                f"kivi.estimate {self.estimate!r} is there for pages of recipe 'best', not "
+                f"{self.recipe!r}; leave one of the two out"
             )
 
     def _check_paper(self) -> None:

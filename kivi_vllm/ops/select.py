@@ -147,7 +147,7 @@ def estimates(query: torch.Tensor, pages: torch.Tensor, fmt: PageFormat) -> torc
 
 def estimate_channels(head_size: int) -> int:
     """Channels by which keys are estimated: a quarter of them, and a multiple of 32."""
-    return max(32, (head_size // 4 + 31) // 32 * 32)
+    return (head_size // 4 + 31) // 32 * 32
 
 
 def main_channels(query: torch.Tensor, page: torch.Tensor, fmt: PageFormat) -> torch.Tensor:

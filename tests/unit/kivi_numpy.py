@@ -330,7 +330,7 @@ def key_weights(
     start, end = layout(fmt)["k_step"]
     steps = pages[-1][start:end].view(np.float16).astype(np.float64)
     power = ((q * steps) ** 2).sum(0).reshape(-1, 4).sum(1)
-    count = max(8, -(-(fmt.head_size // 4) // 32) * 8)  # of four channels each
+    count = -(-(fmt.head_size // 4) // 32) * 8  # of four channels each
     channels = np.isin(np.arange(fmt.head_size) // 4, np.argsort(-power, kind="stable")[:count])
     keys = np.stack([decode_page(page, fmt)[0] for page in pages])  # [pages, 128, D]
     scores = np.einsum("hd,ptd->hpt", q[:, channels], keys[..., channels].astype(np.float64))

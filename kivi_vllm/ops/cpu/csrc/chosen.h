@@ -55,8 +55,7 @@ static void plan_take(const int *quads, int count, Take<SIZE> &take) {
 }
 
 // The quads that have most of the power, which is lost; of those that have the same, the first.
-static void choose_quads(const KiviCall &c, float *power, Chosen &s) {
-  float *x = power;
+static void choose_quads(const KiviCall &c, float *x, Chosen &s) {
   const int n = (int)c.head_size / 4;
   for (int i = 0; i < n; i++) {
     const float sum = (x[4 * i] + x[4 * i + 1]) + (x[4 * i + 2] + x[4 * i + 3]);

@@ -13,7 +13,7 @@ struct KeysScratch {
   alignas(64) int8_t parts[kKGroups][kEven * kChannels];  // y u, see product_at
   alignas(64) int8_t whole[kEven * kChannels];            // y
   alignas(64) int32_t zeros[2][kRows][kKGroups];          // for both slots
-  float top[kRows], lows[kRows];                      // the largest |y|; the sum with low
+  float top[kRows], lows[kRows];                          // the largest |y|; the sum with low
 };
 
 // What is fetched of a page into L2 (see Stream) while another one is computed, a line at a time: with

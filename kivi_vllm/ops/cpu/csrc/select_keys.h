@@ -85,9 +85,9 @@ static INLINE void fold_keys(const Taken &taken, const Fetching &fetching, KeysS
 
 // Estimates of R rows for one page, of which the first `hidden` tokens do not count.
 template <class CODES, int R, int GROUPS>
-static INLINE void best_keys(const uint8_t *page, Fetching fetching,
-                             const TwoLevelLayout &at, int hidden, const KeysScratch &s, const float *top, const float *low,
-                             float *out) {
+static INLINE void best_keys(const uint8_t *page, Fetching fetching, const TwoLevelLayout &at,
+                             int hidden, const KeysScratch &s, const float *top,
+                             const float *low, float *out) {
   constexpr int kTiles = kBlock / 32, each = GROUPS / kTiles;  // groups of a tile
   vi most[2][R];
 #pragma GCC unroll 8
@@ -95,7 +95,8 @@ static INLINE void best_keys(const uint8_t *page, Fetching fetching,
 #pragma GCC unroll 1
   for (int tile = 0; tile < kTiles; tile++) {
     const int g = each * tile;
-    typename CODES::Keys(page + at.k_codes, at.head_size, tile)([&](auto run) __attribute__((always_inline)) {
+    const typename CODES::Keys keys(page + at.k_codes, at.head_size, tile);
+    keys([&](auto run) __attribute__((always_inline)) {
 #pragma GCC unroll 1
       for (int first = 0; first < 16; first += W) {
         vi x[R][2];

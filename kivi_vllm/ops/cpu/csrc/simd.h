@@ -325,12 +325,18 @@ static INLINE void sum_each(const vf *v, float *sums) {
 }
 
 // Of integers, exactly.
-template <int N>
-static INLINE void sum_each(const vi *v, int32_t *sums) {
+template <int N, class JOIN>
+static INLINE void join_each(const vi *v, int32_t *out, JOIN join) {
   vf as_floats[N];
   __builtin_memcpy(as_floats, v, sizeof(as_floats));
-  join_each<N>(as_floats, sums,
-               [](vf a, vf b) __attribute__((always_inline)) { return (vf)((vi)a + (vi)b); });
+  join_each<N>(as_floats, out, [=](vf a, vf b) __attribute__((always_inline)) {
+    return (vf)join((vi)a, (vi)b);
+  });
+}
+
+template <int N>
+static INLINE void sum_each(const vi *v, int32_t *sums) {
+  join_each<N>(v, sums, [](vi a, vi b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <int N>
@@ -340,11 +346,7 @@ static INLINE void largest_each(const vf *v, float *most) {
 
 template <int N>
 static INLINE void largest_each(const vi *v, int32_t *most) {
-  vf as_floats[N];
-  __builtin_memcpy(as_floats, v, sizeof(as_floats));
-  join_each<N>(as_floats, most, [](vf a, vf b) __attribute__((always_inline)) {
-    return (vf)larger((vi)a, (vi)b);
-  });
+  join_each<N>(v, most, [](vi a, vi b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
 // Interleave the low or the high halves of two vectors.
