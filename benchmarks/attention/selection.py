@@ -49,13 +49,8 @@ class Selecting(KiviPool):
     def selected(self, i: int, work: Work, budget: int) -> Call:
         """A call that chooses and attends."""
         params = replace(self.params, token_budget=budget)
-        own, operators = (work.query, work.key, work.value, params), self.place.operators
-        layer = self.layer(i, work.rows)
-
-        def call() -> None:
-            operators.attend(*layer, *own, work.output, operators.select(*layer, *own))
-
-        return call
+        own = (work.query, work.key, work.value, params, work.output)
+        return partial(self.place.operators.attend_selected, *self.layer(i, work.rows), *own)
 
     def head_bytes(self) -> int:
         """Bytes of a page that choosing reads, as if they all were its first ones."""

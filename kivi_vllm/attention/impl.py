@@ -207,10 +207,8 @@ class KiviAttentionImpl(AttentionImpl[KiviMetadata]):
             self._stored = step, self._layer_cache(kv_cache), key, value
             ops.store_blocks(*self._stored)
         step, cache, key, value = owner._stored
-        selection = None
-        if self.params.token_budget:
-            selection = ops.select(step, cache, query, key, value, self.params)
-        ops.attend(step, cache, query, key, value, self.params, output, selection)
+        attend = ops.attend_selected if self.params.token_budget else ops.attend
+        attend(step, cache, query, key, value, self.params, output)
         if owner.readers[-1] is self:  # only now: the others need what the ring still holds
             ops.store_ring(step, cache, key, value)
             del owner._stored

@@ -60,8 +60,8 @@ class Limits:
 class Operators(Protocol):
     """One attention layer's step, and what must be there before it.
 
-    A step is made for all layers together. Each layer then calls `store_blocks`, `select` if it
-    has a `token_budget`, `attend` and `store_ring`, in this order. What they mean is
+    A step is made for all layers together. Each layer then calls `store_blocks`, `attend`, or
+    `attend_selected` if it has a `token_budget`, and `store_ring`, in this order. What they mean is
     `reference`'s; what they take besides, and raise, is theirs.
     """
 
@@ -113,6 +113,18 @@ class Operators(Protocol):
         selection: Selection | None = None,
     ) -> None:
         """Attend causally over pages, residual and the step itself."""
+
+    def attend_selected(
+        self,
+        step: Any,
+        cache: LayerCache,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        params: AttentionParams,
+        output: torch.Tensor,
+    ) -> None:
+        """`select`, and `attend` over what it chose."""
 
     def store_ring(
         self, step: Any, cache: LayerCache, key: torch.Tensor, value: torch.Tensor

@@ -266,6 +266,20 @@ def attend(
             output[tokens] = _attend_tile(query[tokens].float(), k, v, t, last, params, unread)
 
 
+def attend_selected(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """`attend`, in which generated tokens read what `select` chooses; arguments are as theirs."""
+    own = (step, cache, query, key, value, params)
+    attend(*own, output, select(*own))
+
+
 def _tiles(
     step: Step, row: Row, residual: int, alone: bool = False
 ) -> Iterator[tuple[int, int, int]]:

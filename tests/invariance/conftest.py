@@ -40,8 +40,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def use(operators: SimpleNamespace, module: Any) -> None:
     """Take the operators of `module`."""
-    names = ("limits", "step", "prepare", "store_blocks", "select", "attend", "store_ring")
-    for name in names:
+    for name in module.__all__:
         setattr(operators, name, getattr(module, name))
 
 

@@ -55,18 +55,13 @@ def budget(operators: Any) -> Any:
     use(operators, native)
 
     def start(tokens: int, look: Any = lambda step, cache, selection, attend: attend()) -> None:
-        def select(*args: Any) -> Selection | None:
-            *others, params = args
-            return native.select(*others, replace(params, token_budget=tokens))
+        def attend_selected(step: Any, cache: Any, *args: Any) -> None:
+            *others, params, output = args
+            own = (step, cache, *others, replace(params, token_budget=tokens))
+            selection = native.select(*own)
+            look(step, cache, selection, lambda of=selection: native.attend(*own, output, of))
 
-        def attend(step: Any, cache: Any, *args: Any) -> None:
-            *others, params, output, selection = args
-            budget = tokens if params.token_budget else 0
-            others = [*others, replace(params, token_budget=budget), output]
-            run = lambda of=selection: native.attend(step, cache, *others, of)  # noqa: E731
-            look(step, cache, selection, run)
-
-        operators.select, operators.attend = select, attend
+        operators.attend_selected = attend_selected
 
     return start
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kivi_vllm.ops.residual import first_visible
-from kivi_vllm.ops.select import Selection
+from kivi_vllm.ops.select import COUNTED, Selection
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Row, Step
 from tests.unit import kivi_numpy
 from tests.unit.simulator import POISON, B, Request, Simulator
@@ -49,12 +49,15 @@ class SelectingSimulator(Simulator):
         chosen: choices that were checked so far.
         poisoned: pages that were NaN during an attention so far.
         change: what attention gets in place of a selection.
+        at_once: whether choosing and attending in one call must give the same.
 
     """
 
-    def __init__(self, *args: Any, near: float = 1e-4, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, near: float = 1e-4, at_once: bool = False, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.near = near
+        self.near, self.at_once = near, at_once
         self.chosen = self.poisoned = 0
         self.change: Any = lambda selection: selection
 
@@ -82,9 +85,19 @@ class SelectingSimulator(Simulator):
                     self._check_choice(request, row, t, head, blocks, q, cache)
                     read[head, blocks] = True
                 request.read[t] = read
+        changed, own = self.change(selection), (step, cache, q, k, v, params)
+        before = COUNTED.clone()
         with unread_poisoned(step, cache, selection, params) as poisoned:
-            self.ops.attend(step, cache, q, k, v, params, output, self.change(selection))
+            self.ops.attend(*own, output, changed)
         self.poisoned += poisoned
+        if self.at_once and changed is selection:
+            again, counted = torch.full_like(output, torch.nan), COUNTED.clone()
+            self.ops.attend_selected(*own, again)
+            assert torch.equal(COUNTED - counted, counted - before)
+            COUNTED.copy_(counted)
+            # Several threads share out the work in another way.
+            exact = {"rtol": 0.0, "atol": 0.0} if torch.get_num_threads() == 1 else {}
+            torch.testing.assert_close(again, output, equal_nan=True, **exact)
 
     def _candidates(self, t: int) -> tuple[int, int]:
         """The first block that a generated token at t may choose of, and how many there are."""

@@ -80,7 +80,7 @@ def generate(
 def make(case: Case, ops: Any = native, **options: Any) -> SelectingSimulator:
     near = 5e-2 if case.estimate == "keys" else 5e-3  # products of eight bits
     tolerance = {} if ops is reference else {"tolerance": TOLERANCE, "near": near}
-    return SelectingSimulator(case, ops=ops, **tolerance | options)
+    return SelectingSimulator(case, ops=ops, at_once=True, **tolerance | options)
 
 
 @pytest.mark.parametrize("case", some(CASES, [5]), ids=str)

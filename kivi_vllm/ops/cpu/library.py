@@ -74,13 +74,13 @@ class Library:
         c = self._c
         c.kivi_fields.restype = ctypes.POINTER(_Field)
         c.kivi_select.restype = ctypes.c_char_p
-        functions = (c.kivi_store_blocks, c.kivi_select_pages, c.kivi_attend, c.kivi_store_ring)
-        for function in functions:
-            function.argtypes = [ctypes.c_char_p]
         self.store_blocks = c.kivi_store_blocks
         self.select_pages = c.kivi_select_pages
         self.attend = c.kivi_attend
+        self.attend_selected = c.kivi_attend_selected
         self.store_ring = c.kivi_store_ring
+        for name in ("store_blocks", "select_pages", "attend", "attend_selected", "store_ring"):
+            getattr(self, name).argtypes = [ctypes.c_char_p]
 
     def select(self, isa: str | None) -> str:
         """Use another instruction set, for all calls from now on; None: the best.

@@ -34,7 +34,16 @@ from kivi_vllm.ops.select import (
 )
 from kivi_vllm.ops.step import AttentionParams, LayerCache, Raw, Step
 
-__all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
+__all__ = [
+    "attend",
+    "attend_selected",
+    "limits",
+    "prepare",
+    "select",
+    "step",
+    "store_blocks",
+    "store_ring",
+]
 
 NO_QUERY = bytes(QUERY.size)
 NO_RAW = (0,) * len(RAW_FIELDS)
@@ -68,10 +77,16 @@ def select(
     if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
         return None
     check_pages(cache.fmt, params.estimate)
-    made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
-    cache.native["selection"] = step, made  # which needs no checks
+    made = _list_room(step, cache, params)
     call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
     _run(load().select_pages, call, cache)
+    return made
+
+
+def _list_room(step: Step, cache: LayerCache, params: AttentionParams) -> Selection:
+    """Where a step's lists go."""
+    made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
+    cache.native["selection"] = step, made  # which needs no checks
     return made
 
 
@@ -96,6 +111,24 @@ def attend(
         return
     call = _common(step, cache, key, value) + _query(step, cache, query, params, output, selection)
     _run(load().attend, call, cache)
+
+
+def attend_selected(
+    step: Step,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """See `reference.attend_selected`: one call, which chooses for a head and attends at once."""
+    if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
+        return attend(step, cache, query, key, value, params, output)
+    check_pages(cache.fmt, params.estimate)
+    made = _list_room(step, cache, params)
+    call = _common(step, cache, key, value) + _query(step, cache, query, params, output, made)
+    _run(load().attend_selected, call, cache)
 
 
 def _query(

@@ -27,7 +27,16 @@ from kivi_vllm.ops.triton.prefill import prefill
 from kivi_vllm.ops.triton.softmax import rules_of
 from kivi_vllm.ops.triton.workspace import reserve
 
-__all__ = ["attend", "limits", "prepare", "select", "step", "store_blocks", "store_ring"]
+__all__ = [
+    "attend",
+    "attend_selected",
+    "limits",
+    "prepare",
+    "select",
+    "step",
+    "store_blocks",
+    "store_ring",
+]
 
 CHECKED = os.environ.get("KIVI_VLLM_CHECK_PAGES") == "1"
 """Look at all page ids before every step: slow, and not in CUDA graphs."""
@@ -192,6 +201,20 @@ def attend(
         q, k, v, out = (x[own] for x in (query, key, value, output))
         starts = step.query_start_loc[step.num_decodes :] - first
         first_chunk(q, k, v, out, starts, step.prefill_lens, params)
+
+
+def attend_selected(
+    step: DeviceStep,
+    cache: LayerCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    params: AttentionParams,
+    output: torch.Tensor,
+) -> None:
+    """See `reference.attend_selected`."""
+    own = (step, cache, query, key, value, params)
+    attend(*own, output, select(*own))
 
 
 def _form_of(x: torch.Tensor | None) -> tuple:

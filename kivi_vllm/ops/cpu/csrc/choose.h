@@ -40,8 +40,13 @@ int64_t estimate_floats(const KiviCall &c, int64_t n, int64_t together) {
   return (rows + together - 1) / together * together * estimates_of_page(c) * padded_pages(n);
 }
 
-// Lengths of the lists, and who makes them.
-void plan_choosing(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan) {
+// Whether each of so many choices is done by one thread, with the attention over what it chose.
+bool choose_whole(int64_t tiles, int64_t threads) {
+  return tiles % threads == 0 || tiles >= 4 * threads;
+}
+
+// Lengths of the lists, and who makes them; with `whole`, if choices are enough, each in one part.
+void plan_choosing(const Kernels &kernels, const KiviCall &c, bool whole, ChoosingPlan &plan) {
   const int64_t budget = c.token_budget / kBlock;
   plan.tiles.clear();
   plan.parts.clear();
@@ -73,7 +78,8 @@ void plan_choosing(const Kernels &kernels, const KiviCall &c, ChoosingPlan &plan
   for (int64_t i = 0; i < tiles; i++) {
     Choosing &tile = plan.tiles[i];
     const int64_t first = tile.unit.block_lo, n = tile.unit.block_hi - first;
-    const int64_t wanted = c.threads == 1 ? 1 : (4 * c.threads + tiles - 1) / tiles;
+    const bool one = c.threads == 1 || (whole && choose_whole(tiles, c.threads));
+    const int64_t wanted = one ? 1 : (4 * c.threads + tiles - 1) / tiles;
     const int64_t parts = max_of(1, min_of(wanted, n / kLeastPages));
     tile.left = (int)parts;
     for (int64_t p = 0; p < parts; p++)

@@ -82,10 +82,11 @@ static void choose_quads(const KiviCall &c, float *x, Chosen &s) {
   plan_take(s.quads, s.count, s.halves);
 }
 
-// Copy the chosen quads of N times d numbers of SIZE bytes to as many rows of kChannels.
-template <int SIZE, int N>
+// Copy the chosen quads of N times d numbers of SIZE bytes to as many rows of kChannels. Before each
+// quad, with AVX2, `fetch` is called.
+template <int SIZE, int N, class FETCH>
 static INLINE void take_quads(const uint8_t *x, int d, const Chosen &s, const Take<SIZE> &take,
-                              void *out) {
+                              void *out, FETCH fetch) {
   uint8_t *to = (uint8_t *)out;
   constexpr int pitch = SIZE * kChannels;
 #if defined(__AVX512F__)
@@ -109,13 +110,27 @@ static INLINE void take_quads(const uint8_t *x, int d, const Chosen &s, const Ta
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) _mm512_store_si512(to + i * pitch + 64 * o, y[i]);
   }
+  (void)fetch;
 #else
   (void)take;
-  for (int i = 0; i < N; i++)
-    for (int k = 0; k < s.count; k++)
-      __builtin_memcpy(to + i * pitch + 4 * SIZE * k, x + SIZE * (i * d + 4 * s.quads[k]), 4 * SIZE);
+  for (int k = 0; k < s.count; k++) {
+    fetch();
+    const uint8_t *from = x + 4 * SIZE * (int64_t)s.quads[k];
+    const int64_t apart = SIZE * d;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++)
+      __builtin_memcpy(to + i * pitch + 4 * SIZE * k, from + i * apart, 4 * SIZE);
+  }
 #endif
 }
+
+// What is fetched of a page into L2 (see Stream) while another one is computed: a line at a time, with
+// as much arithmetic between two of them as there is. (Several lines together are waited for.)
+struct Fetching {
+  const uint8_t *page;
+  const int *lines;  // where they lie in it
+  INLINE void next() { __builtin_prefetch(page + *lines++, 0, 2); }
+};
 
 // What is taken of a page, for the chosen channels.
 struct Taken {
@@ -126,8 +141,8 @@ struct Taken {
 // Take it of a page.
 template <int GROUPS>
 static INLINE void take_page(const uint8_t *page, const TwoLevelLayout &at, const Chosen &s,
-                             Taken &taken) {
-  take_quads<2, 2>(page + at.k_low, at.head_size, s, s.halves, taken.low);
-  take_quads<1, GROUPS>(page + at.k_range, at.head_size, s, s.bytes, taken.range);
+                             Taken &taken, Fetching &fetching) {
+  take_quads<2, 2>(page + at.k_low, at.head_size, s, s.halves, taken.low, [] {});
+  take_quads<1, GROUPS>(page + at.k_range, at.head_size, s, s.bytes, taken.range,
+                        [&]() __attribute__((always_inline)) { fetching.next(); });
 }
-

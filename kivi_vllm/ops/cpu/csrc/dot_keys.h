@@ -3,9 +3,11 @@
 
 constexpr int kEven = (kRows + 1) / 2 * 2;
 
+constexpr int kLines = 4 * kChannels;  // that `next` fetches of a page, at most
+
 struct KeysScratch {
   Chosen chosen;
-  int lines[2][4 * kChannels], more;  // see Fetching
+  int lines[2][kLines], first, all;  // see plan_fetching
   alignas(64) float power[kMaxHead];  // of channels, then of quads
   alignas(64) float q[kRows][kChannels];
   Taken taken[2];                                         // of a page, and of the next one
@@ -14,14 +16,6 @@ struct KeysScratch {
   alignas(64) int8_t whole[kEven * kChannels];            // y
   alignas(64) int32_t zeros[2][kRows][kKGroups];          // for both slots
   float top[kRows], lows[kRows];                          // the largest |y|; the sum with low
-};
-
-// What is fetched of a page into L2 (see Stream) while another one is computed, a line at a time: with
-// each vector of codes one, and before them `more`. (Several lines together are waited for.)
-struct Fetching {
-  const uint8_t *page;
-  const int *lines;
-  INLINE void line(int i) const { __builtin_prefetch(page + lines[i], 0, 2); }
 };
 
 // Where the products of quad k of the first row begin, as pack_rows leaves them for R rows.
@@ -128,58 +122,76 @@ static INLINE void dot_zeros(const Taken &taken, KeysScratch &s) {
 #endif
 }
 
-// Add to x[r][slot], W tokens from `first` on, the products of R rows with the chosen quads of a tile.
-// APART: bytes from the parts for slot 0 to those for slot 1.
+// x[.][r][slot], which have W tokens each: the products of R rows with the chosen quads of a tile, with
+// the zeros. Slot 0 has group `g`, slot 1 the group APART after it.
 template <int R, int APART, class RUN>
-static INLINE void dot_chosen(RUN run, const KeysScratch &s, const int8_t *parts, int first,
-                              const Fetching &fetching, int line, vi (*x)[2]) {
+static INLINE void dot_chosen(RUN run, const KeysScratch &s, int g, Fetching &fetching,
+                              vi (*x)[R][2]) {
+  const int8_t *parts = s.parts[g];
+  constexpr int apart = APART * (int)sizeof(s.parts[0]);
+  const auto zero = [&](int r, int i) __attribute__((always_inline)) {
+    return vi{} + s.zeros[i][r][g + i * APART];
+  };
 #if defined(__AVX512VNNI__)
-  (void)first;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) x[0][r][i] = zero(r, i);
   for (int base = 0; base < s.chosen.count; base += 8, parts += product_at<R>(8))
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
       vc slot[2];
-      fetching.line(line + base + k);
+      fetching.next();
       run.read(s.chosen.vectors[base + k], slot);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const int8_t *p = parts + product_at<R>(k) + product_of_row(r);
-        x[r][0] = (vi)dp((__m512i)x[r][0], (__m512i)slot[0], p);
-        x[r][1] = (vi)dp((__m512i)x[r][1], (__m512i)slot[1], p + APART);
+        x[0][r][0] = (vi)dp((__m512i)x[0][r][0], (__m512i)slot[0], p);
+        x[0][r][1] = (vi)dp((__m512i)x[0][r][1], (__m512i)slot[1], p + apart);
       }
     }
 #elif defined(__AVX2__)
-  for (int base = 0; base < s.chosen.count; base += 8, parts += product_at<R>(8)) {
-    __m256i sum[R][2] = {};
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; k++) {
-      vc slot[2];
-      if (first == 0) fetching.line(line + base + k);
-      run.read(s.chosen.vectors[base + k] + 4 * first, slot);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        const int8_t *p = parts + product_at<R>(k) + product_of_row(r);
-        sum[r][0] = dp8(sum[r][0], (__m256i)slot[0], p);
-        sum[r][1] = dp8(sum[r][1], (__m256i)slot[1], p + APART);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
+  // One slot after the other: registers hold the sums of all tokens of one.
+  for (int base = 0; base < s.chosen.count; base += 8, parts += product_at<R>(8))
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; i++) x[r][i] += (vi)dp8_sums(sum[r][i]);
-  }
+    for (int i = 0; i < 2; i++) {
+      __m256i sum[2][R] = {};
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) {
+        vc slot[2][2];
+        if (i == 0) fetching.next();
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) run.read(s.chosen.vectors[base + k] + 32 * h, slot[h]);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          const int8_t *p = parts + product_at<R>(k) + product_of_row(r) + i * apart;
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; h++) sum[h][r] = dp8(sum[h][r], (__m256i)slot[h][i], p);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++)
+          x[h][r][i] = (base ? x[h][r][i] : zero(r, i)) + (vi)dp8_sums(sum[h][r]);
+      asm volatile("" ::: "memory");  // or GCC keeps the codes of both slots
+    }
 #else
-  (void)fetching, (void)line;
-  for (int k = 0; k < s.chosen.count; k++)
-    for (int i = 0; i < 4 * W; i++) {
+  for (int h = 0; h < 16 / W; h++)
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2; i++) x[h][r][i] = zero(r, i);
+  for (int k = 0; k < s.chosen.count; k++) {
+    fetching.next();
+    for (int i = 0; i < 64; i++) {
       vc slot[2];
-      run.read(s.chosen.vectors[k] + 4 * first + i, slot);
+      run.read(s.chosen.vectors[k] + i, slot);
       for (int r = 0; r < R; r++) {
         const int8_t *p = parts + product_at<R>(k) + product_of_row(r) + i % 4;
-        x[r][0][i / 4] += slot[0] * p[0];
-        x[r][1][i / 4] += slot[1] * p[APART];
+        vi(&sum)[2] = x[i / (4 * W)][r];
+        sum[0][i / 4 % W] += slot[0] * p[0];
+        sum[1][i / 4 % W] += slot[1] * p[apart];
       }
     }
+  }
 #endif
 }
-

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "choose.h"
+#include "within.h"
 
 namespace kivi {
 
@@ -96,73 +97,6 @@ struct Scratch {
 };
 thread_local Scratch scratch, room;
 
-bool ids_within(const int32_t *table, int64_t stride, int64_t width, int64_t row, int64_t first,
-                int64_t end, int64_t least, int64_t num_blocks) {
-  if (first >= end) return true;
-  if (end > width) return false;
-  for (int64_t i = first; i < end; i++) {
-    const int64_t id = table[row * stride + i];
-    if (id < least || id >= num_blocks) return false;
-  }
-  return true;
-}
-
-bool raw_within(const KiviRaw &raw, int64_t row, int64_t first, int64_t end) {
-  return ids_within(raw.table, raw.table_stride, raw.table_width, row, first, end, 0,
-                    raw.num_blocks);
-}
-
-// The ring's pages of positions [first, end).
-bool ring_within(const KiviCall &c, int64_t row, int64_t first, int64_t end) {
-  return first >= end ||
-         raw_within(c.ring, row, ring_entry(c, first), ring_entry(c, end - 1) + 1);
-}
-
-// The first of the row's tokens that a later step may need from the ring (residual.ring_start).
-int64_t ring_written_from(const KiviCall &c, const KiviRow &row) {
-  return max_of(row.a, max_of(0, row.b - (c.decode_len - 1)) / kBlock * kBlock);
-}
-
-// Entries of the block table for pages [first, end), which may be null, or must be there.
-bool blocks_within(const KiviCall &c, int64_t row, int64_t first, int64_t end, bool null) {
-  const int64_t k = c.pages_per_block;
-  return first >= end || ids_within(c.block_table, c.block_table_stride, c.block_table_width, row,
-                                    first / k, (end + k - 1) / k, null ? 0 : 1, c.num_blocks);
-}
-
-// Every page that the step of `row` may touch: no kernel runs on an id that is not in its pool.
-bool pages_within(const KiviCall &c, const KiviRow &row) {
-  if (row.index < 0 || row.a < 0 || row.b <= row.a || row.q0 < 0 || row.q1 - row.q0 != row.b - row.a)
-    return false;
-  const int64_t blocks = row.b / kBlock, start = row.a / kBlock;
-  if (!blocks_within(c, row.index, 0, blocks, true)) return false;
-  if (!ring_within(c, row.index, start * kBlock, row.a)) return false;
-  if (!ring_within(c, row.index, ring_written_from(c, row), row.b)) return false;
-  for (int64_t i = 0; i < c.num_tails; i++)
-    if (!raw_within(c.tails[i], row.index, start ? start - 1 : 0, blocks)) return false;
-  return !c.sink_tokens || blocks == 0 || raw_within(c.sinks, row.index, 0, 1);
-}
-
-bool all_within(const KiviCall &c) {
-  for (int64_t i = 0; i < c.num_rows; i++)
-    if (!pages_within(c, c.rows[i])) return false;
-  return true;
-}
-
-// Whether there are pages for all that the attention of `row` reads from pages.
-bool reads_pages(const KiviCall &c, const KiviRow &row) {
-  const int64_t newest = reads_by_position(c, row) ? row.b - 1 : row.a;
-  const int64_t end = max_of(0, newest / kBlock * kBlock - c.residual_length);
-  return blocks_within(c, row.index, first_visible(c, row.a) / kBlock,
-                       (end + kBlock - 1) / kBlock, false);
-}
-
-bool all_read_pages(const KiviCall &c) {
-  for (int64_t i = 0; i < c.num_rows; i++)
-    if (!reads_pages(c, c.rows[i])) return false;
-  return true;
-}
-
 // Run f(i, scratch) for i in [0, n) on the call's threads; false if memory was short.
 template <class F>
 bool run(int64_t n, int threads, F f) {
@@ -188,6 +122,69 @@ struct Block {
   const KiviRow *row;
   int64_t block, head;
 };
+
+thread_local ChoosingPlan choosing_plan;
+thread_local Plan attention_plan;
+
+// Make the choices of a plan; false if memory was short.
+bool choose_all(const KiviCall &c, ChoosingPlan &plan) {
+  const int64_t bytes = choosing_bytes(*chosen, c, plan);
+  bool enough = true;
+  const bool ok = run((int64_t)plan.parts.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    if (uint8_t *own = room.get(bytes))
+      choose_part(*chosen, c, plan, i, own, mine);
+    else
+      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+  });
+  return ok && enough;
+}
+
+void attend_unit(const KiviCall &c, const Plan &plan, const Unit &unit, uint8_t *mine) {
+  chosen->attend(c, unit, mine);
+  // Whoever does a tile's last part adds them up: a second parallel region would cost a
+  // short call more than its work.
+  if (unit.split && __atomic_sub_fetch(&unit.split->left, 1, __ATOMIC_ACQ_REL) == 0)
+    chosen->combine(c, plan.units[unit.split->first], unit.split->count, mine);
+  if (c.counted && unit.row->generated && unit.g0 == 0)
+    __atomic_fetch_add(c.counted + 1, (unit.block_hi - unit.block_lo) * (unit.end - unit.start),
+                       __ATOMIC_RELAXED);
+}
+
+bool attend_all(const KiviCall &c, const Plan &plan) {
+  const bool ok = run((int64_t)plan.units.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    attend_unit(c, plan, plan.units[i], mine);
+  });
+  if (c.counted) *c.counted += pages_seen(c);
+  return ok;
+}
+
+// Each choice of a plan, in one part, and at once the attention over what it chose: of those pages, a
+// part lies in the thread's L2 then.
+bool attend_in_turn(const KiviCall &c, ChoosingPlan &choosing, const Plan &plan) {
+  struct Turn {
+    int64_t part;        // of the plan; -1: none
+    int64_t first, end;  // units
+  };
+  std::vector<Turn> turns;
+  const int64_t units = (int64_t)plan.units.size();
+  int64_t parts = 0;  // they are in the order of the units
+  for (int64_t i = 0, end; i < units; i = end) {
+    const int32_t *list = plan.units[i].list;
+    for (end = i + 1; list && end < units && plan.units[end].list == list;) end++;
+    turns.push_back({list ? parts++ : -1, i, end});
+  }
+  const int64_t bytes = choosing_bytes(*chosen, c, choosing);
+  bool enough = true;
+  const bool ok = run((int64_t)turns.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
+    const Turn &turn = turns[i];
+    uint8_t *own = room.get(bytes);
+    if (!own) return __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+    if (turn.part >= 0) choose_part(*chosen, c, choosing, turn.part, own, mine);
+    for (int64_t k = turn.first; k < turn.end; k++) attend_unit(c, plan, plan.units[k], mine);
+  });
+  if (c.counted) *c.counted += pages_seen(c);
+  return ok && enough;
+}
 
 }  // namespace
 }  // namespace kivi
@@ -262,18 +259,9 @@ int kivi_store_blocks(const KiviCall *call) try {
 int kivi_select_pages(const KiviCall *call) try {
   const KiviCall &c = *call;
   if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
-  thread_local ChoosingPlan kept;
-  ChoosingPlan &plan = kept;
-  plan_choosing(*chosen, c, plan);
-  const int64_t bytes = choosing_bytes(*chosen, c, plan);
-  bool enough = true;
-  const bool ok = run((int64_t)plan.parts.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
-    if (uint8_t *own = room.get(bytes))
-      choose_part(*chosen, c, plan, i, own, mine);
-    else
-      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
-  });
-  return ok && enough ? KIVI_OK : KIVI_NO_MEMORY;
+  ChoosingPlan &plan = choosing_plan;  // this thread's, also in what the others run
+  plan_choosing(*chosen, c, false, plan);
+  return choose_all(c, plan) ? KIVI_OK : KIVI_NO_MEMORY;
 } catch (const std::bad_alloc &) {
   return KIVI_NO_MEMORY;
 }
@@ -283,21 +271,24 @@ int kivi_attend(const KiviCall *call) try {
   if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
   for (int64_t i = 0; c.selected && i < c.num_rows; i++)
     if (!lists_within(c, c.rows[i])) return KIVI_BAD_LIST;
-  thread_local Plan kept;
-  Plan &plan = kept;  // this thread's, also in what the others run
-  make_plan(c, plan);
-  const bool ok = run((int64_t)plan.units.size(), (int)c.threads, [&](int64_t i, uint8_t *mine) {
-    const Unit &unit = plan.units[i];
-    chosen->attend(c, unit, mine);
-    // Whoever does a tile's last part adds them up: a second parallel region would cost a
-    // short call more than its work.
-    if (unit.split && __atomic_sub_fetch(&unit.split->left, 1, __ATOMIC_ACQ_REL) == 0)
-      chosen->combine(c, plan.units[unit.split->first], unit.split->count, mine);
-    if (c.counted && unit.row->generated && unit.g0 == 0)
-      __atomic_fetch_add(c.counted + 1, (unit.block_hi - unit.block_lo) * (unit.end - unit.start),
-                         __ATOMIC_RELAXED);
-  });
-  if (c.counted) *c.counted += pages_seen(c);
+  Plan &plan = attention_plan;
+  make_plan(c, false, plan);
+  return attend_all(c, plan) ? KIVI_OK : KIVI_NO_MEMORY;
+} catch (const std::bad_alloc &) {
+  return KIVI_NO_MEMORY;
+}
+
+// kivi_select_pages, then kivi_attend over what it chose.
+int kivi_attend_selected(const KiviCall *call) try {
+  const KiviCall &c = *call;
+  if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
+  ChoosingPlan &choosing = choosing_plan;
+  Plan &plan = attention_plan;
+  plan_choosing(*chosen, c, true, choosing);
+  const bool whole = choose_whole((int64_t)choosing.tiles.size(), c.threads);
+  make_plan(c, whole, plan);
+  const bool ok = whole ? attend_in_turn(c, choosing, plan)
+                        : choose_all(c, choosing) && attend_all(c, plan);
   return ok ? KIVI_OK : KIVI_NO_MEMORY;
 } catch (const std::bad_alloc &) {
   return KIVI_NO_MEMORY;

@@ -94,8 +94,9 @@ int64_t parts_of_equal(int64_t tiles, int64_t cost, int64_t threads) {
   return best;
 }
 
-// Split the tiles' pages so that every thread has work, down to four pages a part.
-void make_plan(const KiviCall &c, Plan &plan) {
+// Split the tiles' pages so that every thread has work, down to four pages a part; but not those that
+// read a list, if `whole_lists`.
+void make_plan(const KiviCall &c, bool whole_lists, Plan &plan) {
   plan.tiles.clear();
   plan.units.clear();
   plan.splits.clear();
@@ -113,7 +114,7 @@ void make_plan(const KiviCall &c, Plan &plan) {
   for (const Unit &u : plan.tiles) {
     const int64_t blocks = u.block_hi - u.block_lo;
     const int64_t wanted = c.threads == 1 ? 1 : equal ? equal_parts : (cost_of(u) + most - 1) / most;
-    const int64_t parts = min_of(wanted, max_of(1, blocks / 4));
+    const int64_t parts = whole_lists && u.list ? 1 : min_of(wanted, max_of(1, blocks / 4));
     if (parts <= 1) {
       plan.units.push_back(u);
       continue;

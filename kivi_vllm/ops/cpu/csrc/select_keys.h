@@ -14,27 +14,36 @@ constexpr int kAheadKeys = 3;            // the same where keys are read
 constexpr float kWhole = 32767;          // what 16 bits hold
 constexpr int kOut = -(1 << 28);         // less than any score
 
-// Where lines lie in a page: [0] of what is read, [1] of that alone which comes before the codes.
+// What `next` fetches in each call for a page: [0] what is read, [1] of that alone what comes before
+// the codes. There are more calls than lines, so some come twice; or fewer, and then some come before
+// all calls.
 static void plan_fetching(const KiviCall &c, KeysScratch &s) {
   const TwoLevelLayout at(c);
-  int n = 0;
-  for (int i = 0; i < at.k_codes; i += 64) s.lines[0][n] = s.lines[1][n] = i, n++;
-  const int head = n;
+  int lines[kLines], n = 0;
+  for (int i = 0; i < at.k_codes; i += 64) lines[n++] = i;
+  const int head = n, quads = s.chosen.count, channels = 4 * quads, tiles = kBlock / 32;
   for (int u = 0; u < c.k_bits; u++)  // of tokens whose codes share vectors
-    for (int k = 0; k < s.chosen.count; k++)
-      s.lines[0][n++] = at.k_codes + 16 * u * at.head_size + s.chosen.vectors[k];
-  s.more = (max_of(0, n - 4 * s.chosen.count) + at.k_groups - 1) / at.k_groups * at.k_groups;
-  for (int i = head; i < s.more + 4 * s.chosen.count; i++) s.lines[1][i] = 0;
-  for (int i = n; i < s.more + 4 * s.chosen.count; i++) s.lines[0][i] = 0;
+    for (int k = 0; k < quads; k++)
+      lines[n++] = at.k_codes + 16 * u * at.head_size + s.chosen.vectors[k];
+  const int in_take = W == 16 ? 0 : quads;
+  const int calls = in_take + channels / W + at.k_groups * channels / (2 * W) + tiles * quads;
+  s.first = max_of(0, n - calls);
+  s.all = s.first + calls;
+  for (int i = 0; i < s.all; i++) {
+    const int line = i < s.first ? i : s.first + (i - s.first) * (n - s.first) / calls;
+    s.lines[0][i] = lines[line];
+    s.lines[1][i] = lines[min_of(line, head - 1)];
+  }
 }
 
 // y of what is taken.
 template <int R>
-static INLINE void begin_keys(const Taken &taken, KeysScratch &s) {
+static INLINE void begin_keys(const Taken &taken, Fetching &fetching, KeysScratch &s) {
   const int m = 4 * s.chosen.count;
   vf sum[R] = {};
   vi most[R] = {};  // of |y|, as bits: they order like numbers, and a NaN is the largest
   for (int i = 0; i < m; i += W) {
+    fetching.next();
     const vf low = load_half(taken.low + i), step = load_half(taken.step + i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -60,9 +69,8 @@ static INLINE void begin_keys(const Taken &taken, KeysScratch &s) {
 
 // Multiply it with the scales and the zeros of its groups.
 template <class CODES, int R, int GROUPS>
-static INLINE void fold_keys(const Taken &taken, const Fetching &fetching, KeysScratch &s) {
+static INLINE void fold_keys(const Taken &taken, Fetching &fetching, KeysScratch &s) {
   const int m = 4 * s.chosen.count;
-  int line = 0;
   for (int i = 0; i < m; i += 2 * W) {
     words y[R];
     const auto pack = [&](words factor, int8_t *to) __attribute__((always_inline)) {
@@ -76,7 +84,7 @@ static INLINE void fold_keys(const Taken &taken, const Fetching &fetching, KeysS
     pack(same_words(1 << 7), s.whole);
 #pragma GCC unroll 8
     for (int g = 0; g < GROUPS; g++) {
-      for (int k = 0; i == 0 && k < s.more / GROUPS; k++) fetching.line(line++);
+      fetching.next();
       pack(shifted(low_nibbles(widen(taken.range[g] + i)), 3), s.parts[g]);
     }
   }
@@ -85,7 +93,7 @@ static INLINE void fold_keys(const Taken &taken, const Fetching &fetching, KeysS
 
 // Estimates of R rows for one page, of which the first `hidden` tokens do not count.
 template <class CODES, int R, int GROUPS>
-static INLINE void best_keys(const uint8_t *page, Fetching fetching, const TwoLevelLayout &at,
+static INLINE void best_keys(const uint8_t *page, Fetching &fetching, const TwoLevelLayout &at,
                              int hidden, const KeysScratch &s, const float *top,
                              const float *low, float *out) {
   constexpr int kTiles = kBlock / 32, each = GROUPS / kTiles;  // groups of a tile
@@ -94,27 +102,18 @@ static INLINE void best_keys(const uint8_t *page, Fetching fetching, const TwoLe
   for (int r = 0; r < R; r++) most[0][r] = most[1][r] = vi{} + kOut;
 #pragma GCC unroll 1
   for (int tile = 0; tile < kTiles; tile++) {
-    const int g = each * tile;
     const typename CODES::Keys keys(page + at.k_codes, at.head_size, tile);
     keys([&](auto run) __attribute__((always_inline)) {
-#pragma GCC unroll 1
-      for (int first = 0; first < 16; first += W) {
-        vi x[R][2];
+      vi x[16 / W][R][2];
+      dot_chosen<R, each - 1>(run, s, each * tile, fetching, x);
+      for (int t = 0; t < min_of(hidden - 32 * tile, 32); t++)
+        for (int r = 0; r < R; r++) x[t % 16 / W][r][t / 16][t % W] = kOut;
+#pragma GCC unroll 4
+      for (int h = 0; h < 16 / W; h++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-          for (int i = 0; i < 2; i++) x[r][i] = vi{} + s.zeros[i][r][g + i * (each - 1)];
-        dot_chosen<R, (each - 1) * sizeof(s.parts[0])>(run, s, s.parts[g], first, fetching,
-                                                       s.more + s.chosen.count * tile, x);
-        if (32 * tile < hidden)
-          for (int i = 0; i < 2 * W; i++)
-            if (32 * tile + 16 * (i / W) + first + i % W < hidden)
-              for (int r = 0; r < R; r++) x[r][i / W][i % W] = kOut;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-          for (int i = 0; i < 2; i++) most[i][r] = larger(most[i][r], x[r][i]);
-      }
+          for (int i = 0; i < 2; i++) most[i][r] = larger(most[i][r], x[h][r][i]);
     });
   }
   int32_t score[R];
@@ -145,24 +144,25 @@ static void estimate_keys_of(const KiviCall &c, const Unit &u, const float *q, i
   with_constant<kRows>(n, [&](auto rows) __attribute__((always_inline)) {
     constexpr int R = rows.value;
     for (int64_t block = u.block_lo; block < min_of(u.block_lo + kAheadKeys, u.block_hi); block++)
-      for (int i = 0; i < s.more + 4 * s.chosen.count; i++)
-        Fetching{page_at(block), s.lines[0]}.line(i);
-    take_page<GROUPS>(page_at(u.block_lo), at, s.chosen, s.taken[u.block_lo % 2]);
-    begin_keys<R>(s.taken[u.block_lo % 2], s);
+      for (Fetching all{page_at(block), s.lines[0]}; all.lines < s.lines[0] + s.all;) all.next();
+    Fetching again{page_at(u.block_lo), s.lines[0]};
+    take_page<GROUPS>(page_at(u.block_lo), at, s.chosen, s.taken[u.block_lo % 2], again);
+    begin_keys<R>(s.taken[u.block_lo % 2], again, s);
     for (int64_t block = u.block_lo; block < u.block_hi; block++) {
       const int64_t later = block + kAheadKeys, over = later - u.block_hi;
-      const Fetching fetching =
+      Fetching fetching =
           over < 0 ? Fetching{page_at(later), s.lines[0]}
                    : Fetching{page_of(c, *u.row, next, min_of(u.block_lo + over, u.block_hi - 1)),
                               s.lines[1]};
       // What is waited for in each step, the next one fills.
       Taken &taken = s.taken[block % 2], &coming = s.taken[(block + 1) % 2];
-      take_page<GROUPS>(page_at(block + 1), at, s.chosen, coming);
+      for (int i = 0; i < s.first; i++) fetching.next();
+      take_page<GROUPS>(page_at(block + 1), at, s.chosen, coming, fetching);
       fold_keys<CODES, R, GROUPS>(taken, fetching, s);
       float top[R], low[R];
       __builtin_memcpy(top, s.top, sizeof(top));
       __builtin_memcpy(low, s.lows, sizeof(low));
-      begin_keys<R>(coming, s);
+      begin_keys<R>(coming, fetching, s);
       const int64_t hidden = min_of<int64_t>(kBlock, max_of<int64_t>(0, seen - block * kBlock));
       float *to = out + block * kRows;
       best_keys<CODES, R, GROUPS>(page_at(block), fetching, at, (int)hidden, s, top, low, to);
