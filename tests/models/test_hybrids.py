@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.choice import some
 from tests.engine import MAMBA2, engine, generate, random_prompt, tiny_model
@@ -133,8 +134,9 @@ def test_gated_delta_nets(name: str) -> None:
     assert [a.tokens for a in again] == [a.tokens for a in first]
     (tokens, truth), (_, other), (ours, got) = found.values()
     assert ours == tokens
-    # A tenth of it where processors have AVX-512's bf16, up to a half where vLLM rounds without.
-    assert np.abs(got - truth).mean() < np.abs(other - truth).mean()
+    # Without AVX-512's bf16 vLLM's attention rounds in another way than ours.
+    share = 0.1 if torch.cpu._is_avx512_bf16_supported() else 1
+    assert np.abs(got - truth).mean() < share * np.abs(other - truth).mean()
 
 
 @pytest.mark.slow

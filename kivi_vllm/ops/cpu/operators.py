@@ -74,17 +74,19 @@ def select(
     params: AttentionParams,
 ) -> Selection | None:
     """See `reference.select`."""
-    if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
+    made = _lists(step, cache, params)
+    if made is None:
         return None
-    check_pages(cache.fmt, params.estimate)
-    made = _list_room(step, cache, params)
     call = _common(step, cache, key, value) + _query(step, cache, query, params, query, made)
     _run(load().select_pages, call, cache)
     return made
 
 
-def _list_room(step: Step, cache: LayerCache, params: AttentionParams) -> Selection:
-    """Where a step's lists go."""
+def _lists(step: Step, cache: LayerCache, params: AttentionParams) -> Selection | None:
+    """Where a step's lists go; None: it needs none."""
+    if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
+        return None
+    check_pages(cache.fmt, params.estimate)
     made = _room(step.num_tokens, cache.num_kv_heads, params.token_budget)
     cache.native["selection"] = step, made  # which needs no checks
     return made
@@ -123,10 +125,9 @@ def attend_selected(
     output: torch.Tensor,
 ) -> None:
     """See `reference.attend_selected`: one call, which chooses for a head and attends at once."""
-    if not must_choose(step.longest_generated, cache.residual_length, params.token_budget):
+    made = _lists(step, cache, params)
+    if made is None:
         return attend(step, cache, query, key, value, params, output)
-    check_pages(cache.fmt, params.estimate)
-    made = _list_room(step, cache, params)
     call = _common(step, cache, key, value) + _query(step, cache, query, params, output, made)
     _run(load().attend_selected, call, cache)
 

@@ -40,13 +40,9 @@ int64_t estimate_floats(const KiviCall &c, int64_t n, int64_t together) {
   return (rows + together - 1) / together * together * estimates_of_page(c) * padded_pages(n);
 }
 
-// Whether each of so many choices is done by one thread, with the attention over what it chose.
-bool choose_whole(int64_t tiles, int64_t threads) {
-  return tiles % threads == 0 || tiles >= 4 * threads;
-}
-
-// Lengths of the lists, and who makes them; with `whole`, if choices are enough, each in one part.
-void plan_choosing(const Kernels &kernels, const KiviCall &c, bool whole, ChoosingPlan &plan) {
+// Lengths of the lists, and who makes them. With `whole`, each is made in one part if they are enough
+// for all threads; returns whether they are.
+bool plan_choosing(const Kernels &kernels, const KiviCall &c, bool whole, ChoosingPlan &plan) {
   const int64_t budget = c.token_budget / kBlock;
   plan.tiles.clear();
   plan.parts.clear();
@@ -74,12 +70,12 @@ void plan_choosing(const Kernels &kernels, const KiviCall &c, bool whole, Choosi
     }
   }
   const int64_t tiles = (int64_t)plan.tiles.size();
+  whole = whole && (tiles % c.threads == 0 || tiles >= 4 * c.threads);
   int64_t floats = 0;
   for (int64_t i = 0; i < tiles; i++) {
     Choosing &tile = plan.tiles[i];
     const int64_t first = tile.unit.block_lo, n = tile.unit.block_hi - first;
-    const bool one = c.threads == 1 || (whole && choose_whole(tiles, c.threads));
-    const int64_t wanted = one ? 1 : (4 * c.threads + tiles - 1) / tiles;
+    const int64_t wanted = whole || c.threads == 1 ? 1 : (4 * c.threads + tiles - 1) / tiles;
     const int64_t parts = max_of(1, min_of(wanted, n / kLeastPages));
     tile.left = (int)parts;
     for (int64_t p = 0; p < parts; p++)
@@ -93,6 +89,7 @@ void plan_choosing(const Kernels &kernels, const KiviCall &c, bool whole, Choosi
       tile.estimates = at;
       at += estimate_floats(c, tile.unit.block_hi - tile.unit.block_lo, kernels.rows);
     }
+  return whole;
 }
 
 // Bytes of work space of a thread: estimates, weights and keys of one choice.

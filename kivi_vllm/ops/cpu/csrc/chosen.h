@@ -83,7 +83,7 @@ static void choose_quads(const KiviCall &c, float *x, Chosen &s) {
 }
 
 // Copy the chosen quads of N times d numbers of SIZE bytes to as many rows of kChannels. Before each
-// quad, with AVX2, `fetch` is called.
+// quad `fetch` is called, but with AVX-512, which takes many at a time.
 template <int SIZE, int N, class FETCH>
 static INLINE void take_quads(const uint8_t *x, int d, const Chosen &s, const Take<SIZE> &take,
                               void *out, FETCH fetch) {

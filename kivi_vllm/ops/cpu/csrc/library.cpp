@@ -166,6 +166,7 @@ bool attend_in_turn(const KiviCall &c, ChoosingPlan &choosing, const Plan &plan)
     int64_t first, end;  // units
   };
   std::vector<Turn> turns;
+  turns.reserve(plan.units.size());
   const int64_t units = (int64_t)plan.units.size();
   int64_t parts = 0;  // they are in the order of the units
   for (int64_t i = 0, end; i < units; i = end) {
@@ -284,8 +285,7 @@ int kivi_attend_selected(const KiviCall *call) try {
   if (!all_within(c) || !all_read_pages(c)) return KIVI_BAD_PAGE;
   ChoosingPlan &choosing = choosing_plan;
   Plan &plan = attention_plan;
-  plan_choosing(*chosen, c, true, choosing);
-  const bool whole = choose_whole((int64_t)choosing.tiles.size(), c.threads);
+  const bool whole = plan_choosing(*chosen, c, true, choosing);
   make_plan(c, whole, plan);
   const bool ok = whole ? attend_in_turn(c, choosing, plan)
                         : choose_all(c, choosing) && attend_all(c, plan);
