@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all triton lint sanitize soak clean
+.PHONY: help setup demo test test-slow test-all triton lint sanitize soak clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 setup:  ## create .venv with everything in it
 	@$(PYTHON) tools/bootstrap.py
@@ -21,6 +21,9 @@ endef
 
 test: lint  ## lint, types and something of every part (at most 10 minutes)
 	$(call tests,-m "not slow")
+
+test-slow: setup  ## the tests that make test leaves out
+	$(call tests,-m slow)
 
 test-all: setup  ## all tests (about half an hour)
 	$(call tests,)

@@ -57,8 +57,10 @@ def test_two_processes_choose_the_pages_that_one_chooses(tmp_path: Path) -> None
     model = tiny_model(num_key_value_heads=4)
     one, two = results_in_child(tmp_path, model, [run, run | TWO], **WORKERS)
     assert one["tokens"] == two["tokens"]
+    # Sums in another order may round a key to another code. Without a budget that alone has made a
+    # difference of 0.02; other pages make one of 1.
     for alone, together in zip(one["logprobs"], two["logprobs"], strict=True):
-        assert alone == pytest.approx(together, abs=2e-3)  # a code may fall on the other side
+        assert alone == pytest.approx(together, abs=0.1)
     [[seen, read]] = one["pages_counted"]
     assert 0 < read < seen
     assert two["pages_counted"] == [[seen // 2, read // 2]] * 2
