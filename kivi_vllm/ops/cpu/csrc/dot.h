@@ -153,6 +153,7 @@ static INLINE void split(const int16_t *x, int n, int8_t *high) {
 struct Stream {
   const char *at;
   bool into_l1;
+  TokensAhead &tokens;  // of which some are fetched with each tile
   template <int AHEAD>
   INLINE void fetch() {
     if (into_l1) {
@@ -163,6 +164,10 @@ struct Stream {
       for (int i = 0; i < AHEAD; i++) __builtin_prefetch(at + 64 * i, 0, 2);
     }
     at += 64 * AHEAD;
+  }
+  template <int AHEAD>
+  INLINE void fetch_tokens() {
+    if (AHEAD > 0) tokens.fetch();
   }
 };
 

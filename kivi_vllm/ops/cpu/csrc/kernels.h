@@ -10,12 +10,12 @@ namespace KIVI_ISA {
 
 #include "simd.h"
 #include "codes.h"
+#include "source.h"
 #include "dot.h"
 #include "words.h"
 #include "prepare.h"
 #include "paper.h"
 #include "two_level.h"
-#include "source.h"
 #include "page.h"
 #include "chosen.h"
 #include "dot_keys.h"

@@ -115,6 +115,10 @@ static void rotate_back(float *x, int rows, int d) {
       }
 }
 
+// The last pages, with which the tokens after them are fetched, and how many of these with a tile at
+// most: they must stay in L2, and others have to be fetched meanwhile.
+constexpr int64_t kPagesBefore = 16, kTokensOfTile = 2;
+
 template <class KEYS, class VALUES, class LAYOUT>
 static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &queries, PageScratch &s,
                             State &state) {
@@ -123,7 +127,13 @@ static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &que
   KEYS::begin(page_at(u.tile_block_lo), at, queries, s);
   const uint8_t *page = page_at(u.block_lo);
   // What comes after the last page: a page of full-precision tokens has the same size.
-  const uint8_t *residual = Source(c, *u.row, u.kv_head, u.raw_from).find(u.raw_from).k;
+  const Source source(c, *u.row, u.kv_head, u.raw_from);
+  const uint8_t *residual = source.find(u.raw_from).k;
+  const int64_t tokens = u.raw_hi - u.raw_lo, pages = u.block_hi - u.block_lo;
+  const int64_t last = min_of(pages, kPagesBefore);
+  const int64_t tiles = last * (kBlock + c.head_size) / 32;
+  const int64_t each = min_of((tokens + tiles - 1) / tiles, kTokensOfTile);
+  TokensAhead ahead{source, u.raw_lo, u.raw_lo, (int)each, {}};
   const bool modified = queries.soft_cap > 0 || queries.slopes || queries.window;
   for (int64_t i = u.block_lo; i < u.block_hi; i++) {
     const uint8_t *next = i + 1 < u.block_hi ? page_at(i + 1) : residual;
@@ -131,7 +141,8 @@ static void attend_pages_of(const KiviCall &c, const Unit &u, const Queries &que
     const int low = block ? 0 : (int)c.sink_tokens;  // those are read at full precision
     const int high = (int)min_of<int64_t>(kBlock, u.raw_from - first);
     const bool plain = !modified && low == 0 && high == kBlock;
-    Stream stream{(const char *)next, queries.rows > 2};
+    if (u.block_hi - i <= last) ahead.end = u.raw_hi;
+    Stream stream{(const char *)next, queries.rows > 2, ahead};
     KEYS::prepare(page, at, s);
     VALUES::prepare(page, at, s);
     for (int r0 = 0; r0 < queries.rows;) {

@@ -138,6 +138,7 @@ struct PaperKeys {
         multiply_split(s.q_fixed + (int64_t)(r0 + r) * d, s.k_fixed + g * d, d,
                        s.parts[0] + 128 * r);
       for (int end = tile + at.group_tiles; tile < end; tile++) {
+        stream.fetch_tokens<AHEAD>();
         dot<R, AHEAD, 0>(typename CODES::Keys(page + at.k_codes, d, tile), s.parts[0], s.dots,
                          stream);
         for (int r = 0; r < R; r++)
@@ -168,6 +169,7 @@ struct PaperValues {
       for (int r = 0; r < R; r++)
         multiply_split(s.p_fixed[r], s.v_fixed + g * kBlock, kBlock, s.parts[0] + 128 * r);
       for (int end = tile + at.group_tiles; tile < end; tile++) {
+        stream.fetch_tokens<AHEAD>();
         dot<R, AHEAD, 0>(typename CODES::Values(page + at.v_codes, tile), s.parts[0], s.dots,
                          stream);
         for (int r = 0; r < R; r++) {

@@ -67,3 +67,22 @@ struct Source {
     }
   }
 };
+
+// Full-precision tokens [at, end), fetched (into L2, see Stream) while the pages before them are
+// computed: computing pages leaves time for it, and computing tokens does not.
+struct TokensAhead {
+  const Source &source;
+  int64_t at, end;
+  int each;  // that `fetch` fetches
+  Source::Run run;
+
+  void fetch() {
+    for (int n = 0; n < each && at < end; n++, at++, run.count--) {
+      if (run.count == 0) run = source.find(at);
+      for (int64_t i = 0; i < source.bytes; i += 64) __builtin_prefetch(run.k + i, 0, 2);
+      for (int64_t i = 0; i < source.bytes; i += 64) __builtin_prefetch(run.v + i, 0, 2);
+      run.k += run.k_stride;
+      run.v += run.v_stride;
+    }
+  }
+};

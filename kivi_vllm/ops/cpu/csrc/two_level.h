@@ -212,6 +212,7 @@ struct TwoLevelKeys {
                                                          s.parts[0] + 128 * r);
     };
     for (int tile = 0; tile < kBlock / 32; tile++) {
+      stream.fetch_tokens<AHEAD>();
       const auto codes = tiles(tile);
       int g = tile, second = tile;  // of its second 16 tokens
       if (at.k_groups == kBlock / 32) {
@@ -248,6 +249,7 @@ struct TwoLevelValues {
     const uint16_t *mean = (const uint16_t *)(page + at.v_mean);
     for (int r = 0; r < R; r++) split(s.p_fixed[r], kBlock, s.parts[0] + 128 * r);
     for (int tile = 0; tile < at.head_size / 32; tile++) {
+      stream.fetch_tokens<AHEAD>();
       dot<R, AHEAD, 0>(typename CODES::Values(page + at.v_codes, tile), s.parts[0], s.dots, stream);
       vf m[32 / W];
       for (int i = 0; i < 32; i += W) m[i / W] = load_half(mean + 32 * tile + i) - 0.5f * CODES::top;
