@@ -51,7 +51,8 @@ def rows_named(columns: dict[str, pd.Series], note: str = "") -> pd.DataFrame:
 
 def budgets() -> pd.DataFrame:
     """What decoded tokens lose by a token budget, against the same cache without one."""
-    files = ("quality-budget", "quality-budget-8k", "quality-budget-keys")
+    by_keys = ("quality-budget-keys-4k", "quality-budget-keys")
+    files = ("quality-budget", "quality-budget-8k", *by_keys)
     rows = pd.concat([read(name, "decoding") for name in files])
     rows = rows[rows["cache"].str.contains("token_budget")]
     rows = rows.drop_duplicates(["text", "length", "cache"], keep="last")
