@@ -17,9 +17,7 @@ constexpr int kTokensAhead = 16;
 static INLINE void fetch_ahead(const uint8_t *const *k, const uint8_t *const *v, int j, int n,
                                int bytes) {
   j += kTokensAhead;
-  if (j >= n) return;
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(k[j] + i, 0, 2);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(v[j] + i, 0, 2);
+  if (j < n) fetch_token(k[j], v[j], bytes);
 }
 
 // fp32 copies of n tokens' K, transposed, [head_size][kKeys] with zeros up to `columns`, and of their

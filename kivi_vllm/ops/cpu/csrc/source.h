@@ -68,8 +68,14 @@ struct Source {
   }
 };
 
-// Full-precision tokens [at, end), fetched (into L2, see Stream) while the pages before them are
-// computed: computing pages leaves time for it, and computing tokens does not.
+// Fetch a token's K and V into L2 (see Stream).
+static INLINE void fetch_token(const uint8_t *k, const uint8_t *v, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(k + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(v + i, 0, 2);
+}
+
+// Full-precision tokens [at, end), fetched while the pages before them are computed: that leaves time
+// for it, and computing tokens does not.
 struct TokensAhead {
   const Source &source;
   int64_t at, end;
@@ -79,8 +85,7 @@ struct TokensAhead {
   void fetch() {
     for (int n = 0; n < each && at < end; n++, at++, run.count--) {
       if (run.count == 0) run = source.find(at);
-      for (int64_t i = 0; i < source.bytes; i += 64) __builtin_prefetch(run.k + i, 0, 2);
-      for (int64_t i = 0; i < source.bytes; i += 64) __builtin_prefetch(run.v + i, 0, 2);
+      fetch_token(run.k, run.v, source.bytes);
       run.k += run.k_stride;
       run.v += run.v_stride;
     }
